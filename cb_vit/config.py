@@ -1,0 +1,230 @@
+"""From a config file to frozen, checked dataclasses: the one door through which settings come in.
+
+A config file builds an `ml_collections.ConfigDict` with big_vision's flat keys. Each room declares the
+schema of its block as a frozen dataclass; `parse` turns the block into it once, and from then on nobody
+reads a raw config. A wrong key, type or value ends in one line that names the field, the value and the fix.
+
+Rules of a schema: a value of None means "not set" and takes the default, so a field that may be None
+defaults to None. A field of type `Duration` called `ckpt` is written `ckpt_steps`, `ckpt_epochs`,
+`ckpt_examples` or `ckpt_percent`. Checks that need more than a type go into `__post_init__` and raise
+`ConfigError("field", "what is wrong and what to do")`.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import ml_collections
+
+T = TypeVar("T")
+UNITS = ("steps", "epochs", "examples", "percent")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work: `path` names the field, `message` the value and the way out."""
+
+    def __init__(self, path: str, message: str):
+        super().__init__(f"{path}: {message}")
+        self.path, self.message = path, message
+
+    def under(self, prefix: str) -> ConfigError:
+        """The same error, with its path taken as relative to `prefix`."""
+        return ConfigError(f"{prefix}.{self.path}", self.message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Duration:
+    """A length of training in one of four units (big_vision's `*_steps/_epochs/_examples/_percent`).
+
+    Attributes:
+        value: how many; for "percent" a fraction of the whole run, 0 to 1, as in big_vision.
+        unit: "steps", "epochs", "examples" or "percent".
+    """
+
+    value: float
+    unit: str
+
+    def __post_init__(self):
+        if not self.value >= 0 or math.isinf(self.value):
+            raise ConfigError(self.unit, f"must be 0 or more, got {self.value}")
+        if self.unit == "percent" and self.value > 1:
+            raise ConfigError(self.unit, f"is a fraction of the run, 0 to 1, got {self.value}; write 0.1 for 10 %")
+
+    def steps(self, batch_size: int, examples: int | None = None, total_steps: int | None = None) -> int:
+        """This length in steps, to the nearest; at least 1 unless it is 0.
+
+        Args:
+            batch_size: examples in a global batch.
+            examples: examples in one epoch; needed for the unit "epochs".
+            total_steps: steps of the whole run; needed for the unit "percent".
+        """
+        if self.unit == "steps":
+            steps = self.value
+        elif self.unit == "examples":
+            steps = self.value / batch_size
+        elif self.unit == "epochs":
+            if examples is None:
+                raise ConfigError("epochs", "the data source has no length; give steps or examples")
+            steps = self.value * examples / batch_size
+        else:
+            if total_steps is None:
+                raise ConfigError("percent", "the length of the run itself cannot be a percentage; give steps or epochs")
+            steps = self.value * total_steps
+        return max(1, round(steps)) if self.value else 0
+
+
+def parse(schema: type[T], block: Mapping[str, Any] | ml_collections.ConfigDict, path: str = "config") -> T:
+    """Check `block` against the dataclass `schema` and build it.
+
+    Args:
+        schema: a frozen dataclass; see the module docstring for its rules.
+        block: the config block, a ConfigDict or a mapping.
+        path: where the block stands, for errors, e.g. "config.input".
+
+    Raises:
+        ConfigError: on the first unknown key, missing or ill-typed value, or failed check.
+    """
+    block = plain(block)
+    if not isinstance(block, dict):
+        raise ConfigError(path, f"expected a block of settings, got {block!r}")
+    hints = typing.get_type_hints(schema)
+    fields = {f.name: f for f in dataclasses.fields(schema) if f.init}
+    durations = {name for name in fields if Duration in (hints[name], *typing.get_args(hints[name]))}
+    known = [key for name in fields for key in (_duration_keys(name) if name in durations else [name])]
+    for key in block:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            raise ConfigError(f"{path}.{key}", f"unknown; did you mean {close[0]}?" if close else f"unknown; {path} takes {', '.join(known)}")
+
+    values = {}
+    for name, field in fields.items():
+        value = _duration(block, name, path) if name in durations else block.get(name)
+        if value is not None:
+            values[name] = value if name in durations else convert(value, hints[name], f"{path}.{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            wanted = " or ".join(_duration_keys(name)[:3]) if name in durations else name
+            raise ConfigError(f"{path}.{name}", f"required and not set; give {wanted}")
+    try:
+        return schema(**values)
+    except ConfigError as error:
+        raise error.under(path) from None
+
+
+def plain(value: Any) -> Any:
+    """ConfigDicts, their placeholders and lists as plain dicts, None and tuples."""
+    if isinstance(value, ml_collections.FieldReference):
+        return plain(value.get())
+    if isinstance(value, ml_collections.ConfigDict):
+        value = value.to_dict(preserve_field_references=False)
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(plain(item) for item in value)
+    return value
+
+
+def prefer_overrides(config: ml_collections.ConfigDict, overridden: list[str]) -> None:
+    """Let a duration given on the command line replace the file's, whatever its unit.
+
+    Args:
+        config: the config with the overrides applied; changed in place.
+        overridden: dotted names of the overridden keys, e.g. ["total_steps", "schedule.warmup_epochs"].
+    """
+    for name in overridden:
+        stem, _, unit = name.rpartition("_")
+        if unit not in UNITS:
+            continue
+        *parents, stem = stem.split(".")
+        block = config
+        for parent in parents:
+            block = block[parent]
+        for key in _duration_keys(stem):
+            if key in block and ".".join([*parents, key]) not in overridden:
+                with block.ignore_type(), block.unlocked():
+                    block[key] = None
+
+
+def convert(value: Any, hint: Any, path: str) -> Any:
+    """`value` as the type `hint`, or a `ConfigError` at `path` that says what was expected."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(value, [a for a in args if a is not type(None)], path)
+    if origin is typing.Literal:
+        if value in args:
+            return value
+        close = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+        hint_text = f"; did you mean {close[0]}?" if close else ";"
+        raise ConfigError(path, f"unknown value {value!r}{hint_text} Choices: {', '.join(map(str, args))}")
+    if dataclasses.is_dataclass(hint):
+        return parse(hint, value, path)
+    if origin is dict and isinstance(value, Mapping):
+        return {str(k): convert(v, args[1], f"{path}.{k}") for k, v in value.items()}
+    if origin is tuple and isinstance(value, list | tuple):
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(convert(v, args[0], f"{path}[{i}]") for i, v in enumerate(value))
+        if len(args) == len(value):
+            return tuple(convert(v, a, f"{path}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
+        return float(value)
+    if hint is int and isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer():
+        return int(value)
+    if hint in (bool, str) and isinstance(value, hint):
+        return value
+    raise ConfigError(path, f"expected {_describe(hint)}, got {value!r}")
+
+
+def _convert_union(value: Any, arms: list[Any], path: str) -> Any:
+    errors = []
+    for arm in arms:
+        try:
+            return convert(value, arm, path)
+        except ConfigError as error:
+            errors.append(error)
+    # An error further down belongs to the arm that was meant.
+    deeper = [e for e in errors if e.path != path]
+    if deeper or len(errors) == 1:
+        raise (deeper or errors)[0]
+    raise ConfigError(path, f"expected {' or '.join(_describe(a) for a in arms)}, got {value!r}")
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
+    if hint in names:
+        return names[hint]
+    if dataclasses.is_dataclass(hint):
+        return f"a block of {hint.__name__} settings"
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is dict:
+        return "a block of settings"
+    if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
+        return f"a list, each entry {_describe(args[0])}"
+    if origin is tuple:
+        return f"({', '.join(_describe(a) for a in args)})"
+    if origin is typing.Literal:
+        return " or ".join(repr(a) for a in args)
+    return "None" if hint is type(None) else " or ".join(_describe(a) for a in args) if args else str(hint)
+
+
+def _duration_keys(name: str) -> list[str]:
+    return [f"{name}_{unit}" for unit in UNITS]
+
+
+def _duration(block: dict[str, Any], name: str, path: str) -> Duration | None:
+    given = {unit: block[f"{name}_{unit}"] for unit in UNITS if block.get(f"{name}_{unit}") is not None}
+    if len(given) > 1:
+        keys = " and ".join(f"{name}_{unit}" for unit in given)
+        raise ConfigError(f"{path}.{name}", f"{keys} are both set; keep one")
+    for unit, value in given.items():
+        key = f"{path}.{name}_{unit}"
+        try:
+            return Duration(convert(value, float, key), unit)
+        except ConfigError as error:
+            raise ConfigError(key, error.message) from None
+    return None

@@ -1,0 +1,115 @@
+"""Tables of named choices, and the small language `op(a, b=c)|op2` that picks from them.
+
+big_vision spells preprocessing and sharding in this language (`pp/builder.py`, `sharding.py` there);
+here both read it through one parser.
+"""
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from cb_vit.config import ConfigError
+
+T = TypeVar("T")
+
+
+def suggest(name: str, choices: Iterable[str]) -> str:
+    """`"; did you mean X?"` when a choice is close to `name`, else an empty string."""
+    close = difflib.get_close_matches(str(name), list(choices), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class Registry(dict[str, T]):
+    """A table of choices whose misses end in an error that lists them.
+
+    Args:
+        kind: what the entries are, for the error text, e.g. "loss" or "preprocessing op".
+    """
+
+    def __init__(self, kind: str, entries: dict[str, T] | None = None):
+        super().__init__(entries or {})
+        self.kind = kind
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator: enter the decorated object under `name`; a name is given once."""
+        if name in self:
+            raise KeyError(f"{self.kind} {name!r} is registered twice")
+
+        def enter(entry: T) -> T:
+            self[name] = entry
+            return entry
+
+        return enter
+
+    def pick(self, name: str, path: str) -> T:
+        """The entry called `name`; a miss is a `ConfigError` at `path` that lists the choices."""
+        if name in self:
+            return self[name]
+        raise ConfigError(path, f"unknown {self.kind} {name!r}{suggest(name, self)} Choices: {', '.join(sorted(self))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One `name(*args, **kwargs)` of the language; `text` is how it was written."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    text: str
+
+    def bind(self, function: Callable[..., T], path: str) -> T:
+        """`function(*args, **kwargs)`; arguments that do not fit are a `ConfigError` at `path`."""
+        try:
+            inspect.signature(function).bind(*self.args, **self.kwargs)
+        except TypeError as error:
+            signature = str(inspect.signature(function)).split(" ->")[0]
+            raise ConfigError(path, f"{self.text!r}: {error}. It takes {self.name}{signature}") from None
+        try:
+            return function(*self.args, **self.kwargs)
+        except (TypeError, ValueError) as error:
+            reason = error.message if isinstance(error, ConfigError) else error
+            raise ConfigError(path, f"{self.text!r}: {reason}") from None
+
+
+def parse_calls(text: str, path: str) -> tuple[Call, ...]:
+    """Split `"op1(a,b=c)|op2"` into its calls, left to right.
+
+    Arguments are Python literals. An empty text has no calls.
+
+    Raises:
+        ConfigError: at `path`, when the text is not of that form.
+    """
+    if not isinstance(text, str):
+        raise ConfigError(path, f"expected a string like 'op(1)|op2', got {text!r}")
+    if not text.strip():
+        return ()
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError) as error:
+        reason = getattr(error, "msg", None) or error
+        raise ConfigError(path, f"cannot read {text!r}: {reason}; write it as 'op(1)|op2(name=2)'") from None
+    nodes: list[ast.expr] = []
+    while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.BitOr):
+        nodes.append(tree.right)
+        tree = tree.left
+    nodes.append(tree)
+    return tuple(_call(node, text, path) for node in reversed(nodes))
+
+
+def _call(node: ast.expr, text: str, path: str) -> Call:
+    source = ast.unparse(node)
+    try:
+        if isinstance(node, ast.Name):
+            return Call(node.id, (), {}, source)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            args = tuple(ast.literal_eval(a) for a in node.args)
+            kwargs = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg}
+            if len(kwargs) == len(node.keywords):
+                return Call(node.func.id, args, kwargs, source)
+    except ValueError:
+        raise ConfigError(path, f"{source!r}: arguments must be plain values such as 224, 0.5 or 'name'") from None
+    raise ConfigError(path, f"cannot read {source!r} in {text!r}; write it as 'op(1)|op2(name=2)'")
