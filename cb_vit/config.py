@@ -73,12 +73,12 @@ class Duration:
             steps = self.value * examples / batch_size
         else:
             if total_steps is None:
-                raise ConfigError("percent", "the length of the run itself cannot be a percentage; give steps or epochs")
+                raise ConfigError("percent", "the length of the run itself cannot be a percentage; give steps")
             steps = self.value * total_steps
         return max(1, round(steps)) if self.value else 0
 
 
-def parse(schema: type[T], block: Mapping[str, Any] | ml_collections.ConfigDict, path: str = "config") -> T:
+def parse(schema: type[T], block: Any, path: str = "config") -> T:
     """Check `block` against the dataclass `schema` and build it.
 
     Args:
@@ -99,7 +99,8 @@ def parse(schema: type[T], block: Mapping[str, Any] | ml_collections.ConfigDict,
     for key in block:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
-            raise ConfigError(f"{path}.{key}", f"unknown; did you mean {close[0]}?" if close else f"unknown; {path} takes {', '.join(known)}")
+            way_out = f"did you mean {close[0]}?" if close else f"{path} takes {', '.join(known)}"
+            raise ConfigError(f"{path}.{key}", f"unknown; {way_out}")
 
     values = {}
     for name, field in fields.items():
@@ -155,6 +156,8 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
         return _convert_union(value, [a for a in args if a is not type(None)], path)
     if origin is typing.Literal:
         if value in args:

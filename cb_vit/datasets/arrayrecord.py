@@ -1,0 +1,64 @@
+"""array_record files (https://github.com/google/array_record) read at random: what TFDS should prepare for us."""
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from cb_vit.datasets.core import DataError, allow_open_files
+from cb_vit.io import as_path
+
+THREADS = 16
+
+
+class ArrayRecords:
+    """The records of several files, by file and number; readers open on first use, in each process for itself.
+
+    Args:
+        paths: the files.
+
+    Raises:
+        DataError: when one of them is missing.
+    """
+
+    def __init__(self, paths: Sequence[str]):
+        with ThreadPoolExecutor(THREADS) as pool:
+            for path, there in zip(paths, pool.map(lambda path: as_path(path).exists(), paths), strict=True):
+                if not there:
+                    raise DataError(f"{path}: no such file; is the prepared copy complete?")
+        self._close(paths)
+
+    def _close(self, paths: Sequence[str]) -> None:
+        self.paths = tuple(paths)
+        self._readers: dict[int, Any] = {}
+        self._lock, self._pid = threading.Lock(), os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"paths": self.paths}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._close(**state)
+
+    def read(self, file: int, record: int) -> bytes:
+        """One record; `DataError` names file and record when it cannot be read."""
+        try:
+            return self._reader(file).read([record])[0]
+        except (RuntimeError, ValueError, IndexError, OSError) as error:
+            raise DataError(f"{self.paths[file]}: record {record}: {error}") from error
+
+    def _reader(self, file: int) -> Any:
+        if self._pid != os.getpid():  # a reader's threads do not survive a fork
+            self._close(self.paths)
+        if file not in self._readers:
+            from array_record.python.array_record_module import ArrayRecordReader
+
+            with self._lock:
+                if not self._readers:
+                    allow_open_files(len(self.paths))
+                if file not in self._readers:
+                    # No read-ahead: records are read one by one, in random order.
+                    self._readers[file] = ArrayRecordReader(
+                        self.paths[file], options="readahead_buffer_size:0", file_reader_buffer_size=32768)
+        return self._readers[file]

@@ -1,0 +1,205 @@
+"""What every data source offers, and how a config block becomes one.
+
+A source is a list of examples in a fixed order, read at random: `source[i]` is the same example on every machine
+and in every process. Order, batching and decoding are the pipeline's. Sources travel to worker processes by
+pickling, so they hold paths and numbers and open their files on first use; they need no JAX.
+"""
+from __future__ import annotations
+
+import bisect
+import importlib
+import itertools
+import operator
+import re
+import resource
+from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
+
+import ml_collections
+
+from cb_vit.config import ConfigError, plain
+from cb_vit.registry import suggest
+
+# name in the config -> module of this room; any other name is a dataset of TFDS.
+KINDS = {"digits": "digits", "fake": "fake", "folder": "folder"}
+Block = Mapping[str, Any] | ml_collections.ConfigDict
+
+
+class DataError(RuntimeError):
+    """Stored data that cannot be read: the message names the file and the record."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A data set, or a part of one, read at random.
+
+    Attributes:
+        num_classes: labels are 0 … num_classes - 1.
+        class_names: one name a class, or None when nobody named them.
+    """
+
+    num_classes: int
+    class_names: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        """Example `index`, 0 … len - 1.
+
+        Returns:
+            "image": the encoded file as bytes (JPEG, PNG …), or pixels as uint8 [h, w, 3]; "label": int, -1 where
+            there is none; "id": str, the example's name in messages: a path, "shard#record", or the data set's own.
+
+        Raises:
+            IndexError: outside 0 … len - 1.
+            DataError: when the stored bytes cannot be read. Images that do not decode are found by the reader.
+        """
+
+
+def check_source(block: Block, path: str) -> Any:
+    """Check the block of a data source and return it as its frozen dataclass; touches no file.
+
+    Args:
+        block: `data=dict(name="imagenet2012", split="train[:99%]", …)`; `name` decides which keys there are.
+        path: where the block stands, for errors, e.g. "config.input.data".
+
+    Raises:
+        ConfigError: on an unknown key, an ill-typed value or a split that cannot be read.
+    """
+    return _kind(block, path).check(plain(block), path)
+
+
+def open_source(block: Block, path: str) -> Source:
+    """Check the block of a data source and open it.
+
+    Args:
+        block, path: as in `check_source`.
+
+    Raises:
+        ConfigError: on a wrong setting: data not prepared, no such split, an empty selection.
+        DataError: when what is stored is damaged.
+    """
+    return _kind(block, path).open_source(check_source(block, path), path)
+
+
+def _kind(block: Block, path: str) -> ModuleType:
+    block = plain(block)
+    name = block.get("name") if isinstance(block, dict) else None
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{path}.name", f"required: {', '.join(KINDS)}, or a dataset of TFDS; got {name!r}")
+    return importlib.import_module(f"cb_vit.datasets.{KINDS.get(name, 'tfds')}")
+
+
+class Span(NamedTuple):
+    """Examples `start` … `stop - 1` of the split or file called `name`."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Spans:
+    """Spans laid end to end; answers where the i-th example of the whole lies."""
+
+    def __init__(self, spans: Iterable[Span]):
+        self.spans = tuple(span for span in spans if span.stop > span.start)
+        self._ends = list(itertools.accumulate(span.stop - span.start for span in self.spans))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def locate(self, index: SupportsIndex) -> tuple[int, int]:
+        """`(number of the span, index within what the span names)` of the example `index`."""
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        number = bisect.bisect_right(self._ends, index)
+        return number, index - self._ends[number] + self.spans[number].stop
+
+    def refine(self, parts: Mapping[str, Sequence[tuple[str, int]]]) -> Spans:
+        """The same examples as spans of parts.
+
+        Args:
+            parts: for each split the files that hold it, in order, as `(file, number of examples)`.
+        """
+        refined = []
+        for name, start, stop in self.spans:
+            first = 0
+            for part, length in parts[name]:
+                refined.append(Span(part, max(start - first, 0), min(stop - first, length)))
+                first += length
+        return Spans(refined)
+
+
+def check_split(spec: str, path: str = "split") -> None:
+    """Refuse a split that cannot be read, whatever the data.
+
+    Raises:
+        ConfigError: at `path`.
+    """
+    if not re.fullmatch(r"[\w-]+", spec):  # a plain name needs no import of TFDS
+        _instruction(spec, path)
+
+
+def splits_of(spec: str, available: Iterable[str], path: str) -> tuple[str, ...]:
+    """The splits that `spec` draws from; one that does not exist is a `ConfigError` at `path`."""
+    available = tuple(available)
+    names = [part.strip().split("[")[0] for part in spec.split("+")]
+    if "all" in names and "all" not in available:
+        return available
+    for name in names:
+        if name not in available:
+            listed = ", ".join(available) or "none"
+            raise ConfigError(path, f"no split {name!r} in {spec!r}{suggest(name, available)} Splits: {listed}")
+    return tuple(dict.fromkeys(names))
+
+
+def select(spec: str, lengths: Mapping[str, Sequence[int]], path: str) -> Spans:
+    """The examples that a split like `train[:99%]`, `train[10%:20%]+test` or `train` names.
+
+    The language and its rounding are TFDS's (https://www.tensorflow.org/datasets/splits), for every kind of source.
+
+    Args:
+        spec: the split.
+        lengths: for each split the number of examples in each of its shards.
+        path: where the split is set, for errors.
+
+    Raises:
+        ConfigError: at `path`, for an unknown split, a slice that does not fit, or one that selects nothing.
+    """
+    if spec in lengths:
+        spans = [Span(spec, 0, sum(lengths[spec]))]
+    else:
+        splits_of(spec, lengths, path)
+        sizes = {k: SimpleNamespace(num_examples=sum(v), shard_lengths=list(v)) for k, v in lengths.items()}
+        try:
+            parts = _instruction(spec, path).to_absolute(sizes)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(path, f"cannot take {spec!r}: {error}") from None
+        total = {k: v.num_examples for k, v in sizes.items()}
+        spans = [Span(p.splitname, p.from_ or 0, total[p.splitname] if p.to is None else p.to) for p in parts]
+    chosen = Spans(spans)
+    if not len(chosen):
+        sizes_text = ", ".join(f"{name} {sum(length)}" for name, length in lengths.items())
+        raise ConfigError(path, f"{spec!r} selects no example; examples in each split: {sizes_text}")
+    return chosen
+
+
+def allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files so that `count` shards fit (the usual limit is 1024)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 1024 if hard == resource.RLIM_INFINITY else min(count + 1024, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _instruction(spec: str, path: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.core.ReadInstruction.from_spec(spec)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else "not a split"
+        raise ConfigError(path, f"cannot read {spec!r}: {reason}; write it as 'train[:99%]' or 'train+test'") from None

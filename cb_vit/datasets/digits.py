@@ -1,0 +1,173 @@
+"""scikit-learn's digits: 1 797 real scans of handwritten digits, 8×8 pixels, prepared as a TFDS data set on first use.
+
+The images are the test part of the "Optical Recognition of Handwritten Digits" set of the UCI repository (E. Alpaydin
+and C. Kaynak, Boğaziçi University, 1998, https://doi.org/10.24432/C50P49, CC BY 4.0): 13 people's digits, scanned as
+32×32 bitmaps and reduced to 8×8 counts, 0 … 16, of inked pixels. scikit-learn carries them, so nothing is downloaded.
+
+Here a count x is the grey level round(x·255/16), stored as a PNG [8, 8, 1]; the id of an example is its number in
+`sklearn.datasets.load_digits()`, with four digits. The set has no split of its own. Ours: the first 360 entries of
+`np.random.RandomState(0).permutation(1797)` are "test", the other 1 437 "train".
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import io
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from cb_vit.config import ConfigError, parse
+from cb_vit.datasets import tfds as prepared
+from cb_vit.datasets.core import check_split
+from cb_vit.io import as_path, is_local
+
+logger = logging.getLogger(__name__)
+NAME, VERSION = "sklearn_digits", "1.0.0"
+NUM_TEST = 360
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DigitsConfig:
+    """scikit-learn's digits.
+
+    Attributes:
+        name: "digits".
+        split: "train" (1 437 images), "test" (360), or a part.
+        data_dir: where the prepared copy is kept, by default with TFDS's others.
+    """
+
+    name: str
+    split: str
+    data_dir: str | None = None
+
+    def __post_init__(self):
+        check_split(self.split)
+        if self.data_dir and not is_local(self.data_dir):
+            raise ConfigError("data_dir", f"digits is prepared on a local or mounted disk, got {self.data_dir!r}")
+
+
+def check(block: Mapping[str, Any], path: str) -> DigitsConfig:
+    """The block as a checked `DigitsConfig`."""
+    return parse(DigitsConfig, block, path)
+
+
+def open_source(config: DigitsConfig, path: str) -> prepared.TfdsSource:
+    """Open the prepared copy, after preparing it if there is none.
+
+    Raises:
+        ConfigError: under `path`: the folder cannot be written, unknown split.
+    """
+    data_dir = os.fspath(as_path(config.data_dir or prepared.default_data_dir()))
+    if not is_local(data_dir):
+        raise ConfigError(f"{path}.data_dir", f"digits is prepared on a local disk and TFDS_DATA_DIR is {data_dir}; "
+                                              f"set {path}.data_dir")
+    if not _complete(data_dir):
+        try:
+            prepare(data_dir)
+        except OSError as error:
+            raise ConfigError(f"{path}.data_dir", f"cannot prepare digits in {data_dir}: {error.strerror or error}; "
+                                                  f"set {path}.data_dir to a folder that can be written") from None
+    reading = prepared.TfdsConfig(name=f"{NAME}:{VERSION}", split=config.split, data_dir=data_dir, id_key="id")
+    return prepared.open_folder(as_path(_folder(data_dir)), reading, path)
+
+
+def prepare(data_dir: str) -> None:
+    """Write the data set into `data_dir` unless it is there, whole or not at all.
+
+    Safe for several processes at once: one works, the others wait. What a killed one left behind is removed.
+
+    Raises:
+        OSError: when the folder cannot be written.
+    """
+    os.makedirs(data_dir, exist_ok=True)
+    with _lock(os.path.join(data_dir, f".{NAME}.lock")) as alone:
+        if _complete(data_dir):
+            return
+        if alone:
+            _remove_leftovers(data_dir)
+        try:
+            _build(data_dir)
+        except Exception:
+            if not _complete(data_dir):  # without a lock, another process may have been first
+                raise
+
+
+def _folder(data_dir: str) -> str:
+    return os.path.join(data_dir, NAME, VERSION)
+
+
+def _complete(data_dir: str) -> bool:
+    # TFDS works in a folder "incomplete.…" and renames it at the end: one with this name is whole.
+    return os.path.exists(os.path.join(_folder(data_dir), "dataset_info.json"))
+
+
+def _remove_leftovers(data_dir: str) -> None:
+    home = os.path.join(data_dir, NAME)
+    for name in os.listdir(home) if os.path.isdir(home) else []:
+        if name.startswith("incomplete.") or name == VERSION:
+            shutil.rmtree(os.path.join(home, name))
+
+
+@contextlib.contextmanager
+def _lock(path: str) -> Iterator[bool]:
+    """Hold a lock that the system frees when its owner dies; False if the disk cannot lock."""
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): several processes may prepare the digits at once", path, error)
+            yield False
+        else:
+            yield True
+
+
+def _build(data_dir: str) -> None:
+    import tensorflow_datasets as tfds
+    from sklearn.datasets import load_digits
+
+    class Info(tfds.core.DatasetInfo):
+        """Without asking a bucket for a description: that leaves an empty folder in $TMPDIR, and needs a network."""
+
+        def initialize_from_bucket(self) -> None:
+            """Nothing to ask for."""
+
+    class SklearnDigits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version(VERSION)
+        name = NAME
+        url_infos = None  # nothing is downloaded; looking for checksums needs importlib_resources
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            return Info(builder=self, description=__doc__, features=tfds.features.FeaturesDict({
+                "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
+                "label": tfds.features.ClassLabel(names=[str(digit) for digit in range(10)]),
+                "id": tfds.features.Text()}))
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            order = np.random.RandomState(0).permutation(1797)
+            return {"train": self._generate_examples(order[NUM_TEST:]),
+                    "test": self._generate_examples(order[:NUM_TEST])}
+
+        def _generate_examples(self, numbers: np.ndarray) -> Iterator[tuple[str, dict[str, Any]]]:
+            digits = load_digits()
+            for number in numbers:
+                name = f"{number:04d}"
+                image = _png(np.round(digits.images[number] * 255 / 16).astype(np.uint8))
+                yield name, {"image": image, "label": int(digits.target[number]), "id": name}
+
+    SklearnDigits(data_dir=data_dir).download_and_prepare(file_format="array_record")
+
+
+def _png(image: np.ndarray) -> io.BytesIO:
+    """A file object, for TFDS encodes arrays with TensorFlow."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    buffer.seek(0)
+    return buffer

@@ -1,0 +1,238 @@
+"""Image classification sets that TFDS has prepared, as array_record or TFRecord; read without TensorFlow.
+
+Everything is read from the prepared folder (`NAME/[CONFIG/]VERSION` with its dataset_info.json and features.json), so
+neither the code of the data set nor TensorFlow is needed. Images stay encoded; pipelines decode them.
+"""
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol, SupportsIndex
+
+from etils import epath
+
+from cb_vit.config import ConfigError, parse
+from cb_vit.datasets.arrayrecord import ArrayRecords
+from cb_vit.datasets.core import KINDS, DataError, Spans, check_split, select
+from cb_vit.datasets.tfrecord import TFRecords, index_files
+from cb_vit.io import as_path
+from cb_vit.registry import suggest
+
+VERSION = re.compile(r"\d+\.\d+\.\d+")
+NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.-]+))?(:(?P<version>[\d*]+\.[\d*]+\.[\d*]+))?")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TfdsConfig:
+    """A data set of TFDS.
+
+    Attributes:
+        name: "imagenet2012", "imagenet2012:5.1.0", "imagenet_v2/matched-frequency:3.0.0"; without a version the
+            newest that is prepared, `*` stands for any number.
+        split: "train", "train[:99%]", "train[10%:20%]+test" …
+        data_dir: folder of prepared data sets, local or in a bucket; by default $TFDS_DATA_DIR, else
+            ~/tensorflow_datasets.
+        image_key: the feature with the image.
+        label_key: the feature with the class.
+        id_key: a text feature that names the example, such as "file_name"; None: shard and record.
+    """
+
+    name: str
+    split: str
+    data_dir: str | None = None
+    image_key: str = "image"
+    label_key: str = "label"
+    id_key: str | None = None
+
+    def __post_init__(self):
+        if not NAME.fullmatch(self.name):
+            raise ConfigError("name", f"cannot read {self.name!r}; write NAME, NAME/CONFIG or NAME:1.2.3")
+        check_split(self.split)
+
+
+def check(block: Mapping[str, Any], path: str) -> TfdsConfig:
+    """The block as a checked `TfdsConfig`."""
+    return parse(TfdsConfig, block, path)
+
+
+def default_data_dir() -> str:
+    """Where TFDS keeps prepared data sets."""
+    return os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets"))
+
+
+def open_source(config: TfdsConfig, path: str) -> TfdsSource:
+    """Open a prepared data set.
+
+    Raises:
+        ConfigError: under `path`: not prepared, unknown split, not image classification.
+        DataError: when files are missing or damaged.
+    """
+    return open_folder(find_folder(config, path), config, path)
+
+
+def open_folder(folder: epath.Path, config: TfdsConfig, path: str) -> TfdsSource:
+    """Open what TFDS has prepared in `folder`, whatever its name; errors as in `open_source`."""
+    import tensorflow_datasets as tfds
+
+    try:
+        info = tfds.builder_from_directory(folder).info
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise DataError(f"{folder}: the description of the prepared data cannot be read: {error}") from error
+    label = _check_features(info.features, folder, config, path)
+    lengths = {name: split.shard_lengths for name, split in info.splits.items()}
+    spans = select(config.split, lengths, f"{path}.split").refine({
+        name: list(zip(map(os.fspath, split.filepaths), split.shard_lengths, strict=True))
+        for name, split in info.splits.items()})
+    counts = {os.fspath(file): count for split in info.splits.values()
+              for file, count in zip(split.filepaths, split.shard_lengths, strict=True)}
+    files = list(dict.fromkeys(span.name for span in spans.spans))
+    records = _open_records(info.file_format.value, files, [counts[file] for file in files], folder, path)
+    return TfdsSource(folder, spans, records, config, label.num_classes, tuple(label.names))
+
+
+class Records(Protocol):
+    """The serialized records of some files."""
+
+    paths: tuple[str, ...]
+
+    def read(self, file: int, record: int) -> bytes:
+        """Record `record` of file number `file`."""
+
+
+class TfdsSource:
+    """A `core.Source` over prepared files of TFDS.
+
+    Args:
+        folder: the prepared folder, for the description of features.
+        spans: which records of which files.
+        records: reads those files.
+        config: says which features to read.
+        num_classes: number of classes.
+        class_names: their names.
+    """
+
+    def __init__(self, folder: epath.Path, spans: Spans, records: Records, config: TfdsConfig, num_classes: int,
+                 class_names: tuple[str, ...] | None):
+        self.folder, self.spans, self.records, self.config = os.fspath(folder), spans, records, config
+        self.num_classes, self.class_names = num_classes, class_names
+        numbers = {file: number for number, file in enumerate(records.paths)}
+        self._files = [numbers[span.name] for span in spans.spans]
+        self._features = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_features": None}
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        span, record = self.spans.locate(index)
+        file = self._files[span]
+        data = self.records.read(file, record)
+        where = f"{os.path.basename(self.records.paths[file])}#{record}"
+        try:
+            example = self._parse(data)
+            image, label = example[self.config.image_key], int(example[self.config.label_key])
+            if not isinstance(image, bytes):
+                raise ValueError(f"{self.config.image_key} is no encoded image but {type(image).__name__}")
+            if not -1 <= label < self.num_classes:  # TFDS writes -1 where the label is not public
+                raise ValueError(f"{self.config.label_key} {label} is outside 0 … {self.num_classes - 1}")
+        except Exception as error:  # the parser raises what it stumbles over in damaged bytes
+            raise DataError(f"{os.path.join(self.folder, where)}: {type(error).__name__}: {error}") from error
+        name = example[self.config.id_key] if self.config.id_key else where
+        return {"image": image, "label": label, "id": name.decode() if isinstance(name, bytes) else str(name)}
+
+    def _parse(self, data: bytes) -> dict[str, Any]:
+        if self._features is None:
+            import tensorflow_datasets as tfds
+
+            every = tfds.features.FeatureConnector.from_config(self.folder)
+            keys = [self.config.image_key, self.config.label_key, self.config.id_key]
+            # Only these are parsed: other features may be large, or need TensorFlow.
+            features = tfds.features.FeaturesDict({key: every[key] for key in keys if key})
+            self._features = features, {self.config.image_key: tfds.decode.SkipDecoding()}
+        features, decoders = self._features
+        return features.deserialize_example_np(data, decoders=decoders)
+
+
+def _open_records(form: str, files: list[str], counts: list[int], folder: epath.Path, path: str) -> Records:
+    if form == "tfrecord":
+        return TFRecords(files, index_files(files, counts))
+    if form != "array_record":
+        raise ConfigError(f"{path}.name", f"{folder} is stored as {form}; array_record and tfrecord can be read")
+    return ArrayRecords(files)
+
+
+def _check_features(features: Any, folder: epath.Path, config: TfdsConfig, path: str) -> Any:
+    """The label's feature, if image and label are what image classification needs."""
+    import tensorflow_datasets as tfds
+
+    there = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items())
+    wanted = {"image_key": tfds.features.Image, "label_key": tfds.features.ClassLabel, "id_key": object}
+    for setting, kind in wanted.items():
+        key = getattr(config, setting)
+        if key is not None and not (key in features and isinstance(features[key], kind)):
+            needs = f"no feature {key!r}" if kind is object else f"no {kind.__name__} feature {key!r}"
+            raise ConfigError(f"{path}.{setting}", f"{folder} has {needs}; it has {there}")
+    if features[config.image_key].np_dtype != "uint8":
+        raise ConfigError(f"{path}.image_key", f"{config.image_key!r} holds {features[config.image_key].np_dtype} "
+                                               f"pixels; only uint8 images can be read")
+    if features[config.label_key].num_classes is None:
+        raise ConfigError(f"{path}.label_key", f"{config.label_key!r} does not say how many classes there are")
+    return features[config.label_key]
+
+
+def find_folder(config: TfdsConfig, path: str) -> epath.Path:
+    """The folder of the prepared data set, `DATA_DIR/NAME/[CONFIG/]VERSION`.
+
+    Raises:
+        ConfigError: when it is not there, with the command that prepares it.
+    """
+    name, sub, version = NAME.fullmatch(config.name).group("name", "config", "version")
+    data_dir = as_path(config.data_dir or default_data_dir())
+    home = data_dir / name
+    if sub is None and not _versions(home, None):
+        sub = _default_config(home)
+    versions = _versions(home / sub if sub else home, version)
+    if not versions:
+        raise ConfigError(f"{path}.name", _not_prepared(config, data_dir, home, path))
+    return (home / sub if sub else home) / versions[-1]
+
+
+def _versions(folder: epath.Path, pattern: str | None) -> list[str]:
+    """Prepared versions, oldest first."""
+    names = [entry for entry in _entries(folder) if VERSION.fullmatch(entry) and fnmatch.fnmatch(entry, pattern or "*")]
+    names = [name for name in names if (folder / name / "features.json").exists()]
+    return sorted(names, key=lambda name: [int(number) for number in name.split(".")])
+
+
+def _entries(folder: epath.Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _default_config(home: epath.Path) -> str | None:
+    """The configuration that TFDS noted as the data set's default, if any."""
+    try:
+        return json.loads((home / ".config" / "metadata.json").read_text()).get("default_config_name")
+    except (OSError, ValueError):
+        return None
+
+
+def _not_prepared(config: TfdsConfig, data_dir: epath.Path, home: epath.Path, path: str) -> str:
+    there = [entry for entry in _entries(home) if (home / entry).is_dir() and not entry.startswith(".")]
+    versions = [f"{config.name.split(':')[0]}:{entry}" for entry in there if VERSION.fullmatch(entry)]
+    configs = [f"{home.name}/{entry}" for entry in there if not VERSION.fullmatch(entry)]
+    found = f"; found there: {', '.join(versions + configs)}" if there else ""
+    tars = (f" First put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into {data_dir}/downloads/manual."
+            if home.name == "imagenet2012" else "")
+    return (f"{config.name!r} is not prepared in {data_dir}{found}{suggest(config.name, KINDS)} "
+            f"Prepare it once, where TensorFlow may be installed: pip install tensorflow importlib_resources && "
+            f"tfds build {config.name.split(':')[0]} --file_format=array_record --data_dir={data_dir}.{tars} "
+            f"A copy elsewhere: set {path}.data_dir or TFDS_DATA_DIR")

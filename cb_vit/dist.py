@@ -1,0 +1,120 @@
+"""Processes, devices and global arrays: one mesh, and who holds which rows of a batch."""
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from cb_vit.config import ConfigError
+
+Tree = Any
+
+
+def initialize() -> None:
+    """Join the processes of a pod or cluster, where there is one; call before any other use of JAX.
+
+    Joins when `JAX_COORDINATOR_ADDRESS` (with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`) is set, under
+    SLURM or Open MPI with several tasks, and on Cloud TPU, whose topology JAX finds by itself.
+    """
+    env = os.environ
+    if address := env.get("JAX_COORDINATOR_ADDRESS"):
+        ids = {}
+        for field, name in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
+            if name in env and not env[name].isdigit():
+                raise ConfigError(name, f"expected a whole number, got {env[name]!r}")
+            ids[field] = int(env[name]) if name in env else None
+        jax.distributed.initialize(address, **ids)
+    elif any(int(env.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")) or _on_tpu():
+        jax.distributed.initialize()
+
+
+def _on_tpu() -> bool:
+    devices = any(os.path.exists(path) for path in ("/dev/accel0", "/dev/vfio/0"))
+    platforms = os.environ.get("JAX_PLATFORMS", "tpu")
+    return devices and "tpu" in platforms and importlib.util.find_spec("libtpu") is not None
+
+
+def create_mesh(
+    axes: Sequence[tuple[str, int]],
+    allow_split_physical_axes: bool = False,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """The device mesh of a run, with Auto axis types.
+
+    Args:
+        axes: (name, size) pairs, outermost first, as in `config.mesh`; one size may be -1: the rest.
+        allow_split_physical_axes: lets a logical axis take part of a physical one (TPU tori).
+        devices: default: all devices of all processes.
+
+    Raises:
+        ConfigError: at "config.mesh" when the sizes do not make up the devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    names, sizes = [name for name, _ in axes], [size for _, size in axes]
+    known = math.prod(size for size in sizes if size != -1)
+    if len(set(names)) < len(names) or sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise ConfigError("config.mesh", f"needs distinct names and sizes of 1 or more, at most one -1; got {axes}")
+    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+        raise ConfigError("config.mesh", f"{list(axes)} does not make up the {len(devices)} devices here; "
+                                         "let one axis be -1, or change the sizes")
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=allow_split_physical_axes)
+    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def batch_sharding(mesh: Mesh, axes: str | Sequence[str]) -> NamedSharding:
+    """Sharding of a batch: its leading axis over the mesh axes `axes`, all else replicated."""
+    return NamedSharding(mesh, PartitionSpec(tuple([axes] if isinstance(axes, str) else axes)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that this process's devices hold, ascending, without repeats.
+
+    Asked of the sharding, not computed from `process_index`: TPU meshes permute processes, and
+    hosts that share a model-parallel group hold the same rows.
+    """
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
+
+
+def to_global(local: Tree, rows: np.ndarray, sharding: NamedSharding, batch_size: int) -> Tree:
+    """The global batch of which this process holds `rows`.
+
+    Args:
+        local: arrays [len(rows) ...], one per leaf: the rows this process loaded, in the order of `rows`.
+        rows: as `local_rows` gives them.
+        sharding: as `batch_sharding` gives it.
+        batch_size: rows of the global batch.
+    """
+    def build(array: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(batch_size)
+            start = int(np.searchsorted(rows, first))
+            return array[start:start + last - first]
+
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, shard)
+
+    return jax.tree.map(build, local)
+
+
+def sync(name: str) -> None:
+    """Wait until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def agree(flag: bool) -> bool:
+    """The first process's `flag`, on all of them."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))

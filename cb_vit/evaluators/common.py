@@ -1,0 +1,99 @@
+"""What evaluators share: their settings, and building them from `config.evals`.
+
+An evaluator is a module of this room with a `Config` and an `Evaluator`:
+
+    Evaluator(predict_fn, *, config, source, preprocess, sharding)
+    Evaluator.run(train_state) -> yields (metric name, value)
+
+`predict_fn(train_state, images)` → (logits, out) is pure; evaluators jit it with their own arithmetic.
+"""
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from cb_vit import datasets
+from cb_vit.config import ConfigError, Duration, parse
+from cb_vit.pp import builder
+from cb_vit.registry import Registry
+from cb_vit.train_state import TrainState
+
+EVALUATORS = Registry("evaluator", {"classification": "cb_vit.evaluators.classification"})
+PredictFn = Callable[[TrainState, jax.Array], tuple[jax.Array, dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluatorConfig:
+    """What every block of `config.evals` may say; an evaluator's own `Config` adds to it.
+
+    Attributes:
+        type: which evaluator, e.g. "classification".
+        data: the source, as in `config.input.data`.
+        pp_fn: preprocessing, as in `config.input.pp`.
+        log: how often, e.g. `log_epochs=1`; also always at the last step.
+        batch_size: examples in a global batch; None: that of training.
+        prefix: put before its metrics' names; None: the block's name and "/".
+        skip_errors: leave an unreadable image out instead of failing.
+    """
+
+    type: str
+    data: dict[str, Any]
+    pp_fn: str
+    log: Duration
+    batch_size: int | None = None
+    prefix: str | None = None
+    skip_errors: bool = False
+
+
+def parse_evals(evals: Mapping[str, Mapping[str, Any]], path: str = "config.evals") -> dict[str, EvaluatorConfig]:
+    """The checked settings of every evaluator, by name.
+
+    Raises:
+        ConfigError: names the block and field that cannot work.
+    """
+    configs = {}
+    for name, block in evals.items():
+        where = f"{path}.{name}"
+        if not isinstance(block, Mapping) or "type" not in block:
+            raise ConfigError(f"{where}.type", f"required and not set; choices: {', '.join(EVALUATORS)}")
+        config = parse(_module(block["type"], f"{where}.type").Config, block, where)
+        datasets.check_source(config.data, f"{where}.data")
+        builder.build(config.pp_fn, f"{where}.pp_fn")
+        configs[name] = config
+    return configs
+
+
+def build(
+    name: str, config: EvaluatorConfig, *, predict_fn: PredictFn, sharding: NamedSharding, batch_size: int,
+    num_classes: int, path: str = "config.evals",
+) -> Any:
+    """One evaluator, its data opened.
+
+    Args:
+        name: its name in `config.evals`.
+        config: its settings.
+        predict_fn: (train_state, images) → (logits, out).
+        sharding: of a batch.
+        batch_size: of training, for evaluators that name none of their own.
+        num_classes: of the model.
+        path: where the evaluators stand in the config, for errors.
+    """
+    config = dataclasses.replace(config, batch_size=config.batch_size or batch_size,
+                                 prefix=f"{name}/" if config.prefix is None else config.prefix)
+    where = f"{path}.{name}"
+    source = datasets.open_source(config.data, f"{where}.data")
+    preprocess = builder.build(config.pp_fn, f"{where}.pp_fn")
+    if preprocess.num_classes not in (None, num_classes):
+        raise ConfigError(f"{where}.pp_fn", f"onehot has {preprocess.num_classes} classes, the model {num_classes}")
+    return _module(config.type, where).Evaluator(
+        predict_fn, config=config, source=source, preprocess=preprocess, sharding=sharding)
+
+
+def _module(kind: str, path: str) -> ModuleType:
+    return importlib.import_module(EVALUATORS.pick(kind, path))

@@ -1,0 +1,254 @@
+"""From a data source to global batches on the devices.
+
+The order of examples, and every random draw made for one, is a pure function of (seed, position in the
+global order): position p of step s is s·batch_size + p, and shuffling, repeating and augmenting are
+Grain `MapDataset` transformations addressed by it. A process then loads just the rows that its devices
+hold. So the batches are the same for any number of processes, workers or devices, the data position of a
+run *is* its step, and no iterator state is ever stored.
+"""
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from cb_vit import dist
+from cb_vit.config import ConfigError
+from cb_vit.datasets.core import DataError, Source
+from cb_vit.pp.builder import Preprocess
+
+logger = logging.getLogger(__name__)
+Example = dict[str, np.ndarray]
+Spec = dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and dtype of each array of an example
+PADDING = -1  # position in the source of a row that only fills up a batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """The block `config.input`.
+
+    Attributes:
+        data: the source; `name` picks it, the other keys are the source's own (`docs/data.md`).
+        batch_size: examples in a global batch.
+        pp: preprocessing of an example, e.g. "decode|inception_crop(224)|flip_lr|value_range(-1,1)|onehot(1000)".
+        num_workers: processes that load and augment, on each host; 0: threads of the main process.
+        num_threads: threads that load and augment, in each of these processes.
+        prefetch: batches made ahead.
+        skip_errors: keep the row of an unreadable image, masked out of loss and metrics, instead of failing.
+    """
+
+    data: dict[str, Any]
+    batch_size: int
+    pp: str
+    num_workers: int = 0
+    num_threads: int = min(16, os.cpu_count() or 1)
+    prefetch: int = 2
+    skip_errors: bool = False
+
+    def __post_init__(self):
+        for name, least in (("batch_size", 1), ("num_workers", 0), ("num_threads", 1), ("prefetch", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(name, f"must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """How one example is loaded; called by Grain in threads and worker processes.
+
+    Attributes:
+        source: the raw examples.
+        preprocess: the host part of it is run.
+        spec: shape and dtype of each array of an example, for rows that hold none.
+        skip_errors: mask a broken example instead of failing.
+    """
+
+    source: Source
+    preprocess: Preprocess
+    spec: Spec
+    skip_errors: bool
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Example:
+        """The example at `index` of the source, and "_mask": whether it is one."""
+        if index == PADDING:
+            return self._blank()
+        try:
+            return load_example(self.source, self.preprocess, index, rng) | {"_mask": np.True_}
+        except DataError as error:
+            if not self.skip_errors:
+                raise
+            logger.warning("skipped: %s", error)
+            return self._blank()
+
+    def _blank(self) -> Example:
+        return {name: np.zeros(shape, dtype) for name, (shape, dtype) in self.spec.items()} | {"_mask": np.False_}
+
+
+def load_example(source: Source, preprocess: Preprocess, index: int, rng: np.random.Generator) -> Example:
+    """One example through the host part of preprocessing.
+
+    Raises:
+        DataError: names the example that cannot be read or decoded.
+    """
+    try:
+        features = source[index]
+    except (OSError, ValueError) as error:
+        raise DataError(f"example {index}: {error}") from error
+    try:
+        return preprocess.host(features, rng)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise DataError(f"{features.get('id', index)}: {error}") from error
+
+
+def example_spec(source: Source, preprocess: Preprocess, skip_errors: bool) -> Spec:
+    """Shapes and dtypes of a preprocessed example, from the first one that can be read."""
+    attempts = min(len(source), 100 if skip_errors else 1)
+    for index in range(attempts):
+        try:
+            example = load_example(source, preprocess, index, np.random.default_rng(0))
+        except DataError:
+            if index + 1 == attempts:
+                raise
+        else:
+            return {name: (array.shape, array.dtype) for name, array in example.items()}
+    raise DataError("the data source is empty")
+
+
+class _Rows(grain.MapDataset):
+    """Of an endless global order, the rows that one process loads, batch after batch."""
+
+    def __init__(self, parent: grain.MapDataset, rows: np.ndarray, batch_size: int, steps: int):
+        super().__init__(parent)
+        self._rows, self._batch_size, self._steps = rows, batch_size, steps
+
+    def __len__(self) -> int:
+        return self._steps * len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        step, row = divmod(index, len(self._rows))
+        return self._parent[step * self._batch_size + int(self._rows[row])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Batches of one source, for one process of a run.
+
+    Attributes:
+        config: `config.input`, or an evaluator's.
+        source: the raw examples.
+        preprocess: parsed `pp`.
+        rows: rows of a global batch that this process loads, see `dist.local_rows`.
+    """
+
+    config: InputConfig
+    source: Source
+    preprocess: Preprocess
+    rows: np.ndarray
+
+    def train(self, seed: int, start_step: int, total_steps: int) -> Iterator[Example]:
+        """Batches [len(rows) ...] of steps `start_step` to `total_steps` - 1.
+
+        Each epoch is a permutation of its own of all examples; epochs follow each other without a
+        gap, so a batch may hold the end of one and the beginning of the next.
+        """
+        order = grain.MapDataset.range(len(self.source)).shuffle(seed=_fold(seed, "shuffle")).repeat()
+        return self._batches(order, _fold(seed, "augment"), start_step, total_steps)
+
+    def evaluate(self) -> Iterator[Example]:
+        """Every example exactly once, in the source's order; the last batch is filled up with masked rows."""
+        size = self.config.batch_size
+        steps = -(-len(self.source) // size)
+        index = grain.MapDataset.range(steps * size).map(_PadAfter(len(self.source)))
+        return self._batches(index, 0, 0, steps)
+
+    def _batches(self, order: grain.MapDataset, seed: int, start_step: int, total_steps: int) -> Iterator[Example]:
+        cfg = self.config
+        spec = example_spec(self.source, self.preprocess, cfg.skip_errors)
+        loader = Loader(self.source, self.preprocess, spec, cfg.skip_errors)
+        examples = order.random_map(loader, seed=seed)
+        batches = _Rows(examples, self.rows, cfg.batch_size, total_steps).batch(len(self.rows))[start_step:]
+        if not len(batches):
+            return iter(())
+        ahead = max(cfg.prefetch, cfg.num_threads)
+        ds = batches.to_iter_dataset(grain.ReadOptions(num_threads=cfg.num_threads, prefetch_buffer_size=ahead))
+        if cfg.num_workers:
+            _allow_unparsed_flags()
+            workers = min(cfg.num_workers, len(batches))
+            options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=cfg.prefetch)
+            ds = ds.mp_prefetch(options, worker_init_fn=_DieWithParent(os.getpid()))
+        return iter(ds)
+
+
+def to_device(batches: Iterator[Example], rows: np.ndarray, sharding: NamedSharding, batch_size: int,
+              ahead: int = 2) -> Iterator[dict[str, jax.Array]]:
+    """Global batches on the devices, `ahead` of them under way while one is computed on.
+
+    Args:
+        batches: this process's rows of each batch, as `Pipeline` yields them.
+        rows: which rows these are.
+        sharding: of a batch.
+        batch_size: rows of a global batch.
+        ahead: batches sent before they are asked for.
+    """
+    sent: collections.deque[dict[str, jax.Array]] = collections.deque()
+    for batch in itertools.chain(batches, itertools.repeat(None)):
+        if batch is not None:
+            sent.append(dist.to_global(batch, rows, sharding, batch_size))
+        elif not sent:
+            return
+        if batch is None or len(sent) > ahead:
+            yield sent.popleft()
+
+
+@dataclasses.dataclass(frozen=True)
+class _PadAfter:
+    """Positions past the end of a source are padding."""
+
+    length: int
+
+    def __call__(self, index: int) -> int:
+        return index if index < self.length else PADDING
+
+
+@dataclasses.dataclass(frozen=True)
+class _DieWithParent:
+    """Ends a worker when its parent is gone: Grain's own workers outlive a parent that was killed."""
+
+    parent: int
+
+    def __call__(self, worker: int, workers: int) -> None:
+        logging.basicConfig(level=logging.WARNING)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while os.getppid() == self.parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+
+def _allow_unparsed_flags() -> None:
+    """Grain hands its absl flags to its workers, parsed or not: in a notebook nobody has parsed them."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _fold(seed: int, stream: str) -> int:
+    """A 32-bit seed for one stream; hashed, since Grain adds the epoch to it and neighbours would share orders."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:4], "little")

@@ -1,0 +1,271 @@
+"""From big_vision's flat optimiser keys to one optax transformation.
+
+With g the gradient of a parameter p and t completed steps, an update is, in this order,
+
+    g ← 0                                          where p is frozen: no update, no optimiser state, no share in ‖g‖
+    g ← g · min(1, grad_clip_norm / ‖g‖)           one norm over all trainable parameters (arXiv 1211.5063)
+    u ← optax_name(g)                              for example Adam's direction (arXiv 1412.6980)
+    u ← u + weight_decay · wd_mult · p             decoupled (AdamW)
+    p ← p - lr · lr_mult · schedule(t) · u
+
+so weight decay is multiplied by the learning rate, as in PyTorch's and optax's AdamW and in the DeiT recipes. In
+big_vision, as in the AdamW paper (arXiv 1711.05101, algorithm 2), it is not: its `wd` is our `weight_decay · lr`.
+
+All rules go by name: `(regex, value)` pairs, the regex matches the whole name, the first match wins. The optimiser
+state holds trees with the parameters' names at the end of its own, so one regex serves both for sharding.
+"""
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cb_vit import schedules as schedules_lib
+from cb_vit.config import ConfigError, convert
+from cb_vit.registry import Registry, suggest
+from cb_vit.schedules import Schedule, ScheduleConfig
+from cb_vit.tree import Tree, check_rules, first_match, flatten_with_names, map_with_names
+
+# The first four are for line searches or need the loss itself; the others would apply a learning rate twice.
+_UNFIT = ("scale_by_backtracking_linesearch", "scale_by_zoom_linesearch", "scale_by_lbfgs", "scale_by_polyak",
+          "scale_by_learning_rate", "scale_by_rprop", "scale_by_schedule")
+TRANSFORMATIONS: Registry[Callable[..., optax.GradientTransformation]] = Registry("optax transformation", {
+    name: getattr(optax, name) for name in dir(optax)
+    if (name.startswith("scale_by_") or name in ("trace", "identity")) and name not in _UNFIT})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimiserConfig:
+    """The optimiser's keys, which stand flat at the top of a config; the schema of the whole config inherits them.
+
+    A subclass with a `__post_init__` of its own calls `super().__post_init__()`.
+
+    Attributes:
+        lr: peak learning rate.
+        lr_reference_batch: if set, the peak is `lr · batch_size / lr_reference_batch` (arXiv 1706.02677); DeiT: 512.
+        lr_mults: `(regex, multiplier)`; parameters without a match have 1.
+        weight_decay: AdamW's, multiplied by the learning rate.
+        wd_mults: `(regex, multiplier)`; parameters without a match are not decayed. The default decays every kernel,
+            those of `embedding` and `head` too, and spares biases, norms, `cls`, `pos_embedding`, `context_scale`
+            and `gamma`.
+        schedule: one schedule, or `(regex, schedule or None)` pairs that cover every parameter; None freezes.
+        grad_clip_norm: largest global norm of the gradient; None: no clipping.
+        optax_name: the transformation of the gradient, one of `TRANSFORMATIONS`.
+        optax: its keyword arguments, e.g. `dict(b2=0.95, mu_dtype="bfloat16")`.
+        wd: a trap for big_vision's weight decay; always an error.
+    """
+
+    lr: float
+    lr_reference_batch: int | None = None
+    lr_mults: tuple[tuple[str, float], ...] = ()
+    weight_decay: float = 0.0
+    wd_mults: tuple[tuple[str, float], ...] = ((".*/kernel", 1.0),)
+    schedule: tuple[tuple[str, ScheduleConfig | None], ...] | ScheduleConfig = ScheduleConfig()
+    grad_clip_norm: float | None = None
+    optax_name: str = "scale_by_adam"
+    optax: dict[str, Any] = dataclasses.field(default_factory=dict)
+    wd: float | None = None
+
+    def __post_init__(self):
+        for name in ("lr", "lr_reference_batch", "grad_clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(name, f"must be a number above 0, got {value}")
+        if self.wd is not None:
+            scaled = " (lr as scaled by lr_reference_batch)" if self.lr_reference_batch else ""
+            raise ConfigError("wd", "big_vision's weight decay is not multiplied by lr; write "
+                                    f"weight_decay = wd / lr = {self.wd / self.lr:.6g}{scaled}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError("weight_decay", f"must be 0 or more, got {self.weight_decay}")
+        _check_regexes("schedule", self.schedule_rules)
+        _check_regexes("lr_mults", self.lr_mults)
+        _check_regexes("wd_mults", self.wd_mults)
+        for index, (regex, mult) in enumerate(self.lr_mults):
+            if not 0 < mult < math.inf:
+                raise ConfigError(f"lr_mults[{index}]", f"{regex!r} has multiplier {mult}, which must be above 0; "
+                                                        "to freeze, give schedule pairs with None")
+        for index, (regex, mult) in enumerate(self.wd_mults):
+            if not 0 <= mult < math.inf:
+                raise ConfigError(f"wd_mults[{index}]", f"{regex!r} has multiplier {mult}, which must be 0 or more")
+        object.__setattr__(self, "optax", _check_arguments(self.optax_name, self.optax))
+
+    @property
+    def schedule_rules(self) -> tuple[tuple[str, ScheduleConfig | None], ...]:
+        """The schedule as `(regex, schedule or None)` pairs, whichever way it was written."""
+        return ((".*", self.schedule),) if isinstance(self.schedule, ScheduleConfig) else self.schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamRule:
+    """What the optimiser does to one parameter.
+
+    Attributes:
+        name: the parameter's name.
+        shape: its shape.
+        schedule: the regex of its schedule; None: frozen.
+        lr_mult: multiplies the learning rate; 0 when frozen.
+        wd_mult: multiplies `weight_decay`; 0 when not decayed or frozen.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    schedule: str | None
+    lr_mult: float
+    wd_mult: float
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the parameter keeps its value."""
+        return self.schedule is None
+
+
+def peak_lr(cfg: OptimiserConfig, batch_size: int) -> float:
+    """The learning rate that the schedules multiply: lr, or lr · batch_size / lr_reference_batch."""
+    return cfg.lr if cfg.lr_reference_batch is None else cfg.lr * batch_size / cfg.lr_reference_batch
+
+
+def describe(cfg: OptimiserConfig, params_shapes: Tree, *, path: str = "config") -> list[ParamRule]:
+    """The rules of `cfg` settled for each parameter, in JAX's leaf order; `make` acts on exactly these.
+
+    Args:
+        cfg: the optimiser's settings.
+        params_shapes: the parameters, or `jax.eval_shape`'s answer in their place.
+        path: where the settings stand in the config, for errors.
+
+    Raises:
+        ConfigError: for a rule that matches no parameter, a parameter without a schedule, or none left to train.
+    """
+    check_rules(cfg.schedule_rules, params_shapes, f"{path}.schedule")
+    check_rules(cfg.lr_mults, params_shapes, f"{path}.lr_mults")
+    if cfg.weight_decay:
+        check_rules(cfg.wd_mults, params_shapes, f"{path}.wd_mults")
+    uncovered = object()
+    # The value of a schedule rule here is its own regex, which names the schedule; None still means frozen.
+    named = [(regex, None if block is None else regex) for regex, block in cfg.schedule_rules]
+    rules = []
+    for name, leaf in flatten_with_names(params_shapes)[0]:
+        schedule = first_match(name, named, default=uncovered)
+        if schedule is uncovered:
+            raise ConfigError(f"{path}.schedule", f"no rule covers {name!r}; end with ('.*', dict(...)), "
+                                                  "or ('.*', None) to freeze the rest")
+        moves = schedule is not None
+        rules.append(ParamRule(
+            name, tuple(leaf.shape), schedule,
+            lr_mult=first_match(name, cfg.lr_mults, 1.0) if moves else 0.0,
+            wd_mult=first_match(name, cfg.wd_mults, 0.0) if moves else 0.0))
+    if all(rule.frozen for rule in rules):
+        raise ConfigError(f"{path}.schedule", "freezes every parameter; give at least one a schedule")
+    return rules
+
+
+def make(
+    cfg: OptimiserConfig, params_shapes: Tree, *, total_steps: int, batch_size: int, examples: int | None = None,
+    path: str = "config",
+) -> tuple[optax.GradientTransformation, dict[str, Schedule]]:
+    """The optimiser and, by the regex of their rule, its schedules. The module docstring has the formulas.
+
+    The state counts completed updates in one int32 for all schedules (`optax.ScaleByScheduleState.count`), so as
+    long as each train step makes one update it equals the train state's step.
+
+    Args:
+        cfg: the optimiser's settings.
+        params_shapes: the parameters, or `jax.eval_shape`'s answer in their place.
+        total_steps: steps of the whole run.
+        batch_size: examples in a global batch.
+        examples: examples in one epoch; needed for schedule lengths in epochs.
+        path: where the settings stand in the config, for errors.
+
+    Raises:
+        ConfigError: as `describe`, and for schedules that do not fit into the run.
+    """
+    rules = {rule.name: rule for rule in describe(cfg, params_shapes, path=path)}
+    single = isinstance(cfg.schedule, ScheduleConfig)
+    schedules = {
+        regex: schedules_lib.create(
+            block, total_steps=total_steps, batch_size=batch_size, examples=examples,
+            path=f"{path}.schedule" if single else f"{path}.schedule[{index}][1]")
+        for index, (regex, block) in enumerate(cfg.schedule_rules) if block is not None}
+    frozen = map_with_names(lambda name, _: rules[name].frozen, params_shapes)
+    trainable = jax.tree.map(operator.not_, frozen)
+    update_trainable = optax.chain(
+        optax.identity() if cfg.grad_clip_norm is None else optax.clip_by_global_norm(cfg.grad_clip_norm),
+        TRANSFORMATIONS[cfg.optax_name](**cfg.optax),
+        _add_weight_decay(cfg.weight_decay, rules),
+        _scale_by_schedules(peak_lr(cfg, batch_size), schedules, rules))
+    return optax.chain(
+        optax.masked(optax.set_to_zero(), frozen), optax.masked(update_trainable, trainable)), schedules
+
+
+def _add_weight_decay(weight_decay: float, rules: Mapping[str, ParamRule]) -> optax.GradientTransformation:
+    def decayed(name: str, update: jax.Array, param: jax.Array) -> jax.Array:
+        coefficient = weight_decay * rules[name].wd_mult
+        return update + coefficient * param.astype(update.dtype) if coefficient else update
+
+    return optax.stateless(lambda updates, params: map_with_names(decayed, updates, params))
+
+
+def _scale_by_schedules(
+    lr: float, schedules: Mapping[str, Schedule], rules: Mapping[str, ParamRule],
+) -> optax.GradientTransformation:
+    """u ← -lr · lr_mult · schedule(count) · u, with one count for all schedules."""
+    def init(params: Tree) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates: Tree, state: optax.ScaleByScheduleState, params: Tree | None = None):
+        del params
+        now = {regex: schedule(state.count) for regex, schedule in schedules.items()}
+
+        def scaled(name: str, leaf: jax.Array) -> jax.Array:
+            rule = rules[name]
+            return (leaf * (-lr * rule.lr_mult * now[rule.schedule])).astype(leaf.dtype)
+
+        return map_with_names(scaled, updates), optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _check_regexes(field: str, rules: tuple[tuple[str, Any], ...]) -> None:
+    seen = set()
+    for index, (regex, _) in enumerate(rules):
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise ConfigError(f"{field}[{index}]", f"{regex!r} is not a regular expression: {error}") from None
+        if regex in seen:  # the first match wins, so the second would never be read
+            raise ConfigError(f"{field}[{index}]", f"{regex!r} is given twice; keep one")
+        seen.add(regex)
+
+
+def _check_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of transformation `name`, numbers converted, or a `ConfigError`."""
+    if name not in TRANSFORMATIONS:  # "adam" and "adamw" mean scale_by_adam
+        near = suggest(name if name.startswith("scale_by_") else f"scale_by_{name}", TRANSFORMATIONS)
+        raise ConfigError("optax_name", f"unknown optax transformation {name!r}{near or ';'} "
+                                        f"Choices: {', '.join(TRANSFORMATIONS)}")
+    transformation = TRANSFORMATIONS[name]
+    known = inspect.signature(transformation).parameters
+    checked = {}
+    for key, value in arguments.items():
+        if key not in known:
+            raise ConfigError(
+                f"optax.{key}",
+                f"unknown{suggest(key, known) or ';'} {name} takes {', '.join(known) or 'no arguments'}")
+        kind = type(known[key].default)
+        checked[key] = convert(value, kind, f"optax.{key}") if kind in (bool, int, float) else value
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and key not in checked:
+            raise ConfigError(f"optax.{key}", f"required by {name} and not set; write optax = dict({key}=...)")
+    try:
+        transformation(**checked)
+    except (TypeError, ValueError) as error:
+        raise ConfigError("optax", f"{name} refuses {checked}: {error}") from None
+    return checked

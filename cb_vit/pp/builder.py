@@ -1,0 +1,162 @@
+"""Preprocessing from a string such as `"decode|inception_crop(224)|flip_lr|value_range(-1,1)|onehot(1000)"`.
+
+The language and the names of the ops are big_vision's (`pp/builder.py` there). What differs: the ops at the end
+that do arithmetic (`value_range`, `vgg_value_range`, `onehot`) are split off when the string is read, to run on
+whole batches inside the jitted step, so that hosts deliver uint8. The ops are listed in `ops_general.py` and
+`ops_image.py`; an op of one's own is a dataclass entered with `register_op`.
+"""
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cb_vit.config import ConfigError
+from cb_vit.pp.images import as_uint8, is_encoded
+from cb_vit.pp.ops_general import OPS, DeviceOp, Features, HostOp, KeyOp, LabelCheck, OneHot, Op, VggValueRange
+from cb_vit.pp.ops_image import Decode, ImageOp
+from cb_vit.registry import parse_calls
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """A preprocessing string, read and checked. It pickles, and its host part does not import jax.
+
+    Attributes:
+        text: the string.
+        path: where it stands in the config, for errors.
+        host_ops: `(how it was written, op)` for each op that runs on the host.
+        device_ops: the same for the ops that run on the device.
+        image_size: (h, w) of the images, if the ops fix it.
+        channels: channels of the images, if the ops fix them.
+        num_classes: depth of the last `onehot`, None without one.
+        labels_key: the key it writes, None without one.
+    """
+
+    text: str
+    path: str
+    host_ops: tuple[tuple[str, HostOp | KeyOp], ...]
+    device_ops: tuple[tuple[str, DeviceOp | KeyOp], ...]
+    image_size: tuple[int, int] | None
+    channels: int | None
+    num_classes: int | None
+    labels_key: str | None
+
+    def host(self, features: Features, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """One example through the host ops.
+
+        Args:
+            features: "image" as encoded bytes or a uint8 array [h w] or [h w c], "label" as an int, and
+                others; left as it is.
+            rng: where the random ops draw from; the same state gives the same output.
+
+        Returns:
+            The numeric features as arrays (text and bytes, such as "id", are dropped), "image" as uint8 [h w c].
+
+        Raises:
+            ValueError: names the op and what is wrong with the example; the caller knows which example it is.
+            ConfigError: when the images are encoded and the string does not decode them.
+        """
+        for text, op in self.host_ops:
+            if isinstance(op, ImageOp) and not isinstance(op, Decode):
+                self._refuse_encoded(features)
+            try:
+                features = op(features, rng)
+            except ValueError as error:
+                raise ValueError(f"{text}: {error}") from error
+        if "image" in features:
+            self._refuse_encoded(features)
+            features = {**features, "image": as_uint8(features["image"])}
+        arrays = {key: _array(key, value) for key, value in features.items()}
+        return {key: array for key, array in arrays.items() if array is not None}
+
+    def device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One batch through the device ops: pure, and may be jitted.
+
+        Args:
+            batch: what `host` delivered, stacked: "image" uint8 [b h w c], "label" int32 [b] or [b n], …
+
+        Returns:
+            The batch with "image" as float32 if the string asks for a value range, and labels as float32 [b c] if
+            it asks for `onehot`. `_mask` always passes.
+        """
+        for _, op in self.device_ops:
+            batch = op(batch)
+        return batch
+
+    def _refuse_encoded(self, features: Features) -> None:
+        if is_encoded(features.get("image")):
+            raise ConfigError(self.path, f"the images are encoded (bytes) and {self.text!r} does not decode them; "
+                                         f"write 'decode|{self.text}'")
+
+
+def build(text: str, path: str) -> Preprocess:
+    """Read a preprocessing string.
+
+    Args:
+        text: ops divided by "|", first to last; arguments are Python literals.
+        path: where the string stands, for errors, e.g. "config.input.pp".
+
+    Raises:
+        ConfigError: at `path`, for an unknown op, arguments that do not fit, impossible values or a wrong order.
+    """
+    ops = [(call.text, call.bind(OPS.pick(call.name, path), path)) for call in parse_calls(text, path)]
+    split = next((i for i, (_, op) in enumerate(ops) if isinstance(op, DeviceOp)), len(ops))
+    host, device = tuple(ops[:split]), tuple(ops[split:])
+    _check_order(host, device, path)
+    size, channels = _trace(host, device, path)
+    onehots = [(name, op) for name, op in device if isinstance(op, OneHot)]
+    checks = tuple((name, LabelCheck(op.depth, op.key)) for name, op in onehots)
+    last = onehots[-1][1] if onehots else None
+    return Preprocess(
+        text=text, path=path, host_ops=host + checks, device_ops=device, image_size=size, channels=channels,
+        num_classes=last and last.depth, labels_key=last and last.result)
+
+
+def _check_order(host: tuple[tuple[str, Op], ...], device: tuple[tuple[str, Op], ...], path: str) -> None:
+    for name, op in device:
+        if not isinstance(op, DeviceOp | KeyOp):
+            raise ConfigError(path, f"{name!r} runs on the host but stands after {device[0][0]!r}, which runs on the "
+                                    f"device, on whole batches; move {device[0][0]!r} to the end")
+    images = [(name, op) for name, op in host if isinstance(op, ImageOp)]
+    for name, op in images[1:]:
+        if isinstance(op, Decode):
+            raise ConfigError(path, f"{name!r} stands after {images[0][0]!r}; decode comes first, and once")
+
+
+def _trace(
+    host: tuple[tuple[str, Op], ...], device: tuple[tuple[str, Op], ...], path: str
+) -> tuple[tuple[int, int] | None, int | None]:
+    """Follow the size and the channels of the image through the ops, as far as the ops fix them."""
+    size = channels = None
+    for name, op in host:
+        if isinstance(op, ImageOp):
+            try:
+                size, channels = op.size_after(size), op.channels_after(channels)
+            except ValueError as error:
+                raise ConfigError(path, f"{name!r}: {error}") from None
+    for name, op in device:
+        if isinstance(op, VggValueRange) and channels not in (None, len(op.mean)):
+            raise ConfigError(path, f"{name!r}: has {len(op.mean)} channels, the image {channels}; "
+                                    f"give mean and std with one value a channel")
+    return size, channels
+
+
+def _array(key: str, value: Any) -> np.ndarray | None:
+    """A numeric value as an array of a type that devices have (at most 32 bits); None for text and the like."""
+    if isinstance(value, Image.Image):
+        return as_uint8(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        raise ValueError(f"{key}: rows of unequal length; pad them (labels with -1)") from None
+    if array.dtype.kind not in "biuf":
+        return None
+    if array.dtype.itemsize <= 4:
+        return array
+    narrow = array.astype(np.float32 if array.dtype.kind == "f" else np.int32)
+    if array.dtype.kind != "f" and (narrow != array).any():
+        raise ValueError(f"{key}: {value!r} does not fit into int32, the widest integer on the device; drop('{key}')")
+    return narrow

@@ -1,0 +1,124 @@
+"""Where parameters and optimiser state live: (regex, rule) pairs, as in big_vision.
+
+`config.sharding_strategy = [(".*", "fsdp(axis='data')")]`: the first regex that matches a leaf's whole
+name picks its rules, applied left to right. Names start with `params/` or `opt/`; a leaf of the optimiser
+that mirrors a parameter ends in that parameter's name, so one regex can serve both. Data parallel, FSDP
+and tensor parallel are rules, not code paths.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cb_vit.config import ConfigError
+from cb_vit.registry import Registry, parse_calls
+from cb_vit.tree import check_rules, first_match, map_with_names
+
+Tree = Any
+Spec = list[Any]  # one entry an array axis: None, a mesh axis, or a tuple of them
+Rule = Callable[[Spec, jax.ShapeDtypeStruct, Mesh], Spec]
+RULES: Registry[Callable[..., Rule]] = Registry("sharding rule")
+
+
+@RULES.register("replicate")
+def replicate() -> Rule:
+    """Every device holds the whole array."""
+    return lambda spec, leaf, mesh: [None] * len(spec)
+
+
+@RULES.register("fsdp")
+def fsdp(axis: str | tuple[str, ...] = "data", min_size_to_shard_mb: float = 4) -> Rule:
+    """Shard the longest free array axis that the mesh axis divides; small arrays stay whole.
+
+    Args:
+        axis: mesh axis, or several taken together.
+        min_size_to_shard_mb: arrays below this many MiB are left alone: gathering them costs more
+            than the memory they save.
+    """
+    def rule(spec: Spec, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> Spec:
+        size = _axis_size(mesh, axis)
+        if np.prod(leaf.shape) * leaf.dtype.itemsize < min_size_to_shard_mb * 2**20:
+            return spec
+        free = [i for i, taken in enumerate(spec) if taken is None and leaf.shape[i] % size == 0]
+        if not free:
+            return spec
+        longest = max(free, key=lambda i: leaf.shape[i])
+        return [axis if i == longest else taken for i, taken in enumerate(spec)]
+
+    return rule
+
+
+@RULES.register("shard_dim")
+def shard_dim(axis: str | tuple[str, ...], dim: int) -> Rule:
+    """Shard array axis `dim` over mesh axis `axis`; tensor parallelism is made of these.
+
+    Args:
+        axis: mesh axis, or several taken together.
+        dim: array axis; counted from the end when negative, which serves loop and scan layout alike.
+    """
+    def rule(spec: Spec, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> Spec:
+        size, index = _axis_size(mesh, axis), dim + len(spec) if dim < 0 else dim
+        if not 0 <= index < len(spec):
+            raise ValueError(f"an array of shape {leaf.shape} has no axis {dim}")
+        if spec[index] is not None:
+            raise ValueError(f"axis {dim} of an array of shape {leaf.shape} is sharded twice")
+        if leaf.shape[index] % size:
+            raise ValueError(f"axis {dim} of an array of shape {leaf.shape} is not divisible by {axis!r} = {size}")
+        return [axis if i == index else taken for i, taken in enumerate(spec)]
+
+    return rule
+
+
+def _axis_size(mesh: Mesh, axis: str | tuple[str, ...]) -> int:
+    axes = (axis,) if isinstance(axis, str) else axis
+    for name in axes:
+        if name not in mesh.shape:
+            raise ValueError(f"the mesh has no axis {name!r}; config.mesh has {', '.join(mesh.shape)}")
+    return int(np.prod([mesh.shape[name] for name in axes]))
+
+
+def parse_strategy(strategy: Sequence[tuple[str, str]], path: str) -> list[tuple[str, list[Rule]]]:
+    """Read (regex, "rule|rule") pairs.
+
+    Raises:
+        ConfigError: at `path`, when a rule is unknown or its arguments do not fit.
+    """
+    return [(regex, [call.bind(RULES.pick(call.name, f"{path}[{i}]"), f"{path}[{i}]")
+                     for call in parse_calls(text, f"{path}[{i}]")])
+            for i, (regex, text) in enumerate(strategy)]
+
+
+def infer(tree: Tree, strategy: Sequence[tuple[str, str]], mesh: Mesh, path: str = "config.sharding_strategy") -> Tree:
+    """The sharding of every leaf.
+
+    Args:
+        tree: shapes of the state, `jax.ShapeDtypeStruct` leaves.
+        strategy: (regex, rules) pairs; a leaf that none matches is replicated.
+        mesh: the run's mesh.
+        path: where the strategy stands in the config, for errors.
+
+    Returns:
+        `NamedSharding`s in the form of `tree`.
+
+    Raises:
+        ConfigError: a regex that matches nothing, or a rule that does not fit its leaf.
+    """
+    rules = parse_strategy(strategy, path)
+    check_rules([pair for pair in rules if pair[0] != ".*"], tree, path)
+
+    def shard(name: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        spec: Spec = [None] * len(leaf.shape)
+        try:
+            for rule in first_match(name, rules, default=[]):
+                spec = rule(spec, leaf, mesh)
+        except ValueError as error:
+            raise ConfigError(path, f"{name}: {error}") from None
+        while spec and spec[-1] is None:
+            spec.pop()
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return map_with_names(shard, tree)

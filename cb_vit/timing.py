@@ -1,0 +1,206 @@
+"""Clocks and speeds: images a second, time to go, core hours, model FLOPs utilisation, memory.
+
+Metric names are big_vision's (`img/sec`, `img/sec/core`, `core_hours`, `examples_seen`, `epoch`, `uptime`,
+`z/secs/…`); a "core" is one JAX device. Nothing here waits for a device.
+"""
+from __future__ import annotations
+
+import contextlib
+import datetime
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+GIB = 2**30
+
+# Peak dense bf16 TFLOP/s of one JAX device, by its whole `device_kind`; the first match wins. A partition of
+# a chip (NVIDIA MIG adds "MIG 1g.10gb" to the name) matches nothing on purpose: its peak is not the chip's.
+PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
+    # Google Cloud TPU system architecture pages, docs.cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x}.
+    # Those give a chip; on v2, v3 and TPU7x one JAX device is one of the chip's two cores, so half of it.
+    (r"TPU v2", 45 / 2),
+    (r"TPU v3", 123 / 2),
+    (r"TPU v4", 275),
+    (r"TPU v5( lite|e)", 197),
+    (r"TPU v5p?", 459),
+    (r"TPU v6( lite|e)", 918),
+    (r"TPU7x", 2307 / 2),
+    # NVIDIA data sheets of each product, without sparsity (they print twice these numbers, "with sparsity",
+    # from A100 on). V100 and T4 have no bf16: their fp16 tensor-core peak stands in for it.
+    (r"NVIDIA B200", 2250),
+    (r"NVIDIA H100 PCIe", 756),
+    (r"NVIDIA H[12]00 NVL", 835.5),
+    (r"NVIDIA (H100 80GB HBM3|H200|GH200 \w+)", 989.4),
+    (r"NVIDIA A100-(SXM4|PCIE)-\w+|NVIDIA A100 80GB PCIe", 312),
+    (r"NVIDIA L40S", 362),
+    (r"NVIDIA L4", 121),
+    (r"NVIDIA A10", 125),
+    (r"(Tesla|NVIDIA) V100-SXM\d-\w+", 125),
+    (r"(Tesla|NVIDIA) V100-PCIE-\w+", 112),
+    (r"(Tesla|NVIDIA) T4", 65),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak dense bf16 FLOP/s of one JAX device of this kind; None where it is not known (as for a CPU)."""
+    return next((peak * 1e12 for kind, peak in PEAK_TFLOPS if re.fullmatch(kind, device_kind)), None)
+
+
+def mfu(flops_per_step: float, seconds_per_step: float, devices: Sequence[Any]) -> float | None:
+    """Model FLOPs utilisation, a fraction of the devices' peak (PaLM, arXiv 2204.02311, appendix B).
+
+    Args:
+        flops_per_step: FLOPs of one step of the whole run, a multiplication and an addition counted as two.
+        seconds_per_step: time of one step.
+        devices: all JAX devices of the run.
+
+    Returns:
+        The fraction, or None when there is no time or the peak of some device is not known.
+    """
+    peaks = [peak_flops(device.device_kind) for device in devices]
+    if not peaks or None in peaks or not seconds_per_step > 0:
+        return None
+    return flops_per_step / seconds_per_step / sum(peaks)
+
+
+def memory_stats(device: Any) -> dict[str, float]:
+    """Memory in GiB: `hbm_gib`, `hbm_peak_gib`, `hbm_limit_gib` of a JAX device where it tells, `host_peak_gib`."""
+    wanted = {"hbm_gib": "bytes_in_use", "hbm_peak_gib": "peak_bytes_in_use", "hbm_limit_gib": "bytes_limit"}
+    told = device.memory_stats() or {}
+    stats = {name: told[key] / GIB for name, key in wanted.items() if key in told}
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
+    stats["host_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    return stats
+
+
+class Chrono:
+    """Times a training run; its clock is an argument.
+
+    `start` it at the step the run begins from, `tick` after every step, `measure` when metrics are logged.
+    Training time runs from `start` on and stands still inside `paused`. Rates leave out the first step, which
+    compiles. Steps are dispatched ahead of the device, so times hold over a window that ends with a fetched value.
+
+    Args:
+        total_steps: steps of the whole run.
+        batch_size: examples in a global batch.
+        examples_per_epoch: examples in one epoch, None where the source has no length.
+        devices: all JAX devices of the run, of every process.
+        flops_per_step: FLOPs of one step of the whole run, for `mfu`; may be set later, once it is known.
+        clock: seconds from any origin.
+    """
+
+    def __init__(self, total_steps: int, batch_size: int, *, examples_per_epoch: int | None = None,
+                 devices: Sequence[Any] = (), flops_per_step: float | None = None,
+                 clock: Callable[[], float] = time.monotonic):
+        self.total_steps, self.batch_size, self.examples_per_epoch = total_steps, batch_size, examples_per_epoch
+        self.devices, self.flops_per_step = tuple(devices), flops_per_step
+        self._clock = clock
+        self._born = self._started = clock()
+        self._paused = 0.0  # seconds since start
+        self._pauses: list[float] = []  # when each open pause began, outermost first
+        self._seconds: dict[str, float] = {}
+        self._carried_core_hours = 0.0
+        self._first_step = 0
+        self._timed: tuple[int, float, float] | None = None  # step, training time, clock after the first step
+        self._window: tuple[int, float] | None = None  # step, training time at the last measurement
+
+    def start(self, step: int = 0) -> None:
+        """Begin (or go on) training with `step` steps complete; what came before is not training time."""
+        self._first_step, self._started, self._paused = step, self._clock(), 0.0
+        self._timed = self._window = None
+
+    def tick(self, step: int) -> None:
+        """Say that `step` steps are complete. The first one after `start` opens the window of the rates."""
+        if self._timed is None and step > self._first_step:
+            now = self._training_time()
+            self._timed, self._window = (step, now, self._clock()), (step, now)
+
+    @contextlib.contextmanager
+    def paused(self, activity: str) -> Iterator[None]:
+        """Inside, training time stands still; the seconds count for `activity`. Pauses may be nested."""
+        begin = self._clock()
+        self._pauses.append(begin)
+        try:
+            yield
+        finally:
+            self._pauses.pop()
+            seconds = self._clock() - begin
+            self._seconds[activity] = self._seconds.get(activity, 0.0) + seconds
+            if not self._pauses:
+                self._paused += seconds
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Metrics at `step` complete steps; rates are over the steps since the last measurement.
+
+        Returns:
+            `uptime` [s, since this object was made], `examples_seen`, `epoch`, `core_hours` [device hours of
+            training, pauses left out, compilation not, earlier runs included], `z/secs/<activity>` [s, earlier
+            runs included], and where steps have passed since the last measurement `img/sec`, `img/sec/core` and
+            `mfu` [fraction]. `epoch` and `mfu` are left out where they are not known.
+        """
+        self.tick(step)
+        metrics = {"uptime": self._clock() - self._born, "examples_seen": step * self.batch_size}
+        if self.examples_per_epoch:
+            metrics["epoch"] = self.epoch(step)
+        metrics["core_hours"] = self.core_hours()
+        metrics |= {f"z/secs/{activity}": seconds for activity, seconds in self._seconds.items()}
+        now = self._training_time()
+        if self._window and step > self._window[0] and now > self._window[1]:
+            seconds_per_step = (now - self._window[1]) / (step - self._window[0])
+            self._window = (step, now)
+            metrics["img/sec"] = self.batch_size / seconds_per_step
+            metrics["img/sec/core"] = metrics["img/sec"] / self._device_count()
+            utilisation = mfu(self.flops_per_step, seconds_per_step, self.devices) if self.flops_per_step else None
+            metrics |= {} if utilisation is None else {"mfu": utilisation}
+        return metrics
+
+    def epoch(self, step: int) -> float | None:
+        """Epochs in `step` steps; None where the source has no length."""
+        return step * self.batch_size / self.examples_per_epoch if self.examples_per_epoch else None
+
+    def core_hours(self) -> float:
+        """Device hours of training so far, those of earlier runs included."""
+        return self._carried_core_hours + self._training_time() * self._device_count() / 3600
+
+    def eta(self, step: int) -> float | None:
+        """Seconds to the last step at the mean pace since the first step, pauses included; None before that."""
+        if self._timed is None or step <= self._timed[0]:
+            return None
+        pace = (self._clock() - self._timed[2]) / (step - self._timed[0])
+        return pace * max(self.total_steps - step, 0)
+
+    def progress_line(self, step: int, metrics: Mapping[str, float]) -> str:
+        """One line for the console; what `metrics` lacks is left out.
+
+        `step 1200/2250 (53.3%) epoch 42.1 | loss 0.132 | lr 8.2e-04 | 5821 img/s | MFU 31.2 % | ETA 0:01:12`
+        """
+        line = f"step {step}/{self.total_steps} ({step / max(self.total_steps, 1):.1%})"
+        if self.examples_per_epoch:
+            line += f" epoch {self.epoch(step):.1f}"
+        shown = {"training_loss": lambda v: f"loss {v:#.3g}", "lr": lambda v: f"lr {v:.1e}",
+                 "img/sec": lambda v: f"{v:.0f} img/s" if v >= 100 else f"{v:.3g} img/s",
+                 "mfu": lambda v: f"MFU {100 * v:.1f} %"}
+        parts = [line, *(show(metrics[name]) for name, show in shown.items() if name in metrics)]
+        seconds = self.eta(step)
+        if seconds is not None:
+            parts.append(f"ETA {datetime.timedelta(seconds=round(seconds))}")
+        return " | ".join(parts)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as plain JSON values: `core_hours` and `seconds` by activity."""
+        return {"core_hours": self.core_hours(), "seconds": dict(self._seconds)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over the sums of an earlier run, from its `state()`; call it before `start`."""
+        self._carried_core_hours = float(state["core_hours"])
+        self._seconds = {activity: float(seconds) for activity, seconds in state["seconds"].items()}
+
+    def _device_count(self) -> int:
+        return max(len(self.devices), 1)
+
+    def _training_time(self) -> float:
+        now = self._pauses[0] if self._pauses else self._clock()
+        return now - self._started - self._paused

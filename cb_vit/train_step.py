@@ -1,0 +1,93 @@
+"""One step of supervised training, as a pure function."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from cb_vit import losses
+from cb_vit.train_state import TrainState
+
+Tree = Any
+STREAMS = {"init": 0, "dropout": 1}
+
+
+def stream_key(seed: int, stream: str, step: int | jax.Array = 0) -> jax.Array:
+    """The key of one stream of randomness at one step: addressed by (seed, step, stream), never carried."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS[stream]), step)
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    loss: Callable[[jax.Array, jax.Array], jax.Array],
+    prepare: Callable[[dict], dict],
+    seed: int,
+    label_smoothing: float = 0.0,
+    grad_accum_steps: int = 1,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Take one optimiser step.
+
+    Args:
+        state: the state before it; donate it.
+        batch: what the host delivers: "image" uint8 [b y x c], labels, and "_mask" bool [b], False
+            where a broken example keeps its row.
+        model: a Linen module, `apply(params, images, train)` → (logits, out).
+        tx: the optimiser.
+        loss: (logits [b c], labels [b c]) → [b].
+        prepare: the device side of preprocessing; makes float images and "labels" [b c].
+        seed: the run's seed.
+        label_smoothing: share of each target spread evenly over all classes.
+        grad_accum_steps: micro-batches the batch is cut into, one after the other, to save memory;
+            the result is that of the whole batch, but for rounding and dropout's draws.
+
+    Returns:
+        The state after the step, and scalars: `training_loss`, `l2_grads`, `l2_params`, `l2_updates`,
+        `examples_skipped`, the masked rows, and `finite`: whether loss, gradients and parameters are,
+        and have been at all steps before.
+    """
+    batch = prepare(batch)
+    key = stream_key(seed, "dropout", state.step)
+    count = jnp.maximum(jnp.sum(batch["_mask"]), 1)
+
+    def loss_fn(params: Tree, micro: dict[str, jax.Array], index: jax.Array) -> jax.Array:
+        rngs = {"dropout": jax.random.fold_in(key, index)}
+        logits, _ = model.apply({"params": params}, micro["image"], train=True, rngs=rngs)
+        each = loss(logits, losses.smooth_labels(micro["labels"], label_smoothing))
+        return jnp.sum(jnp.where(micro["_mask"], each, 0.0)) / count
+
+    value, grads = _accumulate(jax.value_and_grad(loss_fn), state.params, batch, grad_accum_steps)
+    updates, opt = tx.update(grads, state.opt, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "training_loss": value,
+        "l2_grads": optax.tree.norm(grads),
+        "l2_params": optax.tree.norm(params),
+        "l2_updates": optax.tree.norm(updates),
+        "examples_skipped": jnp.sum(~batch["_mask"]),
+    }
+    finite = state.finite & jnp.all(jnp.isfinite(jnp.stack([value, metrics["l2_grads"], metrics["l2_params"]])))
+    return TrainState(state.step + 1, params, opt, finite), {**metrics, "finite": finite}
+
+
+def _accumulate(grad_fn: Callable, params: Tree, batch: dict[str, jax.Array], steps: int) -> tuple[jax.Array, Tree]:
+    """Sum `grad_fn` over `steps` micro-batches."""
+    if steps == 1:
+        return grad_fn(params, batch, jnp.zeros((), jnp.int32))
+    # Rows i, i + steps, … go together: every device then gives an equal share of each micro-batch,
+    # and no row changes its device.
+    micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(x.shape[0] // steps, steps, *x.shape[1:]), 0, 1), batch)
+
+    def body(total: Tree, xs: tuple) -> tuple[Tree, None]:
+        return jax.tree.map(jnp.add, total, grad_fn(params, *xs)), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(body, zero, (micro, jnp.arange(steps)))
+    return total

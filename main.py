@@ -1,0 +1,44 @@
+"""Train a Vision Transformer with Context Broadcasting.
+
+    python main.py --config=configs/digits.py --workdir=runs/digits
+    python main.py --config=configs/vit_i1k.py:variant=S/16,context=cb --workdir=gs://BUCKET/vit_s16 --config.seed=1
+    python main.py --config=list
+
+The same command again goes on from the last checkpoint. On a pod, run it on every host.
+"""
+from __future__ import annotations
+
+import os
+
+from cb_vit.tools import cli
+
+
+def main(config) -> None:
+    """Train, and say where everything lies."""
+    import jax
+
+    from cb_vit import dist, train
+
+    workdir = cli.require_workdir()
+    dist.initialize()
+    metrics = train.train_and_evaluate(config, workdir)
+    if jax.process_index() == 0:
+        print(summary(metrics, workdir))
+
+
+def summary(metrics: dict[str, float], workdir: str) -> str:
+    """The end of a run in a few lines."""
+    lines = [f"{name:<12}{value:.4f}" for name, value in metrics.items() if name.endswith(("/prec@1", "/loss"))]
+    if "img/sec" in metrics:
+        lines.append(f"{'img/sec':<12}{metrics['img/sec']:.0f}")
+    found = [(what, os.path.join(workdir, name)) for what, name in (
+        ("checkpoints", "checkpoints"), ("metrics", "metrics.jsonl"), ("curves", "training_curves.png"))]
+    lines += [f"{what:<12}{path}" for what, path in found]
+    given = cli.FLAGS["config"].config_filename
+    lines.append(f"next        python -m cb_vit.tools.eval_only --config={given} --workdir={workdir}")
+    return "\n" + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.define(workdir="Folder of the run, local or gs://: checkpoints, metrics and plots go there.")
+    cli.run(main, __doc__)

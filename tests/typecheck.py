@@ -1,0 +1,4 @@
+"""The runtime type checker of the tests; an int will do for a float, as PEP 484 has it."""
+from beartype import BeartypeConf, beartype
+
+checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
