@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -304,7 +305,8 @@ def check_batch_size(batch_size: int, grad_accum_steps: int, sharding: NamedShar
     Raises:
         ConfigError: at `path`, with sizes that would do.
     """
-    ways = int(np.prod([sharding.mesh.shape[axis] for axes in sharding.spec for axis in (axes or ())]))
+    names = [name for axes in sharding.spec for name in ((axes,) if isinstance(axes, str) else axes or ())]
+    ways = math.prod(sharding.mesh.shape[name] for name in names)
     unit = ways * grad_accum_steps
     if batch_size % unit:
         below = batch_size // unit * unit

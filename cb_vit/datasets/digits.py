@@ -17,6 +17,7 @@ import io
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -160,7 +161,9 @@ def _build(data_dir: str) -> None:
                 image = _png(np.round(digits.images[number] * 255 / 16).astype(np.uint8))
                 yield name, {"image": image, "label": int(digits.target[number]), "id": name}
 
-    SklearnDigits(data_dir=data_dir).download_and_prepare(file_format="array_record")
+    tfds.disable_progress_bar()  # it takes a second
+    with contextlib.redirect_stdout(sys.stderr):  # TFDS prints; standard output belongs to the caller
+        SklearnDigits(data_dir=data_dir).download_and_prepare(file_format="array_record")
 
 
 def _png(image: np.ndarray) -> io.BytesIO:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol, SupportsIndex
+from typing import Any, SupportsIndex
 
 from etils import epath
 
@@ -22,6 +22,7 @@ from cb_vit.datasets.tfrecord import TFRecords, index_files
 from cb_vit.io import as_path
 from cb_vit.registry import suggest
 
+Records = ArrayRecords | TFRecords  # one interface: `paths`, and `read(number of the file, number of the record)`
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.-]+))?(:(?P<version>[\d*]+\.[\d*]+\.[\d*]+))?")
 
@@ -92,15 +93,6 @@ def open_folder(folder: epath.Path, config: TfdsConfig, path: str) -> TfdsSource
     files = list(dict.fromkeys(span.name for span in spans.spans))
     records = _open_records(info.file_format.value, files, [counts[file] for file in files], folder, path)
     return TfdsSource(folder, spans, records, config, label.num_classes, tuple(label.names))
-
-
-class Records(Protocol):
-    """The serialized records of some files."""
-
-    paths: tuple[str, ...]
-
-    def read(self, file: int, record: int) -> bytes:
-        """Record `record` of file number `file`."""
 
 
 class TfdsSource:

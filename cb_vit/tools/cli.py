@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ml_collections
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from cb_vit import config as config_lib
@@ -39,11 +40,11 @@ def run(main: Callable[[ml_collections.ConfigDict], None], usage: str) -> None:
         usage: its docstring, shown by `--help`.
     """
     sys.modules["__main__"].__doc__ = usage
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for chatty in ("absl", "jax", "orbax"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
 
     def guarded(argv: Sequence[str]) -> None:
+        # absl has put its own handler in place by now; Orbax and JAX tell their news through it.
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+        absl_logging.set_verbosity(absl_logging.WARNING)
         if len(argv) > 1:
             _fail(f"{argv[1]}: not an argument of this program; settings are written --config.key=value")
         try:
