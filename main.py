@@ -15,11 +15,12 @@ from cb_vit.tools import cli
 
 def main(config) -> None:
     """Train, and say where everything lies."""
+    workdir = cli.require_workdir()
+
     import jax
 
     from cb_vit import dist, train
 
-    workdir = cli.require_workdir()
     dist.initialize()
     metrics = train.train_and_evaluate(config, workdir)
     if jax.process_index() == 0:

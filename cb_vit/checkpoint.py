@@ -1,15 +1,18 @@
 """Checkpoints, with Orbax behind this one door.
 
 A checkpoint of step k is a folder `checkpoints/k` with three items: `params`, `opt` and `meta`. Arrays
-are stored in loop layout (one entry a block) whatever the model runs, each with a checksum in `meta`
-that is verified when it is restored. Saving is asynchronous and atomic.
+are stored in loop layout (one entry a block) whatever the model runs. `meta` lists their names, shapes,
+dtypes and checksums: names, shapes and dtypes tell a checkpoint of another model from a damaged one before
+anything is read, and checksums are verified afterwards. Saving is asynchronous and atomic.
 """
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
+import json
 import logging
 import os
-import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
 
 from cb_vit import io
@@ -63,7 +67,7 @@ class Checkpointer:
 
     def __init__(self, directory: str | os.PathLike, *, keep_last: int = 1, keep_every: int | None = None,
                  keep_best: KeepBest | None = None, read_only: bool = False):
-        self.directory, self._read_only = io.as_path(directory), read_only
+        self.directory, self._read_only, self._keep_best = io.as_path(directory), read_only, keep_best
         policies: list[Any] = [preserve.LatestN(keep_last)]
         if keep_every:
             policies.append(preserve.EveryNSteps(keep_every))
@@ -89,13 +93,23 @@ class Checkpointer:
         step = int(state.step)
         if step in self._manager.all_steps():
             return False
-        arrays = {"params": to_loop(state.params), "opt": to_loop(state.opt)}
-        sums = np.asarray(_checksums(jax.tree.leaves(arrays))).tolist()
-        meta = {**meta, "format": FORMAT, "step": step, "checksums": dict(zip(names(arrays), sums, strict=True))}
+        arrays = _to_loop({"params": state.params, "opt": state.opt})
+        described = zip(_describe(arrays).items(), _checksums(arrays), strict=True)
+        listed = {name: [*what, value] for (name, what), value in described}
+        meta = json.loads(json.dumps({**meta, "format": FORMAT, "step": step, "arrays": listed}))
         self._manager.save(step, args=ocp.args.Composite(
             params=ocp.args.PyTreeSave(arrays["params"]), opt=ocp.args.PyTreeSave(arrays["opt"]),
-            meta=ocp.args.JsonSave(meta)), metrics=dict(metrics) if metrics else None, force=True)
+            meta=ocp.args.JsonSave({**meta, "digest": _digest(meta)})), metrics=self._judged(step, metrics), force=True)
         return True
+
+    def _judged(self, step: int, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
+        if self._keep_best is None or not metrics:
+            return None
+        if self._keep_best.metric not in metrics:
+            logger.warning("keep_best cannot judge checkpoint %d: %s is not among its metrics, %s", step,
+                           self._keep_best.metric, ", ".join(metrics))
+            return None
+        return dict(metrics)
 
     def restore_latest(self, like: TrainState, scan: bool) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest sound checkpoint, each leaf straight onto its devices; None if there is none.
@@ -113,8 +127,8 @@ class Checkpointer:
             result, error = None, None
             try:
                 result = self._restore(step, like, scan)
-            except Mismatch:
-                raise
+            except (Mismatch, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+                raise  # no fault of the checkpoint
             except Exception as reason:  # whatever a broken file makes the readers raise
                 error = reason
             if not _anywhere(error is not None):
@@ -125,50 +139,48 @@ class Checkpointer:
         return None
 
     def _restore(self, step: int, like: TrainState, scan: bool) -> tuple[TrainState, dict[str, Any]]:
-        target = jax.eval_shape(to_loop, {"params": like.params, "opt": like.opt}) if scan else \
-            {"params": like.params, "opt": like.opt}
-        target = _with_loop_shardings(target, {"params": like.params, "opt": like.opt}) if scan else target
+        wanted = {"params": like.params, "opt": like.opt}
+        target = _in_loop_layout(wanted)
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        self._check_names(step, meta["checksums"], target)
-        restored = self._manager.restore(step, args=ocp.args.Composite(**{
-            item: ocp.args.PyTreeRestore(
-                target[item], restore_args=ocp.checkpoint_utils.construct_restore_args(target[item]))
-            for item in ("params", "opt")}))
-        arrays = {item: restored[item] for item in ("params", "opt")}
-        self._check_shapes(step, arrays, target)
-        sums = np.asarray(_checksums(jax.tree.leaves(arrays))).tolist()
-        for (name, _), value in zip(flatten_with_names(arrays)[0], sums, strict=True):
-            if meta["checksums"][name] != value:
+        if meta.pop("digest", None) != _digest(meta):
+            raise ValueError("its notes have changed")
+        self._check_fit(step, meta, target)
+        arrays = dict(self._manager.restore(step, args=ocp.args.Composite(**{
+            item: ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+            for item, tree in target.items()})))
+        for name, value in zip(names(arrays), _checksums(arrays), strict=True):
+            if meta["arrays"][name][-1] != value:
                 raise ValueError(f"checksum of {name} does not match")
         if scan:
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, {"params": like.params, "opt": like.opt})
-            arrays = jax.jit(to_scan, out_shardings=shardings)(arrays)
+            arrays = jax.jit(to_scan, out_shardings=_shardings(wanted))(arrays)
         scalar = lambda value, leaf: jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding)  # noqa: E731
         return TrainState(scalar(step, like.step), arrays["params"], arrays["opt"], scalar(True, like.finite)), meta
 
-    def _check_names(self, step: int, saved: Mapping[str, int], target: Tree) -> None:
-        missing = sorted(set(names(target)) - set(saved))
-        extra = sorted(set(saved) - set(names(target)))
-        if missing or extra:
-            what = [f"{title} {', '.join(some[:3])}{' …' if len(some) > 3 else ''}"
-                    for title, some in (("lacks", missing), ("has besides", extra)) if some]
-            raise Mismatch("workdir", f"checkpoint {step} in {self.directory} {' and '.join(what)}: it is of another "
-                                      "model or optimiser; use another workdir, or the config it was made with")
-
-    def _check_shapes(self, step: int, arrays: Tree, target: Tree) -> None:
-        for (name, array), (_, leaf) in zip(flatten_with_names(arrays)[0], flatten_with_names(target)[0], strict=True):
-            if array.shape != leaf.shape:
-                raise Mismatch("workdir", f"{name} is {array.shape} in checkpoint {step} of {self.directory} and "
-                                          f"{leaf.shape} in this config; use another workdir")
+    def _check_fit(self, step: int, meta: Mapping[str, Any], target: Tree) -> None:
+        where = f"checkpoint {step} in {self.directory}"
+        another = "it is of another model or optimiser; use another workdir, or the config it was made with"
+        if meta["format"] != FORMAT:
+            raise Mismatch("workdir", f"{where} has format {meta['format']}, this version reads {FORMAT}; read it with "
+                                      "the version that wrote it")
+        saved, here = {name: what[:-1] for name, what in meta["arrays"].items()}, _describe(target)
+        for title, some in (("lacks", here.keys() - saved.keys()), ("has besides", saved.keys() - here.keys())):
+            if some:
+                shown = ", ".join(sorted(some)[:3]) + (" …" if len(some) > 3 else "")
+                raise Mismatch("workdir", f"{where} {title} {shown}: {another}")
+        for name, (shape, dtype) in here.items():
+            if saved[name] != [shape, dtype]:
+                was = f"{saved[name][1]} {saved[name][0]}"
+                raise Mismatch("workdir", f"{name} is {was} in {where} and {dtype} {shape} in this config: {another}")
 
     def _set_aside(self, step: int, error: Exception | None) -> None:
         aside = self.directory.parent / "damaged_checkpoints"
-        target = aside / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
+        reason = "another process could not read it" if error is None else (str(error) or repr(error)).splitlines()[0]
         logger.warning("checkpoint %d is damaged (%s); it is set aside in %s, falling back to the one before", step,
-                       str(error).splitlines()[0][:200] if error else "another process could not read it", target)
+                       reason[:200], aside)
         if jax.process_index() == 0:
             aside.mkdir(parents=True, exist_ok=True)
-            (self.directory / str(step)).rename(target)
+            folders = itertools.chain([f"{step}"], (f"{step}-{i}" for i in itertools.count(2)))
+            (self.directory / str(step)).rename(next(aside / name for name in folders if not (aside / name).exists()))
         _anywhere(False)
         self._manager.reload()
 
@@ -189,43 +201,73 @@ class Checkpointer:
         self._manager.close()
 
 
+def _describe(tree: Tree) -> dict[str, list[Any]]:
+    """Name -> [shape, dtype] of every leaf, in JAX's leaf order, as JSON has them."""
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in flatten_with_names(tree)[0]}
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _checksums(tree: Tree) -> list[int]:
+    """One 32-bit number a leaf, in JAX's leaf order."""
+    return [int(value) for value in jax.device_get([_checksum(leaf) for leaf in jax.tree.leaves(tree)])]
+
+
 @jax.jit
-def _checksums(leaves: list[jax.Array]) -> jax.Array:
-    """One uint32 an array: the sum of its bits, each word weighted by its place, modulo 2³².
-
-    Integer sums do not depend on their order, so not on the sharding either.
-    """
-    return jnp.stack([_checksum(leaf) for leaf in leaves])
-
-
 def _checksum(leaf: jax.Array) -> jax.Array:
+    """Σ hash(word ⊕ hash(place)) modulo 2³², over the words of an array.
+
+    A sum of integers does not depend on its order, so not on the sharding either. The hash is a
+    permutation: a changed word is always seen, words that changed places but for one time in 2³².
+    """
     if leaf.dtype == bool:
         leaf = leaf.astype(jnp.uint8)
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
     bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
-    weights = jnp.zeros((), jnp.uint32)
+    place = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(leaf.shape):
-        weights = weights * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    return jnp.sum(bits.astype(jnp.uint32) * (2 * weights + 1), dtype=jnp.uint32)
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    return jnp.sum(_hash(bits.astype(jnp.uint32) ^ _hash(place)), dtype=jnp.uint32)
 
 
-def _with_loop_shardings(target: Tree, like: Tree) -> Tree:
-    """Give the blocks of a scanned state, taken apart, the sharding that each slice has inside the stack."""
-    def slice_sharding(leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
-        return jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec(*leaf.sharding.spec[1:]))
+def _hash(x: jax.Array) -> jax.Array:
+    """The finaliser of MurmurHash3, a permutation of 32-bit words."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
-    by_name = dict(flatten_with_names(like)[0])
-    def place(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        if name in by_name:
-            sharding = by_name[name].sharding
-        else:
-            parts = ["encoderblock" if part.startswith("encoderblock_") else part for part in name.split("/")]
-            sharding = slice_sharding(by_name["/".join(parts)])
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    leaves, treedef = flatten_with_names(target)
-    return jax.tree.unflatten(treedef, [place(name, leaf) for name, leaf in leaves])
+def _to_loop(tree: Tree) -> Tree:
+    """`to_loop` on the devices; each block keeps the sharding that it has in the stack."""
+    target = _in_loop_layout(tree)
+    if jax.tree.structure(target) == jax.tree.structure(tree):
+        return tree
+    return jax.jit(to_loop, out_shardings=_shardings(target))(tree)
+
+
+def _in_loop_layout(tree: Tree) -> Tree:
+    """Shapes, dtypes and shardings of `to_loop(tree)`."""
+    return jax.tree.map(lambda leaf: leaf.struct, to_loop(jax.tree.map(_Abstract, tree)))
+
+
+def _shardings(tree: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+class _Abstract:
+    """An array without values, that `to_loop` can take apart along its first axis."""
+
+    def __init__(self, leaf: jax.Array | jax.ShapeDtypeStruct):
+        self.struct = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    def __len__(self) -> int:
+        return self.struct.shape[0]
+
+    def __getitem__(self, index: int) -> _Abstract:
+        shape, where = self.struct.shape[1:], self.struct.sharding
+        where = NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
+        return _Abstract(jax.ShapeDtypeStruct(shape, self.struct.dtype, sharding=where))
 
 
 def _anywhere(flag: bool) -> bool:

@@ -16,7 +16,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import ml_collections
@@ -32,9 +32,18 @@ class ConfigError(ValueError):
         super().__init__(f"{path}: {message}")
         self.path, self.message = path, message
 
+    def __reduce__(self):  # or it could not come back from a worker process
+        return type(self), (self.path, self.message)
+
     def under(self, prefix: str) -> ConfigError:
         """The same error, with its path taken as relative to `prefix`."""
         return ConfigError(f"{prefix}.{self.path}", self.message)
+
+
+def suggest(name: str, choices: Iterable[str]) -> str:
+    """What follows "unknown X" in an error: `"; did you mean Y?"` when a choice is close to `name`, else `";"`."""
+    close = difflib.get_close_matches(str(name), list(choices), n=1)
+    return f"; did you mean {close[0]}?" if close else ";"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +107,9 @@ def parse(schema: type[T], block: Any, path: str = "config") -> T:
     known = [key for name in fields for key in (_duration_keys(name) if name in durations else [name])]
     for key in block:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            way_out = f"did you mean {close[0]}?" if close else f"{path} takes {', '.join(known)}"
-            raise ConfigError(f"{path}.{key}", f"unknown; {way_out}")
+            near = suggest(key, known)
+            listed = f" {path} takes {', '.join(known)}" if near == ";" else ""
+            raise ConfigError(f"{path}.{key}", f"unknown{near}{listed}")
 
     values = {}
     for name, field in fields.items():
@@ -162,9 +171,8 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     if origin is typing.Literal:
         if value in args:
             return value
-        close = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
-        hint_text = f"; did you mean {close[0]}?" if close else ";"
-        raise ConfigError(path, f"unknown value {value!r}{hint_text} Choices: {', '.join(map(str, args))}")
+        choices = [str(arg) for arg in args]
+        raise ConfigError(path, f"unknown value {value!r}{suggest(value, choices)} Choices: {', '.join(choices)}")
     if dataclasses.is_dataclass(hint):
         return parse(hint, value, path)
     if origin is dict and isinstance(value, Mapping):
@@ -176,11 +184,11 @@ def convert(value: Any, hint: Any, path: str) -> Any:
             return tuple(convert(v, a, f"{path}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
         return float(value)
-    if hint is int and isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer():
+    if hint is int and isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
         return int(value)
     if hint in (bool, str) and isinstance(value, hint):
         return value
-    raise ConfigError(path, f"expected {_describe(hint)}, got {value!r}")
+    raise ConfigError(path, f"expected {describe(hint)}, got {value!r}")
 
 
 def _convert_union(value: Any, arms: list[Any], path: str) -> Any:
@@ -194,11 +202,13 @@ def _convert_union(value: Any, arms: list[Any], path: str) -> Any:
     deeper = [e for e in errors if e.path != path]
     if deeper or len(errors) == 1:
         raise (deeper or errors)[0]
-    raise ConfigError(path, f"expected {' or '.join(_describe(a) for a in arms)}, got {value!r}")
+    raise ConfigError(path, f"expected {' or '.join(describe(a) for a in arms)}, got {value!r}")
 
 
-def _describe(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
+def describe(hint: Any) -> str:
+    """The type `hint` in the words of an error."""
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", tuple: "a list",
+             dict: "a block of settings"}
     if hint in names:
         return names[hint]
     if dataclasses.is_dataclass(hint):
@@ -207,12 +217,12 @@ def _describe(hint: Any) -> str:
     if origin is dict:
         return "a block of settings"
     if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
-        return f"a list, each entry {_describe(args[0])}"
+        return f"a list, each entry {describe(args[0])}"
     if origin is tuple:
-        return f"({', '.join(_describe(a) for a in args)})"
+        return f"({', '.join(describe(a) for a in args)})"
     if origin is typing.Literal:
         return " or ".join(repr(a) for a in args)
-    return "None" if hint is type(None) else " or ".join(_describe(a) for a in args) if args else str(hint)
+    return "None" if hint is type(None) else " or ".join(describe(a) for a in args) if args else str(hint)
 
 
 def _duration_keys(name: str) -> list[str]:
@@ -227,7 +237,7 @@ def _duration(block: dict[str, Any], name: str, path: str) -> Duration | None:
     for unit, value in given.items():
         key = f"{path}.{name}_{unit}"
         try:
-            return Duration(convert(value, float, key), unit)
+            return Duration(convert(value, int if unit in ("steps", "examples") else float, key), unit)
         except ConfigError as error:
             raise ConfigError(key, error.message) from None
     return None

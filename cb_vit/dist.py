@@ -51,12 +51,12 @@ def create_mesh(
     Args:
         axes: (name, size) pairs, outermost first, as in `config.mesh`; one size may be -1: the rest.
         allow_split_physical_axes: lets a logical axis take part of a physical one (TPU tori).
-        devices: default: all devices of all processes.
+        devices: laid out in this order; default: all devices of all processes, as their wiring is best used.
 
     Raises:
         ConfigError: at "config.mesh" when the sizes do not make up the devices.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    in_order, devices = devices is not None, jax.devices() if devices is None else list(devices)
     names, sizes = [name for name, _ in axes], [size for _, size in axes]
     known = math.prod(size for size in sizes if size != -1)
     if len(set(names)) < len(names) or sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
@@ -65,7 +65,11 @@ def create_mesh(
         raise ConfigError("config.mesh", f"{list(axes)} does not make up the {len(devices)} devices here; "
                                          "let one axis be -1, or change the sizes")
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=allow_split_physical_axes)
+    try:
+        grid = np.reshape(devices, sizes) if in_order else mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=allow_split_physical_axes)
+    except (ValueError, NotImplementedError) as error:  # a torus that these sizes do not tile
+        raise ConfigError("config.mesh", f"{list(axes)} does not fit how the devices are wired ({error}); change the "
+                                         "sizes, or set config.mesh_allow_split_physical_axes=True") from None
     return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 

@@ -205,6 +205,11 @@ class Experiment:
         """The settings of `config`'s top level."""
         return self.settings.train
 
+    @property
+    def scan(self) -> bool:
+        """Whether the model keeps its blocks in scan layout."""
+        return getattr(self.settings.model, "scan", False)
+
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
         """Trace and run jitted functions in this: it gives names of activation axes their mesh axes."""
@@ -250,12 +255,15 @@ class Experiment:
                 self.cfg.input.batch_size, len(self.pipeline.source), self.total_steps)
 
 
-def build(settings: Settings, devices: Sequence[jax.Device] | None = None) -> Experiment:
+def build(
+    settings: Settings, devices: Sequence[jax.Device] | None = None, source: datasets.Source | None = None
+) -> Experiment:
     """Put an experiment together; reads data, writes nothing.
 
     Args:
         settings: as `check` gives them.
         devices: to run on; default all.
+        source: training data; default what `config.input.data` names.
 
     Raises:
         ConfigError: what the number of devices or the data rules out.
@@ -269,7 +277,7 @@ def build(settings: Settings, devices: Sequence[jax.Device] | None = None) -> Ex
         if evaluator.batch_size:
             check_batch_size(evaluator.batch_size, 1, batch_sharding, f"config.evals.{name}.batch_size")
 
-    source = datasets.open_source(cfg.input.data, "config.input.data")
+    source = source or datasets.open_source(cfg.input.data, "config.input.data")
     num_classes = _num_classes(cfg, settings.preprocess, source.num_classes)
     pipeline = Pipeline(cfg.input, source, settings.preprocess, dist.local_rows(batch_sharding, cfg.input.batch_size))
     spec = example_spec(source, settings.preprocess, cfg.input.skip_errors)

@@ -9,14 +9,15 @@ run *is* its step, and no iterator state is ever stored.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
-import itertools
 import logging
 import os
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import grain
@@ -32,6 +33,7 @@ from cb_vit.pp.builder import Preprocess
 logger = logging.getLogger(__name__)
 Example = dict[str, np.ndarray]
 Spec = dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and dtype of each array of an example
+Batches = Generator[Example, None, None]  # closing one ends the threads and processes that work for it
 PADDING = -1  # position in the source of a row that only fills up a batch
 
 
@@ -160,7 +162,7 @@ class Pipeline:
     preprocess: Preprocess
     rows: np.ndarray
 
-    def train(self, seed: int, start_step: int, total_steps: int) -> Iterator[Example]:
+    def train(self, seed: int, start_step: int, total_steps: int) -> Batches:
         """Batches [len(rows) ...] of steps `start_step` to `total_steps` - 1.
 
         Each epoch is a permutation of its own of all examples; epochs follow each other without a
@@ -169,50 +171,50 @@ class Pipeline:
         order = grain.MapDataset.range(len(self.source)).shuffle(seed=_fold(seed, "shuffle")).repeat()
         return self._batches(order, _fold(seed, "augment"), start_step, total_steps)
 
-    def evaluate(self) -> Iterator[Example]:
+    def evaluate(self) -> Batches:
         """Every example exactly once, in the source's order; the last batch is filled up with masked rows."""
         size = self.config.batch_size
         steps = -(-len(self.source) // size)
         index = grain.MapDataset.range(steps * size).map(_PadAfter(len(self.source)))
         return self._batches(index, 0, 0, steps)
 
-    def _batches(self, order: grain.MapDataset, seed: int, start_step: int, total_steps: int) -> Iterator[Example]:
+    def _batches(self, order: grain.MapDataset, seed: int, start_step: int, total_steps: int) -> Batches:
         cfg = self.config
         spec = example_spec(self.source, self.preprocess, cfg.skip_errors)
         loader = Loader(self.source, self.preprocess, spec, cfg.skip_errors)
         examples = order.random_map(loader, seed=seed)
         batches = _Rows(examples, self.rows, cfg.batch_size, total_steps).batch(len(self.rows))[start_step:]
         if not len(batches):
-            return iter(())
+            return
         ahead = max(cfg.prefetch, cfg.num_threads)
         ds = batches.to_iter_dataset(grain.ReadOptions(num_threads=cfg.num_threads, prefetch_buffer_size=ahead))
         if cfg.num_workers:
             _allow_unparsed_flags()
             workers = min(cfg.num_workers, len(batches))
             options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=cfg.prefetch)
-            ds = ds.mp_prefetch(options, worker_init_fn=_DieWithParent(os.getpid()))
-        return iter(ds)
+            ds = ds.mp_prefetch(options, worker_init_fn=_LiveWithParent(os.getpid()))
+        with contextlib.closing(iter(ds)) as loaded:
+            yield from loaded
 
 
-def to_device(batches: Iterator[Example], rows: np.ndarray, sharding: NamedSharding, batch_size: int,
-              ahead: int = 2) -> Iterator[dict[str, jax.Array]]:
+def to_device(batches: Batches, rows: np.ndarray, sharding: NamedSharding, batch_size: int,
+              ahead: int = 2) -> Generator[dict[str, jax.Array], None, None]:
     """Global batches on the devices, `ahead` of them under way while one is computed on.
 
     Args:
-        batches: this process's rows of each batch, as `Pipeline` yields them.
+        batches: this process's rows of each batch, as `Pipeline` yields them; closed with this generator.
         rows: which rows these are.
         sharding: of a batch.
         batch_size: rows of a global batch.
         ahead: batches sent before they are asked for.
     """
     sent: collections.deque[dict[str, jax.Array]] = collections.deque()
-    for batch in itertools.chain(batches, itertools.repeat(None)):
-        if batch is not None:
+    with contextlib.closing(batches):
+        for batch in batches:
             sent.append(dist.to_global(batch, rows, sharding, batch_size))
-        elif not sent:
-            return
-        if batch is None or len(sent) > ahead:
-            yield sent.popleft()
+            if len(sent) > ahead:
+                yield sent.popleft()
+        yield from sent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,13 +228,19 @@ class _PadAfter:
 
 
 @dataclasses.dataclass(frozen=True)
-class _DieWithParent:
-    """Ends a worker when its parent is gone: Grain's own workers outlive a parent that was killed."""
+class _LiveWithParent:
+    """Makes a worker live just as long as its parent.
+
+    Grain's own workers outlive a parent that was killed; and they would die of a signal that schedulers
+    and terminals send to every process of a job, while the parent still needs batches up to a good step to stop.
+    """
 
     parent: int
 
     def __call__(self, worker: int, workers: int) -> None:
         logging.basicConfig(level=logging.WARNING)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:

@@ -7,20 +7,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-from cb_vit.config import ConfigError
+from cb_vit.config import ConfigError, suggest
 
 T = TypeVar("T")
-
-
-def suggest(name: str, choices: Iterable[str]) -> str:
-    """`"; did you mean X?"` when a choice is close to `name`, else an empty string."""
-    close = difflib.get_close_matches(str(name), list(choices), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 class Registry(dict[str, T]):
@@ -71,8 +64,7 @@ class Call:
         try:
             return function(*self.args, **self.kwargs)
         except (TypeError, ValueError) as error:
-            reason = error.message if isinstance(error, ConfigError) else error
-            raise ConfigError(path, f"{self.text!r}: {reason}") from None
+            raise ConfigError(path, f"{self.text!r}: {error}") from None
 
 
 def parse_calls(text: str, path: str) -> tuple[Call, ...]:
@@ -110,6 +102,6 @@ def _call(node: ast.expr, text: str, path: str) -> Call:
             kwargs = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg}
             if len(kwargs) == len(node.keywords):
                 return Call(node.func.id, args, kwargs, source)
-    except ValueError:
+    except (ValueError, TypeError):
         raise ConfigError(path, f"{source!r}: arguments must be plain values such as 224, 0.5 or 'name'") from None
     raise ConfigError(path, f"cannot read {source!r} in {text!r}; write it as 'op(1)|op2(name=2)'")

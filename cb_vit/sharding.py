@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cb_vit.config import ConfigError
+from cb_vit.config import ConfigError, convert
 from cb_vit.registry import Registry, parse_calls
 from cb_vit.tree import check_rules, first_match, map_with_names
 
@@ -39,6 +39,9 @@ def fsdp(axis: str | tuple[str, ...] = "data", min_size_to_shard_mb: float = 4) 
         min_size_to_shard_mb: arrays below this many MiB are left alone: gathering them costs more
             than the memory they save.
     """
+    axis = _check_axis(axis)
+    min_size_to_shard_mb = convert(min_size_to_shard_mb, float, "min_size_to_shard_mb")
+
     def rule(spec: Spec, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> Spec:
         size = _axis_size(mesh, axis)
         if np.prod(leaf.shape) * leaf.dtype.itemsize < min_size_to_shard_mb * 2**20:
@@ -60,6 +63,8 @@ def shard_dim(axis: str | tuple[str, ...], dim: int) -> Rule:
         axis: mesh axis, or several taken together.
         dim: array axis; counted from the end when negative, which serves loop and scan layout alike.
     """
+    axis, dim = _check_axis(axis), convert(dim, int, "dim")
+
     def rule(spec: Spec, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> Spec:
         size, index = _axis_size(mesh, axis), dim + len(spec) if dim < 0 else dim
         if not 0 <= index < len(spec):
@@ -71,6 +76,10 @@ def shard_dim(axis: str | tuple[str, ...], dim: int) -> Rule:
         return [axis if i == index else taken for i, taken in enumerate(spec)]
 
     return rule
+
+
+def _check_axis(axis: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    return convert(axis, str | tuple[str, ...], "axis")
 
 
 def _axis_size(mesh: Mesh, axis: str | tuple[str, ...]) -> int:
@@ -108,13 +117,16 @@ def infer(tree: Tree, strategy: Sequence[tuple[str, str]], mesh: Mesh, path: str
         ConfigError: a regex that matches nothing, or a rule that does not fit its leaf.
     """
     rules = parse_strategy(strategy, path)
-    check_rules([pair for pair in rules if pair[0] != ".*"], tree, path)
+    check_rules(rules, tree, path)
 
     def shard(name: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         spec: Spec = [None] * len(leaf.shape)
         try:
             for rule in first_match(name, rules, default=[]):
                 spec = rule(spec, leaf, mesh)
+            used = [name for axes in spec if axes is not None for name in ((axes,) if isinstance(axes, str) else axes)]
+            if twice := [name for name in mesh.shape if used.count(name) > 1]:
+                raise ValueError(f"mesh axis {twice[0]!r} shards two axes of an array of shape {leaf.shape}")
         except ValueError as error:
             raise ConfigError(path, f"{name}: {error}") from None
         while spec and spec[-1] is None:

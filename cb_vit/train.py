@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ import ml_collections
 from cb_vit import dist, experiment, io
 from cb_vit import workdir as workdir_lib
 from cb_vit.checkpoint import Checkpointer
+from cb_vit.config import ConfigError
 from cb_vit.evaluators import common as evaluators
 from cb_vit.experiment import Experiment
 from cb_vit.input_pipeline import to_device
@@ -46,116 +47,143 @@ def train_and_evaluate(
         workdir: the run's folder, local or in a bucket.
 
     Returns:
-        The last value of every metric recorded (on the first process; elsewhere only `step`).
+        `step`, how many steps are complete, and the last value of every metric recorded (on the first process;
+        elsewhere only `step`).
 
     Raises:
-        ConfigError: the config cannot work; raised before anything is written.
+        ConfigError: the config cannot work, by itself or with what the workdir holds; nothing of that is changed.
         DataError: an example cannot be read.
         NonFinite: training has diverged.
     """
     settings = experiment.check(config)
     workdir_lib.check_writable(workdir)
     run = experiment.build(settings)
+    evals = build_evaluators(run)
     primary = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdir_lib.lock(workdir, primary))
         stack.enter_context(run.context())
         checkpointer = stack.enter_context(contextlib.closing(_checkpointer(run, workdir)))
-        _compare_with_last_start(run, workdir, checkpointer)
-        state, meta = restore_or_create(run, checkpointer)
+        state, meta = restore_or_create(run, workdir, checkpointer)
         first = int(state.step)
         if primary:
             workdir_lib.write_notes(workdir, settings.raw, run_notes(run))
         writer = stack.enter_context(MetricWriter(
-            workdir, settings.train, resume_step=first if first else None, run_config=settings.raw, primary=primary))
-        chrono = Chrono(run.total_steps, run.cfg.input.batch_size, devices=run.mesh.devices.ravel(),
+            workdir, settings.train, resume_step=first or None, run_config=settings.raw, primary=primary))
+        chrono = Chrono(run.total_steps, run.cfg.input.batch_size, devices=run.mesh.devices.ravel().tolist(),
                         examples_per_epoch=len(run.pipeline.source))
         if "chrono" in meta:
             chrono.restore(meta["chrono"])
         profiler = stack.enter_context(Profiler(run.cfg.profile, workdir, primary))
         stop = stack.enter_context(stop_signal(checkpointer))
-        Loop(run, checkpointer, writer, chrono, profiler, stop).run(state)
-        return {"step": first, **{name: float(values[-1]) for name, (_, values) in writer.history().items()}}
+        loop = Loop(run, evals, checkpointer, writer, chrono, profiler, stop, meta.get("examples_skipped", 0))
+        state = loop.run(state)
+        return {"step": int(state.step), **{name: float(values[-1]) for name, (_, values) in writer.history().items()}}
 
 
 @dataclasses.dataclass
 class Loop:
-    """The loop and what it talks to."""
+    """The loop and what it talks to.
+
+    Attributes:
+        experiment: model, data, optimiser, mesh.
+        evals: evaluators by name.
+        checkpointer: of the run's own workdir.
+        writer: of metrics.
+        chrono: times the run.
+        profiler: traces some steps.
+        stop: at every step, in turn: whether to save and end there.
+        examples_skipped: unreadable examples met since the run began.
+    """
 
     experiment: Experiment
+    evals: dict[str, Any]
     checkpointer: Checkpointer
     writer: MetricWriter
     chrono: Chrono
     profiler: Profiler
     stop: Callable[[int], bool]
+    examples_skipped: int = 0
 
     def __post_init__(self):
         run = self.experiment
-        steps = lambda name: run.steps(getattr(run.cfg, name), name)  # noqa: E731
-        self.log_steps, self.ckpt_steps = steps("log_training"), steps("ckpt")
-        self.evaluators = {
-            name: (evaluators.build(name, config, predict_fn=run.predict, sharding=run.batch_sharding,
-                                    batch_size=run.cfg.input.batch_size, num_classes=run.num_classes),
-                   run.steps(config.log, f"evals.{name}.log"))
-            for name, config in run.settings.evals.items()}
+        self.log_steps = run.steps(run.cfg.log_training, "log_training")
+        self.ckpt_steps = run.steps(run.cfg.ckpt, "ckpt")
+        self.eval_steps = {name: run.steps(evaluator.config.log, f"evals.{name}.log")
+                           for name, evaluator in self.evals.items()}
         self.lr_names = experiment.label_regexes(run.schedules)
 
     def run(self, state: TrainState) -> TrainState:
         """Train to the last step, or to where the run is told to stop."""
-        first = int(state.step)
-        total = self.experiment.total_steps
-        metrics: dict[str, jax.Array] = {}
-        for step in range(first, total + 1):
-            if step == first:
-                train_step, batches = self._compile(state) if first < total else (None, None)
-                self.chrono.start(first)
-            stopping = self.stop(step)
-            evaluate = [name for name, (_, every) in self.evaluators.items() if self._due(step, every)]
-            save = stopping or self._due(step, self.ckpt_steps)
-            logged = bool(metrics) and bool(evaluate or save)
-            if logged:
-                self._log(step, metrics)
-            scores = self._evaluate(step, state, evaluate)
-            if save:
-                self._save(step, state, scores)
-            if stopping or step == total:
-                break
-            batch = next(batches)
-            with self.profiler.step(step + 1, state):
-                state, following = train_step(state, batch)
-            if metrics and not logged:
-                self._log(step, metrics)
-            metrics = following
-            self.chrono.tick(step + 1)
-        self._finish(step, first)
+        first, total = int(state.step), self.experiment.total_steps
+        train_step = self._compile() if first < total else None
+        metrics = None  # of the last step, until they are logged
+        self.chrono.start(first)
+        with contextlib.closing(self._batches(first)) as batches:
+            for step in range(first, total + 1):
+                stopping = self.stop(step)
+                # Told to stop, there may be seconds left: the run that goes on from here makes an evaluation up.
+                evaluate = [] if stopping else self._due_evaluators(step, first)
+                save = stopping or self._due(step, self.ckpt_steps)
+                if metrics and (evaluate or save):  # only a finite state is evaluated or saved
+                    self._log(step, metrics)
+                    metrics = None
+                scores = self._evaluate(step, state, evaluate)
+                if save:
+                    self._save(step, state, scores)
+                if stopping or step == total:
+                    break
+                batch = next(batches)
+                with self.profiler.step(step + 1, state):
+                    state, following = train_step(state, batch)
+                if metrics:
+                    self._log(step, metrics)
+                metrics = following
+                self.chrono.tick(step + 1)
+        self.checkpointer.wait()
+        self._say_goodbye(step, first, stopping)
         return state
 
-    def _compile(self, state: TrainState) -> tuple[Callable, Iterator]:
-        run, batch_size = self.experiment, self.experiment.cfg.input.batch_size
+    def _compile(self) -> Callable:
+        run = self.experiment
         compiled = run.jit_train_step().lower(run.shapes, run.batch_shapes()).compile()
         # XLA counts the FLOPs of one device's program.
         flops = (compiled.cost_analysis() or {}).get("flops", 0)
         self.chrono.flops_per_step = flops * run.mesh.size if flops > 0 else None
-        batches = run.pipeline.train(run.cfg.seed, int(state.step), run.total_steps)
-        return compiled, to_device(batches, run.pipeline.rows, run.batch_sharding, batch_size, run.cfg.input.prefetch)
+        return compiled
+
+    def _batches(self, first: int) -> Generator[dict[str, jax.Array], None, None]:
+        run, cfg = self.experiment, self.experiment.cfg
+        return to_device(run.pipeline.train(cfg.seed, first, run.total_steps), run.pipeline.rows, run.batch_sharding,
+                         cfg.input.batch_size, cfg.input.prefetch)
 
     def _due(self, step: int, every: int | None) -> bool:
         last = step == self.experiment.total_steps
         return step > 0 and (last or (every is not None and step % every == 0))
 
+    def _due_evaluators(self, step: int, first: int) -> list[str]:
+        """Evaluators due at `step`; where a run goes on, those that had their turn there before it stopped are not."""
+        due = [name for name, every in self.eval_steps.items() if self._due(step, every)]
+        if step > first:
+            return due
+        recorded = self.writer.recorded(step)
+        return [name for name in due
+                if not dist.agree(any(metric.startswith(self.evals[name].config.prefix) for metric in recorded))]
+
     def _log(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Fetch the metrics of `step`; record them if due; stop if they are not finite."""
-        if not metrics["finite"]:
-            self._diverged(step, metrics)
+        """Fetch the metrics of `step`; stop if they are not finite, record them if due."""
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        if not values.pop("finite"):
+            raise self._diverged(step, values)
+        self.examples_skipped += values.pop("examples_skipped")
         if not self._due(step, self.log_steps):
             return
-        values = {name: value.item() for name, value in jax.device_get(metrics).items() if name != "finite"}
         run = self.experiment
         rate = peak_lr(run.cfg, run.cfg.input.batch_size)
         # `step` is the number of updates made; the schedule of the last of them was that of step - 1.
         values |= {self.lr_names[regex]: rate * float(s(step - 1)) for regex, s in run.schedules.items()}
-        if values.pop("examples_skipped"):
-            values["examples_skipped"] = int(jax.device_get(metrics["examples_skipped"]))
+        if run.cfg.input.skip_errors:
+            values["examples_skipped"] = self.examples_skipped
         values |= self.chrono.measure(step) | memory_stats(jax.local_devices()[0])
         self.writer.write(step, values)
         logger.info(self.chrono.progress_line(step, values))
@@ -164,13 +192,9 @@ class Loop:
     def _evaluate(self, step: int, state: TrainState, names: list[str]) -> dict[str, float]:
         scores: dict[str, float] = {}
         for name in names:
-            evaluator, _ = self.evaluators[name]
-            prefix = evaluator.config.prefix
-            recorded = self.writer.recorded(step)
-            if dist.agree(any(metric.startswith(prefix) for metric in recorded)):
-                continue
+            evaluator = self.evals[name]
             with self.chrono.paused("evaluate"):
-                found = {f"{prefix}{metric}": value for metric, value in evaluator.run(state)}
+                found = {f"{evaluator.config.prefix}{metric}": value for metric, value in evaluator.run(state)}
             self.writer.write(step, found)
             logger.info("step %d  %s", step, "  ".join(f"{metric} {value:.4f}" for metric, value in found.items()))
             scores |= found
@@ -182,42 +206,75 @@ class Loop:
             return
         with self.chrono.paused("checkpoint"):
             self.writer.flush()
-            self.checkpointer.save(state, {"chrono": self.chrono.state()}, scores)
+            meta = {"chrono": self.chrono.state(), "examples_skipped": self.examples_skipped}
+            self.checkpointer.save(state, meta, scores)
 
-    def _finish(self, step: int, first: int) -> None:
-        self.checkpointer.wait()
-        if step == self.experiment.total_steps:
-            logger.info("%s at step %d", "done" if first < step else "this run is already complete,", step)
+    def _say_goodbye(self, step: int, first: int, stopping: bool) -> None:
+        if stopping:
+            logger.info("told to stop: %s; the same command goes on from there",
+                        f"saved at step {step}" if step else "not a step is done")
         else:
-            logger.info("told to stop: saved at step %d; the same command goes on from there", step)
+            logger.info("%s at step %d", "done" if first < step else "this run is already complete,", step)
 
-    def _diverged(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    def _diverged(self, step: int, values: dict[str, float]) -> NonFinite:
         shown = ", ".join(f"{name} {values[name]:g}" for name in ("training_loss", "l2_grads", "l2_params"))
         self.checkpointer.wait()
         good = self.checkpointer.latest_step()
         kept = f"the last good checkpoint is step {good} in {self.checkpointer.directory}" if good is not None else \
             "there is no checkpoint yet"
-        raise NonFinite(f"step {step} is not finite ({shown}); {kept}. A lower lr, a longer warm-up or grad_clip_norm "
-                        "may help")
+        return NonFinite(f"step {step} is not finite ({shown}); {kept}. A lower lr, a longer warm-up or grad_clip_norm "
+                         "may help")
 
 
-def restore_or_create(run: Experiment, checkpointer: Checkpointer) -> tuple[TrainState, dict[str, Any]]:
-    """The state a run begins with, and the notes beside it: own workdir, else `config.resume`, else scratch."""
-    scan = getattr(run.settings.model, "scan", False)
-    if restored := checkpointer.restore_latest(run.shapes, scan):
-        logger.info("resumed from step %d of %s", restored[0].step, checkpointer.directory)
+def build_evaluators(run: Experiment) -> dict[str, Any]:
+    """The evaluators of `config.evals`, by name, their data opened.
+
+    Raises:
+        ConfigError: an evaluator that cannot work.
+    """
+    return {name: evaluators.build(name, config, predict_fn=run.predict, sharding=run.batch_sharding,
+                                   batch_size=run.cfg.input.batch_size, num_classes=run.num_classes)
+            for name, config in run.settings.evals.items()}
+
+
+def restore_or_create(
+    run: Experiment, workdir: str | os.PathLike, checkpointer: Checkpointer
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state a run begins with, and the notes beside it: own workdir, else `config.resume`, else scratch.
+
+    Raises:
+        ConfigError: where the run should go on, it would do so with other data, with another model, or past its end.
+    """
+    if restored := _restore(run, workdir, checkpointer):
         return restored
     if run.cfg.resume:
         directory = io.as_path(run.cfg.resume) / "checkpoints"
         if not directory.exists():
-            raise experiment.ConfigError("config.resume", f"{directory} does not exist; give the workdir of a run")
+            raise ConfigError("config.resume", f"{directory} does not exist; give the workdir of a run")
         with contextlib.closing(Checkpointer(directory, read_only=True)) as other:
-            if restored := other.restore_latest(run.shapes, scan):
-                logger.info("resumed from step %d of %s", restored[0].step, directory)
+            if restored := _restore(run, run.cfg.resume, other):
                 return restored
-        raise experiment.ConfigError("config.resume", f"{directory} holds no checkpoint")
+        raise ConfigError("config.resume", f"{directory} holds no checkpoint")
     return run.create_state(), {}
+
+
+def _restore(
+    run: Experiment, workdir: str | os.PathLike, checkpointer: Checkpointer
+) -> tuple[TrainState, dict[str, Any]] | None:
+    if checkpointer.latest_step() is None:
+        return None
+    if old := workdir_lib.read_config(workdir):
+        for line in workdir_lib.check_changes(old, run.settings.raw, run.cfg.allow_changed_data):
+            logger.warning("changed since the last start: %s", line)
+    restored = checkpointer.restore_latest(run.shapes, run.scan)
+    if restored is None:
+        return None
+    step = int(restored[0].step)
+    if step > run.total_steps:
+        raise ConfigError(f"config.total_{run.cfg.total.unit}", f"the run ends at step {run.total_steps}, but the "
+                          f"checkpoint in {checkpointer.directory} is of step {step}; use another workdir")
+    logger.info("resumed from step %d of %s", step, checkpointer.directory)
+    return restored
 
 
 def run_notes(run: Experiment) -> dict[str, Any]:
@@ -253,18 +310,10 @@ def stop_signal(checkpointer: Checkpointer) -> Iterator[Callable[[int], bool]]:
     try:
         yield lambda step: flag.is_set()
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)  # None: installed by a library in C
 
 
 def _checkpointer(run: Experiment, workdir: str | os.PathLike) -> Checkpointer:
     cfg = run.cfg
     return Checkpointer(io.as_path(workdir) / "checkpoints", keep_last=cfg.keep_last,
                         keep_every=run.steps(cfg.keep_ckpt, "keep_ckpt"), keep_best=cfg.keep_best)
-
-
-def _compare_with_last_start(run: Experiment, workdir: str | os.PathLike, checkpointer: Checkpointer) -> None:
-    old = workdir_lib.read_config(workdir)
-    if old is None or checkpointer.latest_step() is None:
-        return
-    for line in workdir_lib.check_changes(old, run.settings.raw, run.cfg.allow_changed_data):
-        logger.warning("changed since the last start: %s", line)

@@ -21,7 +21,7 @@ def lock(workdir: str | os.PathLike, primary: bool = True) -> Iterator[None]:
     """Keep a second run out of a local workdir; the system lets go of the lock however the run ends.
 
     Raises:
-        ConfigError: another run is in it.
+        ConfigError: another run is in it, or it cannot be written.
     """
     if not primary or not io.is_local(workdir):
         yield
@@ -29,12 +29,18 @@ def lock(workdir: str | os.PathLike, primary: bool = True) -> Iterator[None]:
     import fcntl
 
     path = io.as_path(workdir)
-    path.mkdir(parents=True, exist_ok=True)
-    with open(path / ".lock", "a") as file:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = open(path / ".lock", "a")
+    except OSError as error:
+        raise ConfigError("workdir", f"cannot write in {path}: {error.strerror}") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError("workdir", f"another run is in {path}; wait for it, or use another folder") from None
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("cannot lock %s (%s): see to it that no second run uses it", path, error.strerror)
         yield
 
 

@@ -47,7 +47,7 @@ def index_file(path: str) -> np.ndarray:
     Raises:
         DataError: on a truncated file or a header whose checksum is wrong; names file and record.
     """
-    with as_path(path).open("rb", **({"buffering": 0} if is_local(path) else {})) as file:
+    with _open(path) as file:
         read, size = _reader(file, path), file.seek(0, io.SEEK_END)
         offsets = [0]
         while (offset := offsets[-1]) < size:
@@ -134,15 +134,19 @@ class TFRecords:
     def _read(self, file: int, size: int, offset: int) -> bytes:
         path = self.paths[file]
         if not is_local(path):  # a position of its own for each thread
-            with as_path(path).open("rb") as handle:
+            with _open(path) as handle:
                 return _reader(handle, path)(size, offset)
         if file not in self._files:
             with self._lock:
                 if not self._files:
                     allow_open_files(len(self.paths))
                 if file not in self._files:
-                    self._files[file] = as_path(path).open("rb", buffering=0)
+                    self._files[file] = _open(path)
         return _reader(self._files[file], path)(size, offset)
+
+
+def _open(path: str) -> Any:
+    return open(path, "rb", buffering=0) if is_local(path) else as_path(path).open("rb")
 
 
 def _reader(file: Any, path: str) -> Read:

@@ -2,10 +2,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 import logging
 import os
 import re
+import runpy
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,6 +33,8 @@ def define(workdir: str | None = None) -> None:
     config_flags.DEFINE_config_file("config", None, CONFIG_HELP, lock_config=True)
     if workdir:
         flags.DEFINE_string("workdir", None, workdir)
+    for name in ("config", "workdir")[:2 if workdir else 1]:
+        FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])  # --help shows the flags of the program
 
 
 def run(main: Callable[[ml_collections.ConfigDict], None], usage: str) -> None:
@@ -39,17 +44,15 @@ def run(main: Callable[[ml_collections.ConfigDict], None], usage: str) -> None:
         main: the program.
         usage: its docstring, shown by `--help`.
     """
-    sys.modules["__main__"].__doc__ = usage
-
     def guarded(argv: Sequence[str]) -> None:
         # absl has put its own handler in place by now; Orbax and JAX tell their news through it.
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
         absl_logging.set_verbosity(absl_logging.WARNING)
-        if len(argv) > 1:
-            _fail(f"{argv[1]}: not an argument of this program; settings are written --config.key=value")
         try:
+            if len(argv) > 1:
+                raise ConfigError(argv[1], "not an argument of this program; settings are written --config.key=value")
             if FLAGS.config is None:
-                raise ConfigError("--config", "not given; for example --config=configs/digits.py, or --config=list")
+                raise _no_config()
             overridden = list(config_flags.get_override_values(FLAGS["config"]))
             config_lib.prefer_overrides(FLAGS.config, overridden)
             main(FLAGS.config)
@@ -61,7 +64,7 @@ def run(main: Callable[[ml_collections.ConfigDict], None], usage: str) -> None:
                 _fail(error)
             raise
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=functools.partial(_parse, usage=usage))
 
 
 def require_workdir() -> str:
@@ -75,37 +78,114 @@ def require_workdir() -> str:
     return FLAGS.workdir
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """absl's parsing, with ml_collections' errors turned into one line."""
-    if "--config=list" in argv:
+def _parse(argv: list[str], usage: str) -> list[str]:
+    """absl's parsing, with its errors and ml_collections' turned into one line."""
+    given, overrides = _given(argv)
+    if given == "list":
         print(list_configs(Path("configs")))
+        sys.exit(0)
+    if {"--help", "-h", "--helpshort"}.intersection(argv):
+        print(f"{usage.rstrip()}\n{FLAGS.main_module_help()}")
         sys.exit(0)
     sys.path.insert(0, os.getcwd())  # `configs.common`, for a config file of the user's own folder too
     try:
-        return app.parse_flags_with_usage(argv)
-    except SystemExit:
-        raise
+        rest = FLAGS(argv)
+        if given is not None and not isinstance(FLAGS.config, ml_collections.ConfigDict):
+            raise TypeError(f"--config={given} is not a config")  # a file that cannot be read comes back as an object
+        return rest
     except Exception as error:
-        _fail(_explain(error, argv))
+        _fail(_explain(error, given, overrides))
 
 
-def _explain(error: Exception, argv: list[str]) -> str:
-    """One line for what went wrong while a config file was loaded or overridden."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    given = next((arg.partition("=")[2] for arg in argv if arg.startswith("--config=")), "")
-    path = given.split(":")[0]
+def _given(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str | None]]]:
+    """The value of `--config`, and the `(key, value)` of each `--config.key=value`, None where it has no "="."""
+    given, overrides = None, []
+    for arg, following in zip(argv, [*argv[1:], None], strict=True):
+        if match := re.fullmatch(r"--?(?:no)?config(?:\.([^=]+))?(?:=(.*))?", arg, re.DOTALL):
+            key, value = match.groups()
+            if key:
+                overrides.append((key, value))
+            else:
+                given = following if value is None else value
+    return given, overrides
+
+
+def _explain(error: Exception, given: str | None, overrides: list[tuple[str, str | None]]) -> Exception:
+    """The error to show for `error`, which came up while flags were parsed.
+
+    absl and ml_collections wrap what a config file raises, and what is wrong with an override, each in its own
+    way; so look again, at the file and at each override in turn. Where they are well, absl's words will do.
+    """
+    try:
+        if given is not None:
+            config = load_config(given)
+            for key, value in overrides:
+                check_override(config, given.partition(":")[0], key, value)
+        elif overrides:
+            raise _no_config()
+    except ConfigError as found:
+        return found
+    return error
+
+
+def load_config(given: str) -> ml_collections.ConfigDict:
+    """The config that `--config=given` names, `given` being a file with or without ":arguments".
+
+    Raises:
+        ConfigError: it cannot be loaded; names the line of the file.
+    """
+    path, colon, arg = given.partition(":")
     if not os.path.isfile(path):
         near = suggest(path, map(str, Path("configs").glob("*.py")))
-        return f"--config={given}: no such file{near or ';'} --config=list lists them"
-    if isinstance(error, AttributeError | KeyError | ValueError | TypeError) and (
-            override := re.search(r"config\.([\w.]+)", text) or _first_undeclared(argv)):
-        key = override if isinstance(override, str) else override[1]
-        return f"config.{key}: cannot be set from the command line ({text}); {path} declares the keys that can"
-    return f"{path}: {text}"
+        raise ConfigError("--config", f"no such file: {path!r}{near} --config=list lists them")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        config = get_config(*[arg] if colon else []) if get_config else None
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        if isinstance(error, SyntaxError):
+            path, lines, reason = error.filename or path, [error.lineno], f"{error.msg}: {(error.text or '').strip()}"
+        raise ConfigError(path + (f", line {lines[-1]}" if lines else ""), reason) from None
+    if not isinstance(config, ml_collections.ConfigDict):
+        found = f"get_config() returns {config!r:.40}" if get_config else "there is no get_config()"
+        raise ConfigError(path, f"{found}; a config file has get_config(), which returns a ConfigDict")
+    return config
 
 
-def _first_undeclared(argv: list[str]) -> str | None:
-    return next((arg[len("--config."):].partition("=")[0] for arg in argv if arg.startswith("--config.")), None)
+def check_override(config: ml_collections.ConfigDict, path: str, key: str, value: str | None) -> None:
+    """Refuse an override that the config of the file `path` does not take.
+
+    Args:
+        config: the config as the file makes it.
+        path: the file.
+        key: dotted name of the setting.
+        value: the text it is given; None: not known.
+
+    Raises:
+        ConfigError: names the key and what it takes.
+    """
+    block, field = config, "config"
+    for part in key.split("."):
+        if not isinstance(block, ml_collections.ConfigDict):
+            raise ConfigError(field, f"is {block!r} in {path}, not a block of settings; config.{key} cannot be set")
+        field += f".{part}"
+        if part not in block:
+            near = suggest(part, block)
+            listed = f": {', '.join(block)}" if near == ";" else ""
+            raise ConfigError(field, f"unknown{near} Only what {path} declares can be set here{listed}")
+        kind, block = block.get_type(part), block[part]
+    flag = FLAGS[field] if field in FLAGS else None
+    if flag is None or value is None:
+        # ml_collections knows no way to write a list, or to tell what None may become.
+        if kind in (list, type(None)):
+            raise ConfigError(field, f"is {block!r} in {path}, which the command line cannot change; change it there")
+        return
+    try:
+        flag.parser.parse(value)
+    except (TypeError, ValueError):
+        kind = dict if issubclass(kind, ml_collections.ConfigDict) else kind
+        raise ConfigError(field, f"expected {config_lib.describe(kind)}, got {value!r}") from None
 
 
 def list_configs(folder: Path) -> str:
@@ -116,6 +196,10 @@ def list_configs(folder: Path) -> str:
         if any(isinstance(node, ast.FunctionDef) and node.name == "get_config" for node in tree.body):
             lines.append(f"{str(path):<28}{(ast.get_docstring(tree) or '').splitlines()[0]}")
     return "\n".join(lines) or f"no config files in {folder}"
+
+
+def _no_config() -> ConfigError:
+    return ConfigError("--config", "not given; for example --config=configs/digits.py, or --config=list")
 
 
 def _fail(message: object) -> None:

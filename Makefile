@@ -1,0 +1,29 @@
+# Two commands: `make train` sets everything up and trains on embedded data; `make test` runs the tests.
+.PHONY: train test lint clean
+.DELETE_ON_ERROR:
+
+# The first Python of 3.11 or newer that runs; or say which: make train PYTHON=python3.13
+PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+train: $(VENV)/installed
+	@$(RUN) main.py --config=configs/digits.py --workdir=runs/digits
+
+test: $(VENV)/installed
+	$(RUN) -m pytest -q -n 2
+
+lint: $(VENV)/installed
+	$(RUN) -m ruff check .
+
+$(VENV)/installed: requirements.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; install one, or make train PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "setting up $(VENV) with $$($(PYTHON) --version) (about 1 GB, a minute or two)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

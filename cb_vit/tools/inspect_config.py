@@ -1,0 +1,112 @@
+"""What a config means: settings, parameters, steps, batch and memory a device. Trains nothing.
+
+    python -m cb_vit.tools.inspect_config --config=configs/digits.py
+    python -m cb_vit.tools.inspect_config --config=configs/vit_i1k.py:variant=B/16 --examples=1268355
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import jax
+import ml_collections
+from absl import flags
+
+from cb_vit import datasets, experiment, optax
+from cb_vit.config import ConfigError
+from cb_vit.datasets.core import Source
+from cb_vit.experiment import Experiment, Settings
+from cb_vit.tools import cli
+from cb_vit.tree import flatten_with_names
+from cb_vit.workdir import flatten
+
+EXAMPLES = flags.DEFINE_integer("examples", None, "Go on without the training data, as if it had so many examples.")
+COMPILE = flags.DEFINE_bool("compile", False, "Compile the train step too, for XLA's own count of memory and FLOPs.")
+MIB = 2**20
+
+
+def main(config: ml_collections.ConfigDict) -> None:
+    """Print the report."""
+    settings = experiment.check(config)
+    run = experiment.build(settings, source=_source(settings))
+    for title, lines in (("config", _config(settings)), ("parameters", _parameters(run)), ("run", _run(run)),
+                         ("memory per device", _memory(run))):
+        print(f"\n# {title}")
+        print("\n".join(lines))
+
+
+def _source(settings: Settings) -> Source | None:
+    """A stand-in for training data that is not here, if `--examples` says how long it is."""
+    if EXAMPLES.value is None:
+        try:
+            return datasets.open_source(settings.train.input.data, "config.input.data")
+        except ConfigError as error:
+            raise ConfigError(error.path, f"{error.message}. To go on without the data, give its length: "
+                                          "--examples=1281167") from None
+    preprocess = settings.preprocess
+    if preprocess.image_size is None:
+        raise ConfigError("config.input.pp", "does not fix the image's size, so the data itself is needed")
+    return datasets.open_source(dict(
+        name="fake", split="train", num_examples=EXAMPLES.value, image_size=max(preprocess.image_size), encoded=True,
+        num_classes=settings.train.num_classes or preprocess.num_classes), "--examples")
+
+
+def _config(settings: Settings) -> Iterator[str]:
+    for key, value in flatten(settings.raw).items():
+        yield f"{key:<36}{value!r}"
+
+
+def _parameters(run: Experiment) -> Iterator[str]:
+    """A line for each parameter: what the optimiser does to it, and where it lives."""
+    rules = {rule.name: rule for rule in optax.describe(run.cfg, run.shapes.params)}
+    leaves = flatten_with_names(run.shapes.params)[0]
+    width = max(len(name) for name, _ in leaves) + 2
+    yield f"{'name':<{width}}{'shape':<20}{'count':>12}  {'lr ×':>6}{'decay ×':>9}  sharding"
+    for name, leaf in leaves:
+        rule = rules[name]
+        spec = ", ".join("-" if axes is None else str(axes) for axes in leaf.sharding.spec) or "replicated"
+        rate = "frozen" if rule.frozen else f"{rule.lr_mult:g}"
+        yield f"{name:<{width}}{str(leaf.shape):<20}{leaf.size:>12,}  {rate:>6}{rule.wd_mult:>9g}  {spec}"
+    yield f"{'all':<{width}}{'':<20}{sum(leaf.size for _, leaf in leaves):>12,}"
+
+
+def _run(run: Experiment) -> Iterator[str]:
+    cfg, batch = run.cfg, run.cfg.input.batch_size
+    devices = run.mesh.devices.ravel()
+    share = run.batch_sharding.shard_shape((batch,))[0]
+    examples = len(run.pipeline.source)
+    yield f"{'devices':<24}{len(devices)} × {devices[0].device_kind}, mesh {dict(run.mesh.shape)}"
+    yield f"{'training examples':<24}{examples:,}"
+    yield f"{'steps':<24}{run.total_steps:,} ({run.total_steps * batch / examples:.2f} epochs)"
+    yield f"{'batch':<24}{batch} in all, {share} a device" + (
+        f", in {cfg.grad_accum_steps} parts" if cfg.grad_accum_steps > 1 else "")
+    yield f"{'peak learning rate':<24}{optax.peak_lr(cfg, batch):g}"
+    for name, otherwise in [("log_training", ""), ("ckpt", "at the last step"), ("keep_ckpt", "never")]:
+        every = run.steps(getattr(cfg, name), name)
+        yield f"{name:<24}" + (f"every {every:,} steps" if every else otherwise)
+    for name, config in run.settings.evals.items():
+        yield f"{'evals.' + name:<24}every {run.steps(config.log, f'evals.{name}.log'):,} steps"
+
+
+def _memory(run: Experiment) -> Iterator[str]:
+    """Parameters, gradients and optimiser state by arithmetic; activations only from the compiler."""
+    held = lambda tree: sum(  # noqa: E731
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    params, opt = held(run.shapes.params), held(run.shapes.opt)
+    for name, size in (("parameters", params), ("gradients", params), ("optimiser state", opt),
+                       ("batch", held(run.batch_shapes()))):
+        yield f"{name:<24}{size / MIB:,.1f} MiB"
+    if not COMPILE.value:
+        yield f"{'activations':<24}not counted; --compile asks XLA"
+        return
+    with run.context():
+        compiled = run.jit_train_step().lower(run.shapes, run.batch_shapes()).compile()
+    memory, flops = compiled.memory_analysis(), (compiled.cost_analysis() or {}).get("flops", 0)
+    yield f"{'XLA: arguments':<24}{memory.argument_size_in_bytes / MIB:,.1f} MiB"
+    yield f"{'XLA: temporaries':<24}{memory.temp_size_in_bytes / MIB:,.1f} MiB (gradients and activations)"
+    yield f"{'XLA: FLOPs':<24}{flops * run.mesh.size / run.cfg.input.batch_size / 1e9:.2f} GFLOP an image"
+
+
+if __name__ == "__main__":
+    cli.define()
+    cli.run(main, __doc__)

@@ -1,0 +1,378 @@
+"""The training loop end to end, in one process: what a run leaves behind, and that stopping it anywhere changes nothing."""
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from cb_vit import train, workdir
+from cb_vit.config import ConfigError
+from cb_vit.datasets.core import DataError
+from cb_vit.evaluators.classification import Evaluator
+from cb_vit.metric_writer import MetricWriter
+from cb_vit.train import NonFinite, train_and_evaluate
+
+TIMES = re.compile(r"uptime|core_hours|img/sec.*|mfu|z/secs/.*|.*_gib")
+PP = "flip_lr|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
+
+
+def data(split="train", **changes):
+    return dict(name="fake", split=split, num_examples=32, image_size=8, num_classes=10) | changes
+
+
+def classification(**changes):
+    return dict(type="classification", log_steps=4, data=data("test", num_examples=20), pp_fn=PP) | changes
+
+
+def tiny(**changes):
+    """A config of 8 steps, 2 epochs; `changes` by dotted name."""
+    config = dict(
+        seed=0, total_steps=8, lr=1e-2, schedule=dict(decay_type="constant"),
+        input=dict(data=data(), batch_size=8, pp=PP),
+        model=dict(variant="mu/4", width=16, depth=1, mlp_dim=16, num_heads=2, dropout=0.1, context="cb"),
+        log_training_steps=2, ckpt_steps=3, plot=False, evals=dict(val=classification()))
+    for name, value in changes.items():
+        *blocks, key = name.split(".")
+        block = config
+        for part in blocks:
+            block = block[part]
+        block[key] = value
+    return config
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(folder):
+    """All records, in the order of the file, without what a clock or the machine put in."""
+    return [{name: value for name, value in record.items() if not TIMES.fullmatch(name)} for record in records(folder)]
+
+
+def steps_with(folder, metric):
+    return [record["step"] for record in records(folder) if metric in record]
+
+
+def saved_steps(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def saved(folder, step):
+    """Parameters and optimiser state of a checkpoint, read past our own code; leaves by name."""
+    with ocp.PyTreeCheckpointer() as reader:
+        trees = {item: reader.restore((folder / "checkpoints" / str(step) / item).resolve()) for item in ("params", "opt")}
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
+
+
+def assert_same_state(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def on_step(monkeypatch, act):
+    """Have `act(step)` called right before each step is dispatched; steps count from 1."""
+    original = train.Profiler.step
+
+    def step(self, number, pending=None):
+        act(number)
+        return original(self, number, pending)
+
+    monkeypatch.setattr(train.Profiler, "step", step)
+
+
+def terminate(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Crash(Exception):
+    """What the tests make a run die of."""
+
+
+def crash(*_):
+    raise Crash
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: its folder and what it returned. Not to be changed."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train_and_evaluate(tiny(), folder)
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    """A copy of the uninterrupted run's folder."""
+    return Path(shutil.copytree(whole[0], tmp_path / "run"))
+
+
+def test_a_run_leaves_the_files_of_a_workdir(whole):
+    folder, _ = whole
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "run.json", "metrics.jsonl", "checkpoints", ".lock"}
+    assert json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(tiny()))
+    run = json.loads((folder / "run.json").read_text())
+    assert run["model_name"] == "vit" and run["model"]["context"] == "cb" and run["model"]["width"] == 16
+    assert run["num_classes"] == 10 and run["image_shape"] == [8, 8, 3] and run["pp"] == PP
+    assert saved_steps(folder) == [8]  # keep_last = 1
+
+
+def test_metrics_have_their_names_and_are_numbers(whole):
+    folder, returned = whole
+    training = {"training_loss", "l2_grads", "l2_params", "l2_updates", "lr", "epoch", "examples_seen", "img/sec",
+                "img/sec/core", "core_hours", "uptime", "z/secs/evaluate", "z/secs/checkpoint"}
+    last = records(folder)[-2]
+    assert training <= last.keys() and last["step"] == 8 and last["epoch"] == 2 and last["examples_seen"] == 64
+    assert last["lr"] == pytest.approx(1e-2)
+    assert records(folder)[-1].keys() == {"step", "val/prec@1", "val/prec@5", "val/loss"}
+    assert all(np.isfinite(value) for record in records(folder) for value in record.values())
+    # What is returned is what was recorded last.
+    assert returned == {name: value for record in records(folder) for name, value in record.items()}
+
+
+def test_the_log_of_a_step_is_of_that_step(whole, tmp_path):
+    """One row at every step: the same numbers, each at its own step, as a run that logs now and then."""
+    train_and_evaluate(tiny(log_training_steps=1), tmp_path)
+    every = {r["step"]: r for r in timeless(tmp_path) if "training_loss" in r}
+    some = [r for r in timeless(whole[0]) if "training_loss" in r]
+    assert list(every) == list(range(1, 9)) and some == [every[step] for step in (2, 4, 6, 8)]
+    assert len({r["training_loss"] for r in every.values()}) == 8
+
+
+def test_learning_rate_is_that_of_the_step(tmp_path):
+    schedule = dict(decay_type="linear", warmup_steps=2)
+    train_and_evaluate(tiny(schedule=schedule, log_training_steps=1, evals={}), tmp_path)
+    # The first update of a warm-up has rate 0; the last is one step short of the end.
+    expected = [1e-2 * min(1, t / 2) * (1 - max(t - 2, 0) / 6) for t in range(8)]
+    np.testing.assert_allclose([r["lr"] for r in records(tmp_path)], expected, rtol=1e-6)
+    assert records(tmp_path)[0]["l2_updates"] == 0 and records(tmp_path)[1]["l2_updates"] > 0
+
+
+@pytest.mark.parametrize("total, log, ckpt, evaluate", [
+    (dict(total_steps=8), dict(log_training_steps=2), dict(ckpt_steps=3), dict(log_steps=4)),
+    (dict(total_epochs=1.75), dict(log_training_epochs=0.75), dict(ckpt_percent=0.3), dict(log_examples=40)),
+    (dict(total_examples=56), dict(log_training_percent=0.5), dict(), dict(log_epochs=1))])
+def test_cadence_in_every_unit_and_always_at_the_last_step(tmp_path, total, log, ckpt, evaluate):
+    config = tiny(keep_last=100, **{"evals.val.log_steps": None})
+    for key in ("total_steps", "log_training_steps", "ckpt_steps"):
+        del config[key]
+    config["evals"]["val"].update(evaluate)
+    last = train_and_evaluate(config | total | log | ckpt, tmp_path)["step"]
+    # 32 examples in batches of 8: 4 steps an epoch.
+    expected = {8: ([2, 4, 6, 8], [3, 6, 8], [4, 8])} | (
+        {7: ([3, 6, 7], [2, 4, 6, 7], [5, 7])} if "ckpt_percent" in ckpt else {7: ([4, 7], [7], [4, 7])})
+    assert (steps_with(tmp_path, "training_loss"), saved_steps(tmp_path), steps_with(tmp_path, "val/loss")) == \
+        expected[last]
+
+
+def test_runs_twice_in_a_process_from_a_plain_dict_or_a_config_dict_on_any_thread(whole, tmp_path):
+    """As from a notebook: no flags parsed, and signals left as they were."""
+    handler = signal.getsignal(signal.SIGTERM)
+    returned = {}
+    call = lambda: returned.update(train_and_evaluate(ml_collections.ConfigDict(tiny()), tmp_path))  # noqa: E731
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert returned.keys() == whole[1].keys()
+    assert timeless(tmp_path) == timeless(whole[0])
+    assert_same_state(saved(tmp_path, 8), saved(whole[0], 8))
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_finished_run_says_so_and_repeats_nothing(whole, finished, caplog, monkeypatch):
+    monkeypatch.setattr(Evaluator, "run", crash)
+    monkeypatch.setattr(train.Loop, "_compile", crash)
+    before = (finished / "metrics.jsonl").read_bytes()
+    with caplog.at_level(logging.INFO):
+        again = train_and_evaluate(tiny(), finished)
+    assert "already complete, at step 8" in caplog.text
+    assert (finished / "metrics.jsonl").read_bytes() == before and saved_steps(finished) == [8]
+    assert again == whole[1]
+
+
+def test_a_longer_run_goes_on_where_the_shorter_ended(whole, tmp_path):
+    assert train_and_evaluate(tiny(total_steps=4), tmp_path)["step"] == 4
+    assert train_and_evaluate(tiny(), tmp_path)["step"] == 8
+    assert timeless(tmp_path) == timeless(whole[0])
+    assert_same_state(saved(tmp_path, 8), saved(whole[0], 8))
+
+
+def test_a_run_cannot_end_before_its_checkpoint(finished):
+    before = (finished / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"config.total_steps: the run ends at step 5, .* is of step 8"):
+        train_and_evaluate(tiny(total_steps=5), finished)
+    assert (finished / "config.json").read_bytes() == before and records(finished)[-1]["step"] == 8
+
+
+def test_stopped_at_every_step_it_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch, caplog):
+    """SIGTERM while each step but the last runs, one after the other: every time the step is saved and the run ends."""
+    first = []
+    on_step(monkeypatch, lambda step: first and first.pop() and terminate())
+    for step in range(1, 8):
+        first[:] = [True]
+        assert train_and_evaluate(tiny(), tmp_path)["step"] == step
+        assert saved_steps(tmp_path) == [step] and f"told to stop: saved at step {step}" in caplog.text
+    assert train_and_evaluate(tiny(), tmp_path)["step"] == 8
+    assert timeless(tmp_path) == timeless(whole[0])
+    assert_same_state(saved(tmp_path, 8), saved(whole[0], 8))
+
+
+def test_told_to_stop_it_saves_before_it_evaluates(whole, tmp_path, monkeypatch):
+    """A preempted machine may be gone in half a minute; the evaluation is made up by the run that goes on."""
+    on_step(monkeypatch, lambda step: step == 8 and not saved_steps(tmp_path) == [8] and terminate())
+    assert train_and_evaluate(tiny(), tmp_path)["step"] == 8
+    assert saved_steps(tmp_path) == [8] and steps_with(tmp_path, "val/loss") == [4]
+    train_and_evaluate(tiny(), tmp_path)
+    assert timeless(tmp_path) == timeless(whole[0])
+
+
+def test_crashed_anywhere_it_ends_as_if_it_had_not(whole, tmp_path, monkeypatch):
+    """Each attempt dies at another place; a checkpoint under way at that moment is completed."""
+    def dies(setting, at=3):
+        with monkeypatch.context() as patch:
+            setting(patch)
+            with pytest.raises((Crash, DataError)):
+                train_and_evaluate(tiny(), tmp_path)
+        return saved_steps(tmp_path)
+
+    def at_evaluation(patch):
+        def run(self, state):
+            yield "prec@1", 0.0
+            raise DataError("a record is broken")
+        patch.setattr(Evaluator, "run", run)
+
+    def at_write(step):
+        original = MetricWriter.write
+        write = lambda self, at, scalars: crash() if at == step else original(self, at, scalars)  # noqa: E731
+        return lambda patch: patch.setattr(MetricWriter, "write", write)
+
+    at_step = lambda number: lambda patch: on_step(patch, lambda step: step == number and crash())  # noqa: E731
+    assert dies(at_step(1)) == []
+    assert dies(at_write(2)) == []
+    assert dies(lambda patch: patch.setattr(train.Checkpointer, "save", crash)) == []
+    assert dies(at_step(4)) == [3]  # right after its save began
+    assert dies(at_evaluation) == [3]
+    assert dies(at_step(6)) == [3] and steps_with(tmp_path, "val/loss") == [4]
+    assert dies(at_step(8)) == [6]
+    assert dies(at_write(8)) == [6]
+    assert train_and_evaluate(tiny(), tmp_path)["step"] == 8
+    assert timeless(tmp_path) == timeless(whole[0])
+    assert_same_state(saved(tmp_path, 8), saved(whole[0], 8))
+
+
+def test_an_evaluation_lost_at_the_restored_step_is_made_up(whole, finished):
+    lines = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (finished / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])  # and its line is torn
+    assert train_and_evaluate(tiny(), finished) == whole[1]
+    assert timeless(finished) == timeless(whole[0])
+
+
+def test_an_evaluator_without_a_prefix_has_its_turn(tmp_path):
+    train_and_evaluate(tiny(total_steps=4, **{"evals.val.prefix": ""}), tmp_path)
+    assert steps_with(tmp_path, "prec@1") == [4]
+
+
+def test_a_changed_setting_is_told(finished, caplog):
+    train_and_evaluate(tiny(lr=2e-2), finished)
+    assert "config.lr: 0.01 -> 0.02" in caplog.text
+    assert json.loads((finished / "config.json").read_text())["lr"] == 2e-2
+
+
+@pytest.mark.parametrize("field, value", [
+    ("seed", 1), ("input.pp", PP.removeprefix("flip_lr|")), ("input.batch_size", 16), ("input.data.num_examples", 24)])
+def test_changed_data_is_refused_unless_allowed(finished, field, value):
+    before = {name: (finished / name).read_bytes() for name in ("config.json", "metrics.jsonl")}
+    with pytest.raises(ConfigError, match=rf"^config\.{field}: .*allow_changed_data"):
+        train_and_evaluate(tiny(**{field: value}), finished)
+    assert before == {name: (finished / name).read_bytes() for name in before}
+    if field == "seed":
+        assert train_and_evaluate(tiny(allow_changed_data=True, **{field: value}), finished)["step"] == 8
+
+
+def test_another_runs_workdir_can_be_gone_on_from(whole, tmp_path, caplog):
+    one, other = tmp_path / "one", tmp_path / "other"
+    train_and_evaluate(tiny(total_steps=4), one)
+    before = {path: path.stat().st_mtime_ns for path in one.rglob("*")}
+    with pytest.raises(ConfigError, match="config.seed: .*allow_changed_data"):
+        train_and_evaluate(tiny(resume=str(one), seed=1), other)
+    assert train_and_evaluate(tiny(resume=str(one)), other)["step"] == 8
+    assert "config.total_steps: 4 -> 8" in caplog.text
+    # The evaluation at step 4 is this folder's first record.
+    assert timeless(other) == [r for r in timeless(whole[0]) if r["step"] > 4 or "val/loss" in r]
+    assert_same_state(saved(other, 8), saved(whole[0], 8))
+    assert before == {path: path.stat().st_mtime_ns for path in one.rglob("*")}
+    # From now on its own checkpoints come first.
+    shutil.rmtree(one)
+    assert train_and_evaluate(tiny(resume=str(one)), other)["step"] == 8
+    with pytest.raises(ConfigError, match="config.resume: .*does not exist"):
+        train_and_evaluate(tiny(resume=str(one)), tmp_path / "third")
+
+
+@pytest.mark.parametrize("ckpt_steps", [1, 100])
+def test_a_run_that_diverges_says_where_and_keeps_no_bad_state(tmp_path, ckpt_steps):
+    with pytest.raises(NonFinite) as error:
+        train_and_evaluate(tiny(lr=1e30, ckpt_steps=ckpt_steps, keep_last=100, log_training_steps=1), tmp_path)
+    bad = int(re.match(r"step (\d+) is not finite \(training_loss \S+, l2_grads \S+, l2_params \S+\)", str(error.value))[1])
+    assert bad > 1
+    good = list(range(1, bad)) if ckpt_steps == 1 else []
+    assert saved_steps(tmp_path) == good
+    assert (f"last good checkpoint is step {bad - 1}" if good else "no checkpoint yet") in str(error.value)
+    assert all(np.isfinite(leaf).all() for step in good for leaf in saved(tmp_path, step).values())
+    assert steps_with(tmp_path, "training_loss") == list(range(1, bad))
+
+
+def test_a_second_run_in_the_same_workdir_is_refused(finished):
+    with workdir.lock(finished), pytest.raises(ConfigError, match="another run is in"):
+        train_and_evaluate(tiny(), finished)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path):
+    for changes, field in [({"lrr": 1.0}, "config.lrr"), ({"input.batch_size": 9}, "config.input.batch_size"),
+                           ({"evals.val.data.split": "nowhere"}, "config.evals.val.data.split"),
+                           ({"evals.val.pp_fn": PP.replace("10", "7")}, "config.evals.val.pp_fn")]:
+        with pytest.raises(ConfigError, match=f"^{field}: "):
+            train_and_evaluate(tiny(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unreadable_examples_are_counted_from_the_beginning(tmp_path, monkeypatch):
+    config = tiny(total_steps=12, ckpt_steps=5, **{
+        "log_training_steps": 4, "input.skip_errors": True, "input.pp": "decode|" + PP,
+        "input.data": data(encoded=True, broken=(3, 7, 20))})
+    with monkeypatch.context() as patch:
+        on_step(patch, lambda step: step == 8 and crash())
+        with pytest.raises(Crash):
+            train_and_evaluate(config, tmp_path)
+    train_and_evaluate(config, tmp_path)
+    assert [r["examples_skipped"] for r in records(tmp_path) if "training_loss" in r] == [3, 6, 9]  # epochs of 4 steps
+    with pytest.raises(DataError):
+        train_and_evaluate(config | dict(input=config["input"] | dict(skip_errors=False)), tmp_path / "strict")
+
+
+def test_several_evaluators_and_the_best_checkpoint(tmp_path):
+    """Two evaluators at steps of their own; the best is picked among the steps that have its metric."""
+    evals = dict(val=classification(log_steps=2), train=classification(log_steps=3, data=data("train[:50%]")))
+    config = tiny(evals=evals, ckpt_steps=1, keep_best=dict(metric="val/loss", mode="max"))
+    train_and_evaluate(config, tmp_path)
+    assert steps_with(tmp_path, "val/loss") == [2, 4, 6, 8] and steps_with(tmp_path, "train/loss") == [3, 6, 8]
+    losses = {r["step"]: r["val/loss"] for r in records(tmp_path) if "val/loss" in r}
+    assert saved_steps(tmp_path) == sorted({max(losses, key=losses.get), 8})
+
+
+def test_profile_tensorboard_and_curves(tmp_path):
+    pytest.importorskip("tensorboardX")
+    pytest.importorskip("matplotlib")
+    config = tiny(total_steps=4, tensorboard=True, plot=True, profile=dict(start_step=2, num_steps=2))
+    train_and_evaluate(config, tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert list((tmp_path / "tensorboard").glob("events.out.*"))
+    assert (tmp_path / "training_curves.png").stat().st_size > 1000
