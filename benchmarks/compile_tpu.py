@@ -42,7 +42,7 @@ def main(config):
     seconds = time.monotonic() - start
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     images = settings.train.input.batch_size / run.mesh.size
-    found = Counter(re.findall(rf"= \S+ ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled.as_text()))
+    found = Counter(re.findall(rf"\b({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled.as_text()))
     print(json.dumps({
         "topology": TOPOLOGY.value, "chips": run.mesh.size, "model": settings.train.model.get("variant"),
         "context": settings.model.context, "batch": settings.train.input.batch_size, "jax": jax.__version__,

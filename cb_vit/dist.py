@@ -66,7 +66,8 @@ def create_mesh(
                                          "let one axis be -1, or change the sizes")
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     try:
-        grid = np.reshape(devices, sizes) if in_order else mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=allow_split_physical_axes)
+        grid = np.reshape(devices, sizes) if in_order else mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=allow_split_physical_axes)
     except (ValueError, NotImplementedError) as error:  # a torus that these sizes do not tile
         raise ConfigError("config.mesh", f"{list(axes)} does not fit how the devices are wired ({error}); change the "
                                          "sizes, or set config.mesh_allow_split_physical_axes=True") from None

@@ -8,10 +8,11 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from cb_vit.config import ConfigError, suggest
+from cb_vit.config import ConfigError, convert, suggest
 
 T = TypeVar("T")
 
@@ -55,14 +56,20 @@ class Call:
     text: str
 
     def bind(self, function: Callable[..., T], path: str) -> T:
-        """`function(*args, **kwargs)`; arguments that do not fit are a `ConfigError` at `path`."""
+        """`function(*args, **kwargs)`; arguments that do not fit are a `ConfigError` at `path`.
+
+        Arguments are converted to the types that `function` declares: a list to a tuple, 1 to 1.0.
+        """
         try:
-            inspect.signature(function).bind(*self.args, **self.kwargs)
+            given = inspect.signature(function).bind(*self.args, **self.kwargs)
         except TypeError as error:
             signature = str(inspect.signature(function)).split(" ->")[0]
             raise ConfigError(path, f"{self.text!r}: {error}. It takes {self.name}{signature}") from None
         try:
-            return function(*self.args, **self.kwargs)
+            hints = typing.get_type_hints(function)
+            for name, value in given.arguments.items():
+                given.arguments[name] = convert(value, hints[name], name) if name in hints else value
+            return function(*given.args, **given.kwargs)
         except (TypeError, ValueError) as error:
             raise ConfigError(path, f"{self.text!r}: {error}") from None
 
@@ -75,8 +82,6 @@ def parse_calls(text: str, path: str) -> tuple[Call, ...]:
     Raises:
         ConfigError: at `path`, when the text is not of that form.
     """
-    if not isinstance(text, str):
-        raise ConfigError(path, f"expected a string like 'op(1)|op2', got {text!r}")
     if not text.strip():
         return ()
     try:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cb_vit.config import ConfigError, convert
+from cb_vit.config import ConfigError
 from cb_vit.registry import Registry, parse_calls
 from cb_vit.tree import check_rules, first_match, map_with_names
 
@@ -39,9 +39,6 @@ def fsdp(axis: str | tuple[str, ...] = "data", min_size_to_shard_mb: float = 4) 
         min_size_to_shard_mb: arrays below this many MiB are left alone: gathering them costs more
             than the memory they save.
     """
-    axis = _check_axis(axis)
-    min_size_to_shard_mb = convert(min_size_to_shard_mb, float, "min_size_to_shard_mb")
-
     def rule(spec: Spec, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> Spec:
         size = _axis_size(mesh, axis)
         if np.prod(leaf.shape) * leaf.dtype.itemsize < min_size_to_shard_mb * 2**20:
@@ -63,8 +60,6 @@ def shard_dim(axis: str | tuple[str, ...], dim: int) -> Rule:
         axis: mesh axis, or several taken together.
         dim: array axis; counted from the end when negative, which serves loop and scan layout alike.
     """
-    axis, dim = _check_axis(axis), convert(dim, int, "dim")
-
     def rule(spec: Spec, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> Spec:
         size, index = _axis_size(mesh, axis), dim + len(spec) if dim < 0 else dim
         if not 0 <= index < len(spec):
@@ -76,10 +71,6 @@ def shard_dim(axis: str | tuple[str, ...], dim: int) -> Rule:
         return [axis if i == index else taken for i, taken in enumerate(spec)]
 
     return rule
-
-
-def _check_axis(axis: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    return convert(axis, str | tuple[str, ...], "axis")
 
 
 def _axis_size(mesh: Mesh, axis: str | tuple[str, ...]) -> int:

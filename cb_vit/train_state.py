@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from cb_vit import sharding
 
 Tree = Any
+Leaf = Any  # an array; in a state of shapes or shardings, which has the same form, one of those
 
 
 @flax.struct.dataclass
@@ -26,10 +27,10 @@ class TrainState:
         finite: whether loss, gradients and parameters have been finite at every step so far, bool [].
     """
 
-    step: jax.Array
+    step: Leaf
     params: Tree
     opt: optax.OptState
-    finite: jax.Array
+    finite: Leaf
 
 
 def state_shapes(init: Callable[[jax.Array], Tree], tx: optax.GradientTransformation) -> TrainState:

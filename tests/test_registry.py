@@ -8,10 +8,11 @@ from cb_vit.registry import Call, Registry, parse_calls
 
 
 def test_a_call_has_a_name_literals_and_its_own_text():
-    crop, flip, scale = parse_calls(" crop(224, (3, -1), area_min=5.5,name='x') | flip|scale(lo=-1, hi=[1, None])", "p")
-    assert crop == Call("crop", (224, (3, -1)), {"area_min": 5.5, "name": "x"}, "crop(224, (3, -1), area_min=5.5, name='x')")
+    crop, flip, scale = parse_calls(" crop(224, (3, -1), area_min=5.5,name='x') | flip|scale(-1, hi=[1, None])", "p")
+    text = "crop(224, (3, -1), area_min=5.5, name='x')"
+    assert crop == Call("crop", (224, (3, -1)), {"area_min": 5.5, "name": "x"}, text)
     assert flip == Call("flip", (), {}, "flip")
-    assert scale.kwargs == {"lo": -1, "hi": [1, None]}
+    assert (scale.args, scale.kwargs) == ((-1,), {"hi": [1, None]})
     assert parse_calls("flip()", "p")[0].args == ()
 
 
@@ -24,27 +25,22 @@ def test_an_empty_text_has_no_calls(text):
     "a||b", "a|", "|a", "a(1", "a b", "a(1)(2)", "a.b(1)", "3", "'a'", "a & b", "a(**{})", "a(x=1, x=2)", "a\0", "a;b",
     "a = 1", "lambda: 1"])
 def test_other_forms_are_refused_with_the_text_and_the_way_to_write_it(text):
-    with pytest.raises(ConfigError, match=r"^config.pp: cannot read .*; write it as 'op\(1\)\|op2\(name=2\)'$") as caught:
-        parse_calls(text, "config.pp")
-    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"^p: cannot read .*; write it as 'op\(1\)\|op2\(name=2\)'$") as error:
+        parse_calls(text, "p")
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["a(b)", "a(x=b)", "a(1 + b)", "a(*[1])", "a(f(1))", "a({[]: 1})", "a(__import__('os'))"])
+@pytest.mark.parametrize("text", ["a(b)", "a(x=b)", "a(1 + b)", "a(*[1])", "a({[]: 1})", "a(__import__('os'))"])
 def test_arguments_are_plain_values_and_nothing_is_run(text):
     with pytest.raises(ConfigError, match="^p: .* arguments must be plain values such as 224, 0.5 or 'name'$"):
         parse_calls(text, "p")
 
 
-def test_what_is_not_text():
-    with pytest.raises(ConfigError, match=r"^p: expected a string like 'op\(1\)\|op2', got 3$"):
-        parse_calls(3, "p")
-
-
 def test_pick_lists_the_choices():
     table = Registry("loss", {"softmax": 1, "sigmoid": 2})
     assert table.pick("sigmoid", "p") == 2
-    with pytest.raises(ConfigError, match="^config.loss: unknown loss 'sofmax'; did you mean softmax. Choices: sigmoid, "
-                                          "softmax$"):
+    with pytest.raises(ConfigError, match=r"^config.loss: unknown loss 'sofmax'; did you mean softmax\? Choices: "
+                                          "sigmoid, softmax$"):
         table.pick("sofmax", "config.loss")
     with pytest.raises(ConfigError, match="^config.loss: unknown loss 'zzz'; Choices: sigmoid, softmax$"):
         table.pick("zzz", "config.loss")
@@ -76,8 +72,14 @@ def bind(text, function=Crop):
     return parse_calls(text, "p")[0].bind(function, "config.pp")
 
 
-def test_bind_calls():
-    assert bind("crop(224, area_min=5)") == Crop(224, 5)
+def test_bind_calls_with_arguments_of_the_declared_types():
+    crop = bind("crop(224.0, area_min=5)")
+    assert crop == Crop(224, 5.0) and (type(crop.size), type(crop.area_min)) == (int, float)
+
+    def op(first, *rest, pair: tuple[int, ...] = ()):
+        return first, rest, pair
+
+    assert bind("op([1], 2, 3, pair=[4, 5])", op) == ([1], (2, 3), (4, 5))
 
 
 @pytest.mark.parametrize("text, error", [
@@ -86,7 +88,8 @@ def test_bind_calls():
     ("crop(sise=1)", "config.pp: 'crop(sise=1)': missing a required argument: 'size'. It takes crop(size"),
     ("crop(1, sise=1)", "config.pp: 'crop(1, sise=1)': got an unexpected keyword argument 'sise'. It takes crop(size"),
     ("crop(0)", "config.pp: 'crop(0)': size must be positive, got 0"),
-    ("crop('x')", "config.pp: 'crop('x')': "),
+    ("crop('x')", "config.pp: crop('x'): size: expected a whole number, got 'x'"),
+    ("crop(1, area_min=True)", "config.pp: 'crop(1, area_min=True)': area_min: expected a number, got True"),
 ])
 def test_arguments_that_do_not_fit(text, error):
     with pytest.raises(ConfigError) as caught:

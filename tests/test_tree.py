@@ -35,10 +35,10 @@ def test_what_is_no_key():
 
 
 def test_map_with_names_keeps_the_structure_and_takes_more_trees():
-    doubled = jax.tree.map(lambda leaf: 10 * leaf, TREE)
-    assert map_with_names(lambda name, a, b: (name, a + b), TREE, doubled) == State(
-        step=("step", 0),
-        opt=(Pair(mu={"b": {"kernel": (NAMES[2], 11)}, "a": (NAMES[1], 22)}, nu=None), [(NAMES[3], 33), (NAMES[4], 44)]))
+    tenfold = jax.tree.map(lambda leaf: 10 * leaf, TREE)
+    assert map_with_names(lambda name, a, b: f"{name} {a + b}", TREE, tenfold) == State(step="step 0", opt=(
+        Pair(mu={"b": {"kernel": "opt/0/mu/b/kernel 11"}, "a": "opt/0/mu/a 22"}, nu=None),
+        ["opt/1/0 33", "opt/1/1 44"]))
 
 
 def test_the_first_rule_that_matches_the_whole_name_wins():

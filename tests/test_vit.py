@@ -11,6 +11,7 @@ from scipy.special import erf
 from cb_vit.config import ConfigError
 from cb_vit.models import vit
 from cb_vit.models.common import to_loop, to_scan
+from cb_vit.models.layers import drop_path, posemb_sincos_2d, softmax
 from cb_vit.models.vit import Model
 from cb_vit.tree import names
 
@@ -192,7 +193,6 @@ def test_attention_appears_when_asked_for_and_costs_nothing_else():
 
 
 def test_drop_path_drops_whole_examples_at_the_stated_rate_and_keeps_the_mean():
-    from cb_vit.models.common import drop_path
     x = jnp.ones((20_000, 2, 3))
     y = drop_path(x, 0.3, jax.random.key(0))
     assert set(np.unique(y)) == {0.0, np.float32(1 / 0.7)}
@@ -231,7 +231,7 @@ def test_initialisation_has_the_spread_of_its_school(init_name, leaf, std):
 
 
 def test_sincos_position_embedding_closed_form():
-    table = np.asarray(vit.posemb_sincos_2d(3, 5, 8))[0].reshape(3, 5, 8)
+    table = np.asarray(posemb_sincos_2d(3, 5, 8))[0].reshape(3, 5, 8)
     for y in range(3):
         for x in range(5):
             expected = [np.sin(x), np.sin(x / 1e4), np.cos(x), np.cos(x / 1e4),
@@ -282,3 +282,16 @@ def test_patch_must_divide_the_image():
     with pytest.raises(ConfigError, match=re.escape("variant: 'S/16' has patch 16×16, which does not divide")):
         vit.check_image_size(vit.Config(variant="S/16"), (224, 230))
     vit.check_image_size(vit.Config(variant="S/16"), (224, 240))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 2**-8)])
+def test_softmax_and_its_gradient_equal_jaxs_in_float32(dtype, tolerance):
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.normal(0, 3, (4, 5, 197)), dtype) for _ in range(2))
+    got, pullback = jax.vjp(softmax, x)
+    expected, reference_pullback = jax.vjp(lambda y: jax.nn.softmax(y, axis=-1), x.astype(jnp.float32))
+    assert got.dtype == dtype
+    np.testing.assert_allclose(got.astype(jnp.float32), expected, rtol=tolerance, atol=1e-30)
+    (back,), (reference_back,) = pullback(g), reference_pullback(g.astype(jnp.float32))
+    error = jnp.linalg.norm(back.astype(jnp.float32) - reference_back) / jnp.linalg.norm(reference_back)
+    assert back.dtype == dtype and float(error) < 2 * tolerance

@@ -1,4 +1,4 @@
-"""What models share: the two layouts of a stack of blocks, and drop path.
+"""What models share: the two layouts of a stack of blocks.
 
 A model that runs its blocks under `nn.scan` keeps them as one `encoderblock` whose leaves have a
 leading depth axis (scan layout); one that loops over them keeps `encoderblock_0`, `encoderblock_1`, …
@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
 
 Tree = Any
 STACKED, BLOCK = "encoderblock", re.compile(r"encoderblock_(\d+)")
@@ -47,30 +46,3 @@ def _stack(node: dict) -> dict:
     blocks = [node[f"{STACKED}_{i}"] for i in indices]
     rest = {k: v for k, v in node.items() if not BLOCK.fullmatch(k)}
     return {**rest, STACKED: jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
-
-
-def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
-    """Inverted dropout (Srivastava et al., 2014): x·Bernoulli(1-rate)/(1-rate). No key: x."""
-    if key is None or rate == 0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
-
-
-def drop_path(
-    x: Float[Array, "b n d"], rate: float | Float[Array, ""], key: Key[Array, ""] | None
-) -> Float[Array, "b n d"]:
-    """Stochastic depth (Huang et al., arXiv 1603.09382): drops the whole branch of an example.
-
-    Args:
-        x: the residual branch.
-        rate: probability to drop, in [0, 1); traced under `nn.scan`.
-        key: randomness; None (evaluation) keeps every branch.
-
-    Returns:
-        x·Bernoulli(1-rate)/(1-rate), one draw an example, as in timm and DeiT.
-    """
-    if key is None or (isinstance(rate, float | int) and rate == 0):
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
-    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))

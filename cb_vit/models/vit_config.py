@@ -1,0 +1,135 @@
+"""The settings of the Vision Transformer: its sizes and options, and which of them go together."""
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from cb_vit.config import ConfigError
+from cb_vit.registry import Registry
+
+# width, depth, MLP width, heads. "Scaling Vision Transformers" (arXiv 2106.04560) Table 2, DeiT
+# (arXiv 2012.12877) Table 1 for Ti, DeiT-III (arXiv 2204.07118) for M, SigLIP-So400m (arXiv 2305.13035).
+VARIANTS = Registry("ViT variant", {
+    "mu": (32, 1, 128, 2),
+    "nano": (64, 4, 256, 4),  # ours, for images of a few pixels
+    "Ti": (192, 12, 768, 3),
+    "S": (384, 12, 1536, 6),
+    "M": (512, 12, 2048, 8),
+    "B": (768, 12, 3072, 12),
+    "L": (1024, 24, 4096, 16),
+    "So400m": (1152, 27, 4304, 16),
+    "H": (1280, 32, 5120, 16),
+    "g": (1408, 40, 6144, 16),
+    "g-opt": (1536, 40, 6144, 16),
+    "G": (1664, 48, 8192, 16),
+    "G-opt": (1536, 48, 8192, 16),
+    "e": (1792, 56, 15360, 16),
+})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The block `config.model`; every field is also a keyword of `Model`.
+
+    Attributes:
+        variant: "S/16": size and patch; None: all of patch_size, width, depth, mlp_dim, num_heads.
+        patch_size, width, depth, mlp_dim, num_heads: override what the variant gives. Patch in pixels.
+        posemb: "learn", or "sincos2d" (MoCo-v3, fixed).
+        pool_type: "gap" mean over tokens; "map" attention pooling; "tok" class token; "0" first token,
+            "none" logits for every token.
+        rep_size: width of a tanh layer before the head; True: the model's width.
+        dropout: rate inside MLP and attention output.
+        head_zeroinit: zeros in the head's kernel; None: as `init` has it (big_vision yes, DeiT no).
+        scan: run the blocks under `nn.scan`: compiles once, whatever the depth.
+        remat_policy: what a block keeps for the backward pass: "none" keeps all, "nothing_saveable"
+            recomputes the block (big_vision's choice under scan), …
+        dtype_mm: dtype of the matrix products and of what they return, attention logits too; softmax, norms
+            and the residual stream are computed in float32.
+        context: "none", "cb" or "cb_s" (scaled per channel; our reading of the paper).
+        context_at: where in the block; the paper's place is "mlp_end".
+        context_layers: the blocks (from 0) that have it; None: all.
+        drop_path: stochastic depth rate; of the last block if `drop_path_schedule` is "linear"
+            (DeiT: 0 at the first block), of every block if "constant" (DeiT-III).
+        layer_scale: initial value of LayerScale (CaiT, arXiv 2103.17239); None: no LayerScale.
+        gelu: "tanh" approximation (big_vision) or exact "erf" (DeiT, timm).
+        init: initialisation of all weights, "big_vision" or "deit".
+        distilled: DeiT's distillation token and its own head.
+    """
+
+    variant: str | None = None
+    patch_size: int | tuple[int, int] | None = None
+    width: int | None = None
+    depth: int | None = None
+    mlp_dim: int | None = None
+    num_heads: int | None = None
+    posemb: Literal["learn", "sincos2d"] = "learn"
+    pool_type: Literal["gap", "map", "tok", "0", "none"] = "gap"
+    rep_size: bool | int = False
+    dropout: float = 0.0
+    head_zeroinit: bool | None = None
+    scan: bool = False
+    remat_policy: Literal["none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable"] = "none"
+    dtype_mm: Literal["float32", "bfloat16", "float16"] = "float32"
+    context: Literal["none", "cb", "cb_s"] = "none"
+    context_at: Literal["mlp_end", "mlp_front", "mlp_mid", "msa_end"] = "mlp_end"
+    context_layers: tuple[int, ...] | None = None
+    drop_path: float = 0.0
+    drop_path_schedule: Literal["linear", "constant"] = "linear"
+    layer_scale: float | None = None
+    gelu: Literal["tanh", "erf"] = "tanh"
+    init: Literal["big_vision", "deit"] = "big_vision"
+    distilled: bool = False
+
+    def __post_init__(self):
+        for name in ("dropout", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(name, f"is a probability in [0, 1), got {getattr(self, name)}")
+        if self.distilled and (self.pool_type != "tok" or self.rep_size):
+            raise ConfigError("distilled", f"needs pool_type='tok' without rep_size, got {self.pool_type!r}")
+        if self.scan and self.context == "cb_s" and self.context_layers is not None:
+            raise ConfigError("context_layers", "cb_s in some blocks only needs scan=False: scanned blocks are alike")
+
+
+def resolve(config: Config) -> Config:
+    """`config` with its variant spelt out in sizes, and the sizes checked against each other.
+
+    Raises:
+        ConfigError: unknown variant, missing or impossible size.
+    """
+    sizes = dict.fromkeys(("width", "depth", "mlp_dim", "num_heads", "patch_size"))
+    if config.variant is not None:
+        size, _, patch = config.variant.partition("/")
+        if patch and not patch.isdigit():
+            raise ConfigError("variant", f"expected SIZE/PATCH such as 'S/16', got {config.variant!r}")
+        sizes.update(zip(sizes, VARIANTS.pick(size, "variant"), strict=False), patch_size=int(patch) if patch else None)
+    sizes.update({name: getattr(config, name) for name in sizes if getattr(config, name) is not None})
+    for name, value in sizes.items():
+        if value is None:
+            raise ConfigError(name, f"not set; give it, or a variant such as 'S/16' (variant is {config.variant!r})")
+        if min(value if isinstance(value, tuple) else (value,)) < 1:
+            raise ConfigError(name, f"must be at least 1, got {value}")
+    if isinstance(sizes["patch_size"], int):
+        sizes["patch_size"] = (sizes["patch_size"],) * 2
+    if sizes["width"] % sizes["num_heads"]:
+        raise ConfigError("num_heads", f"{sizes['num_heads']} does not divide width {sizes['width']}")
+    if config.posemb == "sincos2d" and sizes["width"] % 4:
+        raise ConfigError("posemb", f"'sincos2d' needs a width divisible by 4, got {sizes['width']}")
+    layers = config.context_layers or ()
+    if any(not 0 <= layer < sizes["depth"] for layer in layers):
+        raise ConfigError("context_layers", f"blocks are 0 to {sizes['depth'] - 1}, got {list(layers)}")
+    zeroinit = config.init == "big_vision" if config.head_zeroinit is None else config.head_zeroinit
+    return dataclasses.replace(config, **sizes, head_zeroinit=zeroinit)
+
+
+def check_image_size(config: Config, image_size: tuple[int, int]) -> None:
+    """Refuse images, (height, width) in pixels, that the patch does not divide.
+
+    Raises:
+        ConfigError: at "patch_size" or "variant", whichever set the patch.
+    """
+    patch = resolve(config).patch_size
+    if any(size % p for size, p in zip(image_size, patch, strict=True)):
+        height, width = image_size
+        field, value = ("variant", config.variant) if config.patch_size is None else ("patch_size", config.patch_size)
+        raise ConfigError(field, f"{value!r} has patch {patch[0]}×{patch[1]}, which does not divide the image of "
+                                 f"{height}×{width}; change the patch, or the size in input.pp")

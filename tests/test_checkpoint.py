@@ -1,0 +1,387 @@
+"""Checkpoints: bit for bit there and back, onto any devices and layouts, and what happens to damaged ones."""
+import contextlib
+import logging
+import os
+import pathlib
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from cb_vit import experiment
+from cb_vit.checkpoint import Checkpointer, KeepBest, Mismatch, _checksum
+from cb_vit.config import ConfigError
+from cb_vit.models.common import to_loop, to_scan
+from cb_vit.tree import flatten_with_names
+
+FSDP = ((".*", "fsdp(axis='data', min_size_to_shard_mb=0)"),)
+TENSOR = (
+    (r".*/(query|key|value)/kernel", "shard_dim('model', -2)"), (r".*/out/kernel", "shard_dim('model', -3)"),
+    (r".*/MlpBlock_0/Dense_0/kernel", "shard_dim('model', -1)"), (r".*/Dense_1/kernel", "shard_dim('model', -2)"))
+FROZEN = (("embedding/.*|pos_embedding", None), (".*", dict(decay_type="cosine")))
+
+
+def build(devices=8, model=(), **changes):
+    """A tiny experiment."""
+    data = dict(name="fake", split="train", num_examples=64, image_size=8, num_classes=3)
+    config = dict(
+        seed=0, total_steps=10, lr=1e-3, weight_decay=0.1, input=dict(data=data, batch_size=8, pp="onehot(3)"),
+        model=dict(dict(patch_size=4, width=16, depth=3, mlp_dim=32, num_heads=2, context="cb_s"), **dict(model)))
+    return experiment.build(experiment.check(config | changes), jax.devices()[:devices])
+
+
+@pytest.fixture(scope="module")
+def run():
+    return build(devices=1)
+
+
+def filled(run, step, seed=0):
+    """A state of random bits (but no NaN: those do not equal themselves), where `run` keeps it."""
+    rng = np.random.default_rng((seed, step))
+
+    def fill(leaf):
+        value = rng.integers(0, 100, leaf.shape) if leaf.dtype == jnp.int32 else rng.normal(size=leaf.shape)
+        return jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding)
+
+    state = jax.tree.map(fill, run.shapes)
+    return state.replace(step=jax.device_put(jnp.int32(step), run.shapes.step.sharding),
+                         finite=jax.device_put(jnp.asarray(True), run.shapes.finite.sharding))
+
+
+@contextlib.contextmanager
+def opened(folder, **settings):
+    with contextlib.closing(Checkpointer(folder / "checkpoints", **settings)) as checkpointer:
+        yield checkpointer
+
+
+def save(run, folder, *steps, **settings):
+    with opened(folder, **{"keep_last": 100, **settings}) as checkpointer:
+        for step in steps:
+            assert checkpointer.save(filled(run, step), {"note": step})
+
+
+def restore(run, folder, **settings):
+    """(state, meta), or None."""
+    with opened(folder, **{"keep_last": 100, **settings}) as checkpointer:
+        return checkpointer.restore_latest(run.shapes, run.settings.model.scan)
+
+
+def assert_equal(got, expected):
+    """The same names, dtypes and bits."""
+    (a, _), (b, _) = flatten_with_names(got), flatten_with_names(expected)
+    assert [name for name, _ in a] == [name for name, _ in b]
+    for (name, x), (_, y) in zip(a, b, strict=True):
+        assert x.dtype == y.dtype, name
+        np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+def assert_placed(state, run):
+    jax.tree.map(lambda x, like: np.testing.assert_equal(x.sharding.is_equivalent_to(like.sharding, x.ndim), True),
+                 state, run.shapes)
+
+
+def steps_in(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def snapshot(folder):
+    """Name, size and time of everything under `folder`."""
+    return {os.path.join(root, name): (os.stat(os.path.join(root, name)).st_size,
+                                       os.stat(os.path.join(root, name)).st_mtime_ns)
+            for root, folders, files in os.walk(folder) for name in files + folders}
+
+
+# --- There and back ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(schedule=FROZEN), dict(optax=dict(mu_dtype="bfloat16")), dict(optax_name="trace", optax=dict(decay=0.9)),
+    dict(model=dict(scan=True)), dict(model=dict(scan=True), schedule=FROZEN, sharding_strategy=FSDP)])
+def test_round_trip_is_bit_equal(tmp_path, changes):
+    run = build(**changes)
+    save(run, tmp_path, 5)
+    state, meta = restore(run, tmp_path)
+    assert_equal(state, filled(run, 5))
+    assert_placed(state, run)
+    assert meta["note"] == 5 and meta["step"] == 5 and not any("encoderblock/" in name for name in meta["arrays"])
+
+
+@pytest.mark.parametrize("before, after", [(False, True), (True, False)])
+def test_loop_and_scan_read_each_others_checkpoints(tmp_path, before, after):
+    old, new = build(model=dict(scan=before)), build(model=dict(scan=after), sharding_strategy=FSDP)
+    save(old, tmp_path, 3)
+    state, _ = restore(new, tmp_path)
+    assert_equal(state, jax.tree.map(np.asarray, (to_scan if after else to_loop)(filled(old, 3))))
+    assert_placed(state, new)
+
+
+LAYOUTS = {
+    "whole": dict(devices=8), "fsdp": dict(devices=8, sharding_strategy=FSDP), "half": dict(devices=4),
+    "half fsdp": dict(devices=4, sharding_strategy=FSDP), "one": dict(devices=1),
+    "tensor": dict(devices=8, mesh=(("data", 4), ("model", 2)), sharding_strategy=TENSOR),
+    "scan fsdp": dict(devices=8, sharding_strategy=FSDP, model=dict(scan=True))}
+
+
+@pytest.mark.parametrize("before, after", [
+    ("whole", "half"), ("fsdp", "half fsdp"), ("whole", "fsdp"), ("fsdp", "tensor"), ("tensor", "one"),
+    ("one", "tensor"), ("scan fsdp", "tensor"), ("tensor", "scan fsdp")])
+def test_restore_onto_other_devices_and_shardings(tmp_path, before, after):
+    old, new = build(**LAYOUTS[before]), build(**LAYOUTS[after])
+    save(old, tmp_path, 1)
+    state, _ = restore(new, tmp_path)
+    assert_placed(state, new)
+    assert_equal(jax.tree.map(np.asarray, to_loop(state)), jax.tree.map(np.asarray, to_loop(filled(old, 1))))
+
+
+def test_blocks_taken_out_of_a_scanned_stack_keep_their_sharding(tmp_path, monkeypatch):
+    """No device ever holds a whole copy of a sharded parameter, saving or restoring."""
+    run, saved = build(**LAYOUTS["scan fsdp"]), []
+    from cb_vit import checkpoint
+    monkeypatch.setattr(checkpoint, "_checksum", lambda leaf, f=checkpoint._checksum: saved.append(leaf) or f(leaf))
+    save(run, tmp_path, 1)
+    restore(run, tmp_path)
+    kernels = [leaf for leaf in saved if leaf.shape == (16, 32)]
+    assert len(kernels) == 2 * 3 * 3  # saved and restored, three blocks, Adam's two moments and the parameter
+    assert {leaf.addressable_shards[0].data.shape for leaf in kernels} == {(16, 4)}
+
+
+def test_a_save_under_way_is_not_touched_by_the_steps_that_follow(tmp_path):
+    run = build(devices=8, model=dict(width=64, mlp_dim=256))
+    state, expected = filled(run, 1), jax.tree.map(np.array, filled(run, 1))
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x + jnp.ones((), x.dtype) if x.dtype != bool else x, state),
+                   donate_argnums=0)
+    with opened(tmp_path) as checkpointer:
+        checkpointer.save(state, {})
+        for _ in range(3):
+            state = step(state)
+        checkpointer.wait()
+    assert_equal(restore(run, tmp_path)[0], expected)
+
+
+# --- Damage -----------------------------------------------------------------------------------------------------
+
+def files(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def largest(folder):
+    return max(files(folder), key=lambda path: path.stat().st_size)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    for place in range(len(content) // 4, len(content), max(1, len(content) // 4)):
+        content[place] ^= 0x55
+    path.write_bytes(content)
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def damages(folder):
+    """Everything that may go wrong with the files of a checkpoint: (what, how)."""
+    names = [path.relative_to(folder) for path in files(folder)]
+    yield from ((f"{how.__name__} {name}", lambda f, how=how, name=name: how(f / name))
+                for name in names for how in (truncate, flip, pathlib.Path.unlink))
+    yield from ((f"without {item}", lambda f, item=item: shutil.rmtree(f / item)) for item in ("params", "opt", "meta"))
+    yield "empty", empty
+
+
+def test_damage_is_noticed_set_aside_and_the_one_before_is_taken(tmp_path, run, caplog):
+    """A file that matters to no value may be damaged unnoticed; then the values are the right ones."""
+    whole = tmp_path / "whole"
+    save(run, whole, 1, 2)
+    noticed = {}
+    for number, (what, damage) in enumerate(damages(whole / "checkpoints" / "2")):
+        folder = tmp_path / str(number)
+        shutil.copytree(whole, folder)
+        damage(folder / "checkpoints" / "2")
+        caplog.clear()
+        with opened(folder, keep_last=100) as checkpointer:
+            state, meta = checkpointer.restore_latest(run.shapes, False)
+            assert_equal(state, filled(run, meta["note"])), what
+            noticed[what] = meta["note"] == 1
+            if noticed[what]:
+                assert "checkpoint 2 is damaged" in caplog.text and "damaged_checkpoints" in caplog.text
+                assert [path.name for path in (folder / "damaged_checkpoints").iterdir()] == ["2"], what
+                assert checkpointer.save(filled(run, 2), {"note": 2}), what
+                checkpointer.wait()
+                assert_equal(checkpointer.restore_latest(run.shapes, False)[0], filled(run, 2))
+        shutil.rmtree(folder)
+    matter = [what for what in noticed if re.search("/d/|without|empty|meta/metadata", what)]
+    assert len(matter) > 10 and all(noticed[what] for what in matter), noticed
+
+
+@pytest.mark.parametrize("item", ["params", "opt"])
+def test_a_bit_that_only_the_checksum_can_see_is_seen(tmp_path, run, caplog, monkeypatch, item):
+    save(run, tmp_path, 1, 2)
+    restore_well = ocp.CheckpointManager.restore
+
+    def restore_badly(self, step, args):
+        found = dict(restore_well(self, step, args=args))
+        if step == 2 and item in found:
+            leaves, treedef = jax.tree.flatten(found[item])
+            last = np.array(leaves[-1])
+            last.view(np.uint32).flat[0] ^= 1
+            found[item] = jax.tree.unflatten(treedef, [*leaves[:-1], jax.device_put(last, leaves[-1].sharding)])
+        return found
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", restore_badly)
+    assert restore(run, tmp_path)[1]["note"] == 1
+    assert f"checksum of {item}/" in caplog.text
+
+
+def test_all_damaged_is_none_and_none_is_lost(tmp_path, run):
+    save(run, tmp_path, 1, 2, 3)
+    for step in steps_in(tmp_path):
+        flip(largest(tmp_path / "checkpoints" / str(step)))
+    assert restore(run, tmp_path) is None
+    assert sorted(path.name for path in (tmp_path / "damaged_checkpoints").iterdir()) == ["1", "2", "3"]
+    assert restore(run, tmp_path) is None and steps_in(tmp_path) == []
+
+
+def test_a_step_may_be_damaged_twice(tmp_path, run):
+    for _ in range(2):
+        save(run, tmp_path, 2)
+        truncate(largest(tmp_path / "checkpoints" / "2"))
+        assert restore(run, tmp_path) is None
+    assert sorted(path.name for path in (tmp_path / "damaged_checkpoints").iterdir()) == ["2", "2-2"]
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(model=dict(depth=4)), "lacks .*encoderblock_3.*another model or optimiser"),
+    (dict(model=dict(depth=2)), "has besides .*encoderblock_2"),
+    (dict(model=dict(width=32)), r"is float32 \[.*16.*\] in checkpoint 2 .* and float32 \[.*32.*\] in this config"),
+    (dict(model=dict(context="cb")), "has besides .*context_scale"),
+    (dict(schedule=FROZEN), "has besides opt/.*embedding"),
+    (dict(optax=dict(mu_dtype="bfloat16")), r"is float32 \[.*\] in checkpoint 2 .* and bfloat16"),
+    (dict(model=dict(depth=4, scan=True)), "lacks .*encoderblock_3")])
+def test_another_model_is_a_mismatch_and_nothing_is_set_aside(tmp_path, run, changes, message):
+    save(run, tmp_path, 1, 2)
+    before = snapshot(tmp_path)
+    with pytest.raises(Mismatch, match=f"^workdir: .*({message})") as error:
+        restore(build(devices=1, **changes), tmp_path)
+    assert isinstance(error.value, ConfigError) and "\n" not in str(error.value)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_newer_format_is_named(tmp_path, run, monkeypatch):
+    from cb_vit import checkpoint
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    save(run, tmp_path, 1)
+    monkeypatch.undo()
+    with pytest.raises(Mismatch, match="format 2, this version reads 1"):
+        restore(run, tmp_path)
+
+
+def test_a_half_written_save_is_ignored_and_removed(tmp_path, run):
+    save(run, tmp_path, 1)
+    checkpoints = tmp_path / "checkpoints"
+    half = checkpoints / "2.orbax-checkpoint-tmp-1795228800000000"
+    shutil.copytree(checkpoints / "1", half)
+    assert restore(run, tmp_path, read_only=True)[1]["note"] == 1
+    assert half.exists()
+    assert restore(run, tmp_path)[1]["note"] == 1
+    assert not half.exists() and steps_in(tmp_path) == [1]
+
+
+def test_reading_only_changes_nothing(tmp_path, run):
+    save(run, tmp_path, 1, 2, 3)
+    before = snapshot(tmp_path)
+    assert restore(run, tmp_path, read_only=True, keep_last=1)[1]["note"] == 3
+    assert snapshot(tmp_path) == before
+    truncate(largest(tmp_path / "checkpoints" / "3"))
+    before = snapshot(tmp_path)
+    with pytest.raises(ConfigError, match=f"step 3 in {tmp_path}/checkpoints cannot be read"):
+        restore(run, tmp_path, read_only=True)
+    assert snapshot(tmp_path) == before
+
+
+# --- What is kept -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("settings, kept, then", [
+    (dict(keep_last=1), [6], [7]), (dict(keep_last=3), [4, 5, 6], [5, 6, 7]),
+    (dict(keep_last=1, keep_every=2), [2, 4, 6], [2, 4, 6, 7]), (dict(keep_last=2, keep_every=4), [4, 5, 6], [4, 6, 7]),
+    (dict(keep_last=1, keep_best=KeepBest("val/prec@1", 2, "max")), [1, 3, 6], [1, 3, 7]),
+    (dict(keep_last=1, keep_best=KeepBest("val/loss", 1, "min")), [2, 6], [2, 7]),
+    (dict(keep_last=1, keep_every=5, keep_best=KeepBest("val/prec@1", 1, "max")), [1, 5, 6], [1, 5, 7])])
+def test_what_is_kept(tmp_path, run, settings, kept, then):
+    scores = {1: (0.9, 0.5), 2: (0.1, 0.2), 3: (0.5, 0.3), 5: (0.3, 0.4)}  # steps 4 and 6 are not evaluated
+    with opened(tmp_path, **settings) as checkpointer:
+        for step in range(1, 7):
+            metrics = dict(zip(("val/prec@1", "val/loss"), scores[step], strict=True)) if step in scores else {}
+            assert checkpointer.save(filled(run, step), {}, metrics)
+    assert steps_in(tmp_path) == kept
+    with opened(tmp_path, **settings) as checkpointer:  # a later process knows the scores of the steps before
+        checkpointer.save(filled(run, 7), {}, {"val/prec@1": 0.0, "val/loss": 1.0})
+    assert steps_in(tmp_path) == then
+
+
+def test_another_evaluators_metrics_do_not_judge(tmp_path, run, caplog):
+    with opened(tmp_path, keep_best=KeepBest("val/prec@1")) as checkpointer:
+        checkpointer.save(filled(run, 1), {}, {"val/prec@1": 0.5})
+        checkpointer.save(filled(run, 2), {}, {"real/prec@1": 0.7})
+        checkpointer.save(filled(run, 3), {}, {"val/prec@1": 0.1})
+    assert steps_in(tmp_path) == [1, 3]
+    assert "checkpoint 2: val/prec@1 is not among its metrics, real/prec@1" in caplog.text
+
+
+def test_a_step_is_saved_once(tmp_path, run):
+    with opened(tmp_path) as checkpointer:
+        assert checkpointer.latest_step() is None and checkpointer.restore_latest(run.shapes, False) is None
+        assert checkpointer.save(filled(run, 4), {})
+        assert not checkpointer.save(filled(run, 4, seed=1), {})
+        checkpointer.wait()
+        assert not checkpointer.save(filled(run, 4, seed=1), {})
+        assert checkpointer.latest_step() == 4
+    with opened(tmp_path) as checkpointer:
+        assert not checkpointer.save(filled(run, 4, seed=1), {})
+    assert_equal(restore(run, tmp_path)[0], filled(run, 4))
+
+
+# --- Checksums --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+def test_checksum_sees_every_change_and_no_sharding(dtype):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(64, 32))
+    x = jnp.asarray(values > 0 if dtype == "bool" else 100 * values, dtype)
+    expected = int(_checksum(x))
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    for spec in [("a",), ("b", "a"), (("a", "b"),), (None, "b"), ()]:
+        where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        assert int(_checksum(jax.device_put(x, where))) == expected
+    flat = np.asarray(x).reshape(-1)
+    for place in rng.integers(0, flat.size, 20):
+        changed = flat.copy()
+        changed.view(np.uint8)[place * flat.itemsize] ^= 1
+        assert int(_checksum(jnp.asarray(changed.reshape(x.shape)))) != expected
+    for i, j in rng.integers(0, flat.size, (20, 2)):
+        if flat[i] != flat[j]:
+            swapped = flat.copy()
+            swapped[[i, j]] = flat[[j, i]]
+            assert int(_checksum(jnp.asarray(swapped.reshape(x.shape)))) != expected
+    assert int(_checksum(x.T)) != expected and int(_checksum(x[::-1])) != expected
+
+
+def test_checksum_sees_swaps_of_round_numbers():
+    """Values with few bits set, swapped over round distances: where weighted sums modulo 2³² fail."""
+    for a, b in [(1.0, -1.0), (1.0, 2.0), (0.5, 0.0), (256.0, -0.0)]:
+        for distance in (1, 2, 256, 4096):
+            x, y = np.zeros((2, 8192), np.float32)
+            x[0], x[distance], y[0], y[distance] = a, b, b, a
+            assert int(_checksum(jnp.asarray(x))) != int(_checksum(jnp.asarray(y)))
+
+
+@pytest.fixture(autouse=True)
+def _orbax_is_quiet(caplog):
+    logging.getLogger("absl").setLevel(logging.ERROR)
