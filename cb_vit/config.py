@@ -40,7 +40,7 @@ class ConfigError(ValueError):
         return ConfigError(f"{prefix}.{self.path}", self.message)
 
 
-def suggest(name: str, choices: Iterable[str]) -> str:
+def suggest(name: Any, choices: Iterable[str]) -> str:
     """What follows "unknown X" in an error: `"; did you mean Y?"` when a choice is close to `name`, else `";"`."""
     close = difflib.get_close_matches(str(name), list(choices), n=1)
     return f"; did you mean {close[0]}?" if close else ";"

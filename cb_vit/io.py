@@ -8,8 +8,11 @@ from etils import epath
 
 
 def as_path(path: str | os.PathLike) -> epath.Path:
-    """`path` as an epath, `~` expanded; works for local folders and for `gs://` and `s3://` alike."""
-    return epath.Path(path).expanduser()
+    """`path` as an epath; works for local folders and for `gs://` and `s3://` alike.
+
+    A local path is made absolute, `~` expanded: Orbax takes no other.
+    """
+    return epath.Path(os.path.abspath(os.path.expanduser(path)) if is_local(path) else path)
 
 
 def is_local(path: str | os.PathLike) -> bool:

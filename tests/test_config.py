@@ -86,6 +86,7 @@ def test_none_means_not_set():
     (dict(flag="True"), "config.flag: expected True or False, got 'True'"),
     (dict(kind="cosin"), "config.kind: unknown value 'cosin'; did you mean cosine? Choices: cosine, linear, 3"),
     (dict(kind="zzz"), "config.kind: unknown value 'zzz'; Choices: cosine, linear, 3"),
+    (dict(kind=4), "config.kind: unknown value 4; Choices: cosine, linear, 3"),
     (dict(layers=3), "config.layers: expected a list, each entry a whole number, got 3"),
     (dict(layers=[1, "b"]), "config.layers[1]: expected a whole number, got 'b'"),
     (dict(pair=["a"]), "config.pair: expected (a string, a number), got ('a',)"),

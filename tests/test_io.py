@@ -10,7 +10,8 @@ from cb_vit import io
 
 def test_paths_expand_and_know_where_they_lie(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert str(io.as_path("~/runs")) == f"{tmp_path}/runs"
+    monkeypatch.chdir(tmp_path)
+    assert str(io.as_path("~/runs")) == str(io.as_path("runs")) == str(io.as_path("./x/../runs")) == f"{tmp_path}/runs"
     assert str(io.as_path("gs://bucket/x") / "y") == "gs://bucket/x/y"
     assert io.is_local("runs/x") and io.is_local(tmp_path) and io.is_local(pathlib.Path("/x"))
     assert not io.is_local("gs://bucket/x") and not io.is_local(epath.Path("gs://bucket/x"))

@@ -338,7 +338,8 @@ def test_another_runs_workdir_can_be_gone_on_from(whole, tmp_path, caplog):
 def test_a_run_that_diverges_says_where_and_keeps_no_bad_state(tmp_path, ckpt_steps):
     with pytest.raises(NonFinite) as error:
         train_and_evaluate(tiny(lr=1e10, ckpt_steps=ckpt_steps, keep_last=100, log_training_steps=1), tmp_path)
-    bad = int(re.match(r"step (\d+) is not finite \(training_loss .*, l2_grads .*, l2_params .*\)", str(error.value))[1])
+    told = re.match(r"step (\d+) is not finite \(training_loss .*, l2_grads .*, l2_params .*\); ", str(error.value))
+    bad = int(told[1])
     assert bad > 1
     good = list(range(1, bad)) if ckpt_steps == 1 else []
     assert saved_steps(tmp_path) == good

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
+from cb_vit.models.context import broadcast_context
 from cb_vit.models.vit_config import Config
 
 

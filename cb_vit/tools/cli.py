@@ -88,6 +88,7 @@ def _parse(argv: list[str], usage: str) -> list[str]:
         print(f"{usage.rstrip()}\n{FLAGS.main_module_help()}")
         sys.exit(0)
     sys.path.insert(0, os.getcwd())  # `configs.common`, for a config file of the user's own folder too
+    absl_logging.set_verbosity(absl_logging.ERROR)  # what ml_collections would warn of is told below
     try:
         rest = FLAGS(argv)
         if given is not None and not isinstance(FLAGS.config, ml_collections.ConfigDict):
