@@ -7,11 +7,13 @@ anything is read, and checksums are verified afterwards. Saving is asynchronous 
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -67,17 +69,20 @@ class Checkpointer:
 
     def __init__(self, directory: str | os.PathLike, *, keep_last: int = 1, keep_every: int | None = None,
                  keep_best: KeepBest | None = None, read_only: bool = False):
-        self.directory, self._read_only, self._keep_best = io.as_path(directory), read_only, keep_best
+        self.directory, self._read_only = io.as_path(directory), read_only
+        self._best = _Best(keep_best) if keep_best else None
         policies: list[Any] = [preserve.LatestN(keep_last)]
         if keep_every:
             policies.append(preserve.EveryNSteps(keep_every))
-        if keep_best:
-            policies.append(preserve.BestN(
-                get_metric_fn=lambda metrics: metrics[keep_best.metric], reverse=keep_best.mode == "min",
-                n=keep_best.n, keep_checkpoints_without_metrics=False))
+        if self._best:
+            policies.append(self._best)
         self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
             preservation_policy=preserve.AnyPreservationPolicy(policies), create=not read_only,
             cleanup_tmp_directories=not read_only, read_only=read_only))
+        if self._best:
+            for step in self._manager.all_steps():
+                with contextlib.suppress(Exception):  # a damaged one is not among the best
+                    self._best.judge(step, self._read_meta(step)["metrics"])
 
     def save(self, state: TrainState, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> bool:
         """Begin to save `state` under its step; returns once the devices may go on.
@@ -85,7 +90,7 @@ class Checkpointer:
         Args:
             state: must be finite; the caller has checked.
             meta: JSON values to store beside it.
-            metrics: of this step, for `keep_best`.
+            metrics: of this step; stored too, and what `keep_best` goes by.
 
         Returns:
             Whether there was something to save: a step that is there already is not saved again.
@@ -96,20 +101,14 @@ class Checkpointer:
         arrays = _to_loop({"params": state.params, "opt": state.opt})
         described = zip(_describe(arrays).items(), _checksums(arrays), strict=True)
         listed = {name: [*what, value] for (name, what), value in described}
-        meta = json.loads(json.dumps({**meta, "format": FORMAT, "step": step, "arrays": listed}))
-        self._manager.save(step, args=ocp.args.Composite(
+        meta = json.loads(json.dumps(
+            {**meta, "format": FORMAT, "step": step, "metrics": dict(metrics or {}), "arrays": listed}))
+        if self._best and metrics:
+            self._best.judge(step, metrics)
+        self._manager.save(step, force=True, args=ocp.args.Composite(
             params=ocp.args.PyTreeSave(arrays["params"]), opt=ocp.args.PyTreeSave(arrays["opt"]),
-            meta=ocp.args.JsonSave({**meta, "digest": _digest(meta)})), metrics=self._judged(step, metrics), force=True)
+            meta=ocp.args.JsonSave({**meta, "digest": _digest(meta)})))
         return True
-
-    def _judged(self, step: int, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
-        if self._keep_best is None or not metrics:
-            return None
-        if self._keep_best.metric not in metrics:
-            logger.warning("keep_best cannot judge checkpoint %d: %s is not among its metrics, %s", step,
-                           self._keep_best.metric, ", ".join(metrics))
-            return None
-        return dict(metrics)
 
     def restore_latest(self, like: TrainState, scan: bool) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest sound checkpoint, each leaf straight onto its devices; None if there is none.
@@ -141,9 +140,7 @@ class Checkpointer:
     def _restore(self, step: int, like: TrainState, scan: bool) -> tuple[TrainState, dict[str, Any]]:
         wanted = {"params": like.params, "opt": like.opt}
         target = _in_loop_layout(wanted)
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        if meta.pop("digest", None) != _digest(meta):
-            raise ValueError("its notes have changed")
+        meta = self._read_meta(step)
         self._check_fit(step, meta, target)
         arrays = dict(self._manager.restore(step, args=ocp.args.Composite(**{
             item: ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
@@ -155,6 +152,12 @@ class Checkpointer:
             arrays = jax.jit(to_scan, out_shardings=_shardings(wanted))(arrays)
         scalar = lambda value, leaf: jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding)  # noqa: E731
         return TrainState(scalar(step, like.step), arrays["params"], arrays["opt"], scalar(True, like.finite)), meta
+
+    def _read_meta(self, step: int) -> dict[str, Any]:
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if meta.pop("digest", None) != _digest(meta):
+            raise ValueError("its notes have changed")
+        return meta
 
     def _check_fit(self, step: int, meta: Mapping[str, Any], target: Tree) -> None:
         where = f"checkpoint {step} in {self.directory}"
@@ -199,6 +202,29 @@ class Checkpointer:
     def close(self) -> None:
         """Wait, and let go of the folder."""
         self._manager.close()
+
+
+class _Best(preserve.PreservationPolicy):
+    """Keeps the best checkpoints; unlike Orbax's own `BestN` it knows those of earlier processes."""
+
+    def __init__(self, keep: KeepBest):
+        self._keep, self._scores = keep, {}
+
+    def judge(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note the score of a checkpoint, if it has one."""
+        score = metrics.get(self._keep.metric)
+        if score is None and metrics:
+            logger.warning("keep_best cannot judge checkpoint %d: %s is not among its metrics, %s", step,
+                           self._keep.metric, ", ".join(metrics))
+        if score is not None and not math.isnan(score):
+            self._scores[step] = score
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """For each checkpoint, whether it is among the best."""
+        del context
+        judged = [info.step for info in checkpoints if info.step in self._scores]
+        best = sorted(judged, key=self._scores.__getitem__, reverse=self._keep.mode == "max")[:self._keep.n]
+        return [info.step in best for info in checkpoints]
 
 
 def _describe(tree: Tree) -> dict[str, list[Any]]:

@@ -1,0 +1,252 @@
+"""Bad input as a user meets it: one line on stderr that says where, what and the way out; nothing written."""
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cb_vit import config as config_lib
+from cb_vit import experiment
+from cb_vit.config import ConfigError
+from cb_vit.tools import cli
+from configs import debug, digits, vit_i1k
+
+ROOT = pathlib.Path(__file__).parents[1]
+DEBUG = "--config=configs/debug.py"
+
+
+def run(*args, cwd=ROOT, **env):
+    clean = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "TFDS_DATA_DIR")}
+    return subprocess.run([sys.executable, str(ROOT / "main.py"), *map(str, args)], cwd=cwd, capture_output=True,
+                          text=True, timeout=120, env=clean | {"JAX_PLATFORMS": "cpu"} | env)
+
+
+def refused(*args, workdir=None, **kw):
+    """The one line that a refused command prints."""
+    start = time.monotonic()
+    result = run(*[f"--workdir={workdir}"] * (workdir is not None), *args, **kw)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert workdir is None or not workdir.is_dir()
+    assert time.monotonic() - start < 20  # a few seconds, on a machine that is not loaded
+    return result.stderr.removeprefix("error: ").rstrip()
+
+
+# What the command line itself shows: no data, no devices, and so no more than a moment.
+
+
+@pytest.mark.parametrize("args, error", [
+    ([DEBUG, "--config.grad_clip_nrom=1"], r"config\.grad_clip_nrom: unknown; did you mean grad_clip_norm\?"),
+    ([DEBUG, "--config.inptu.batch_size=8"], r"config\.inptu: unknown; did you mean input\?"),
+    ([DEBUG, "--config.zzz=1"], r"config\.zzz: unknown; Only what configs/debug\.py declares can be set here: .*lr, "),
+    ([DEBUG, "--config.total_epochs=abc"], r"config\.total_epochs: expected a number, got 'abc'$"),
+    ([DEBUG, "--config.lr=1e-3", "--config.input.batch_size=many"],
+     r"config\.input\.batch_size: expected a whole number, got 'many'$"),
+    ([DEBUG, "--config.plot=maybe"], r"config\.plot: expected True or False, got 'maybe'$"),
+    ([DEBUG, "--config.schedule=3"], r"config\.schedule: expected a block of settings, got '3'$"),
+    ([DEBUG, "--config.lr.x=3"], r"config\.lr: is 0\.001 in configs/debug\.py, not a block of settings"),
+    ([DEBUG, "--config.lr"], "Missing value for flag --config.lr$"),
+    (["--config=configs/debgu.py"],
+     r"--config: no such file: 'configs/debgu\.py'; did you mean configs/debug\.py\? --config=list lists them$"),
+    (["--config=configs/debgu.py", "--config.lr=1"], r"--config: no such file: 'configs/debgu\.py'; did you mean"),
+    (["--config=configs/digits.py:variatn=x"],
+     r"configs/digits\.py, line \d+: argument 'variatn' in :variatn=x: this file takes variant, context$"),
+    (["--config=configs/debug.py:size=big"], r"configs/debug\.py, line \d+: argument size=big: expected int$"),
+    (["--config=configs/common.py"], r"configs/common\.py: there is no get_config\(\); a config file has"),
+    ([], "--config: not given; for example --config=configs/digits.py, or --config=list$"),
+    (["--config.lr=1"], "--config: not given; for example"),
+    (["--config.lr=1", DEBUG], "Found --config.lr=1 in argv before a value for --config was specified$"),
+    ([DEBUG, "stray"], "stray: not an argument of this program; settings are written --config.key=value$"),
+    ([DEBUG, "--wrokdir=x"], "Unknown command line flag 'wrokdir'. Did you mean: workdir"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_the_command_line(args, error, tmp_path):
+    assert re.match(error, refused(*args, workdir=tmp_path / "run"))
+
+
+def test_a_missing_workdir():
+    assert refused(DEBUG) == "--workdir: not given; for example --workdir=runs/digits"
+
+
+@pytest.mark.parametrize("text, error", [
+    ("def get_config():\n    return {1:\n", r"line 2: '\{' was never closed: return \{1:$"),
+    ("import ml_collections\n\ndef get_config():\n    return ml_collections.ConfgDict()\n",
+     r"line 4: AttributeError: module 'ml_collections' has no attribute 'ConfgDict'"),
+    ("def get_config():\n    raise ValueError('no GPU,\\nno config')\n", "line 2: no GPU, no config$"),
+    ("def get_config():\n    return open('/no/such/file')\n", "line 2: FileNotFoundError: .*'/no/such/file'$"),
+    ("import configs.nothing\n", "line 1: ModuleNotFoundError: No module named 'configs.nothing'$"),
+    ("def get_config(arg):\n    return None\n", r"TypeError: get_config\(\) missing 1 required positional argument"),
+    ("def get_config():\n    pass\n", r"get_config\(\) returns None; a config file has get_config\(\), which "),
+    ("def get_config():\n    return {'lr': 1}\n", r"get_config\(\) returns \{'lr': 1\}; a config file"),
+])
+def test_a_config_file_that_cannot_be_loaded(text, error, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    assert re.match(rf"{path}(, |: ){error}", refused(f"--config={path}", workdir=tmp_path / "run"))
+
+
+def test_settings_that_the_command_line_cannot_write(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("import ml_collections\ndef get_config():\n"
+                    "    return ml_collections.ConfigDict(dict(mesh=[('data', -1)], resume=None))\n")
+    assert refused(f"--config={path}", "--config.mesh=3", workdir=tmp_path / "run") == \
+        f"config.mesh: is [('data', -1)] in {path}, which the command line cannot change; change it there"
+    assert refused(f"--config={path}", "--config.resume=x", workdir=tmp_path / "run").startswith(
+        f"config.resume: is None in {path}, which the command line cannot change")
+
+
+def test_help_shows_the_program_and_its_flags_and_no_more():
+    for flag in ("--help", "-h"):
+        result = run(flag)
+        assert result.returncode == 0 and not result.stderr
+        assert result.stdout.startswith("Train a Vision Transformer with Context Broadcasting.")
+        assert all(word in result.stdout for word in ("--config:", "--workdir:", "--config=configs/digits.py"))
+        assert result.stdout.count("\n") < 25
+
+
+def test_the_list_of_configs_has_a_line_for_each():
+    result = run("--config=list")
+    assert result.returncode == 0 and not result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) >= 3 and all(re.match(r"configs/\w+\.py +\S", line) for line in lines)
+    assert not any("common.py" in line for line in lines)
+    assert cli.list_configs(pathlib.Path("nowhere")) == "no config files in nowhere"
+
+
+# What the checks of the settings show, without starting a program for each.
+
+
+def config_of(module, **changes):
+    config = module.get_config()
+    for name, value in changes.items():
+        *parents, key = name.split("__")
+        block = config
+        for parent in parents:
+            block = block[parent]
+        with block.ignore_type():
+            block[key] = value
+    return config
+
+
+IMAGES = "keep('image', 'labels')"
+
+
+@pytest.mark.parametrize("change, error", [
+    (dict(lr=-1.0), r"config\.lr: must be .*, got -1\.0$"),
+    (dict(label_smoothing=2.0), r"config\.label_smoothing: is a share in \[0, 1\), got 2\.0$"),
+    (dict(label_smoothing="some"), r"config\.label_smoothing: expected a number, got 'some'$"),
+    (dict(seed=-1), r"config\.seed: must be in "),
+    (dict(seed=None), r"config\.seed: required and not set; give seed$"),
+    (dict(grad_clip_nrom=1.0), r"config\.grad_clip_nrom: unknown; did you mean grad_clip_norm\?$"),
+    (dict(input__batchsize=8), r"config\.input\.batchsize: unknown; did you mean batch_size\?$"),
+    (dict(model__contxt="cb"), r"config\.model\.contxt: unknown; did you mean context\?$"),
+    (dict(schedule__warmup_step=3), r"config\.schedule\.warmup_step: unknown; did you mean warmup_steps\?$"),
+    (dict(evals__val__log_step=3), r"config\.evals\.val\.log_step: unknown; did you mean log_steps\?$"),
+    (dict(evals__val__type="clasification"), r"config\.evals\.val\.type: unknown evaluator .*mean classification"),
+    (dict(evals__val__pp_fn="decod"), r"config\.evals\.val\.pp_fn: unknown preprocessing op 'decod'; did you mean de"),
+    (dict(model_name="vti"), r"config\.model_name: unknown model 'vti'; did you mean vit"),
+    (dict(model__variant="XXL/16"), r"config\.model\.variant: unknown ViT variant 'XXL'"),
+    (dict(model__context="bc"), r"config\.model\.context: unknown value 'bc'; .*none, cb, cb_s"),
+    (dict(loss="softmax"), r"config\.loss: unknown loss 'softmax'; did you mean softmax_xent\? Choices: "),
+    (dict(input__pp="flip_rl|" + IMAGES), r"config\.input\.pp: unknown preprocessing op 'flip_rl'; did you mean flip"),
+    (dict(input__pp="flip_lr(1"), r"config\.input\.pp: cannot read 'flip_lr\(1'"),
+    (dict(num_classes=11), r"config\.num_classes: 11, but input\.pp has onehot\(10\)"),
+    (dict(total_epochs=1.0), r"config\.total: total_steps and total_epochs are both set; keep one$"),
+    (dict(total_steps=None), r"config\.total: required and not set; give total_steps or "),
+    (dict(ckpt_steps=0), r"config\.ckpt: must be more than 0"),
+    (dict(grad_accum_steps=3), r"config\.grad_accum_steps: 3 does not divide input\.batch_size 32$"),
+    (dict(sharding_strategy=[(".*", "fdsp('data')")]),
+     r"config\.sharding_strategy\[0\]: unknown sharding rule 'fdsp'; did you mean fsdp"),
+    (dict(sharding_rules=[("act_batch", "dta")]),
+     r"config\.sharding_rules\[0\]: the mesh has no axis 'dta'; did you mean data\? config\.mesh has data$"),
+], ids=lambda value: str(value)[:40])
+def test_a_setting_that_cannot_work(change, error):
+    with pytest.raises(ConfigError) as caught:
+        experiment.check(config_of(debug, **change))
+    assert re.match(error, str(caught.value)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("module", [debug, digits, vit_i1k])
+def test_the_configs_of_the_house_pass_and_fix_the_size_of_what_they_crop(module):
+    config = config_of(module)
+    assert experiment.check(config).raw == config_lib.plain(config)
+    if module is vit_i1k:
+        with pytest.raises(ConfigError, match=r"^config\.model\.patch_size: .* does not divide the image of 224×224"):
+            experiment.check(config_of(module, model__variant="S/15"))
+
+
+def test_what_the_devices_rule_out():
+    for change, error in (
+            (dict(input__batch_size=30), r"config\.input\.batch_size: 30 cannot .* by 8 devices; use 24 or 32$"),
+            (dict(input__batch_size=4), r"config\.input\.batch_size: 4 cannot be shared evenly by 8 devices; use 8$"),
+            (dict(input__batch_size=24, grad_accum_steps=2),
+             r"config\.input\.batch_size: 24 .* by 8 devices × grad_accum_steps 2; use 16 or 32$"),
+            (dict(evals__val__batch_size=12), r"config\.evals\.val\.batch_size: 12 cannot be shared"),
+            (dict(model__variant="mu/5"), r"config\.model\.patch_size: .* patch 5×5, .* image of 16×16;"),
+            (dict(mesh=[("data", 3)]), r"config\.mesh: \[\('data', 3\)\] does not make up the 8 devices"),
+            (dict(sharding_strategy=[("params/haed.*", "fsdp")]),
+             r"config\.sharding_strategy\[0\]: 'params/haed\.\*' matches no parameter"),
+            (dict(num_classes=5, input__pp=f"value_range(-1, 1)|onehot(5)|{IMAGES}"),
+             r"config\.num_classes: the model has 5 classes, the data 10$"),
+            (dict(input__pp=f"value_range(-1, 1)|{IMAGES[:-1]}, 'label')"), r"config\.input\.pp: |no 'labels'")):
+        with pytest.raises((ConfigError, ValueError)) as caught:
+            experiment.build(experiment.check(config_of(debug, **change)))
+        assert re.search(error, str(caught.value)), str(caught.value)
+
+
+# The whole path, for a few.
+
+
+def test_a_misspelt_key_in_a_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("import configs.debug as base\n\ndef get_config():\n    config = base.get_config()\n"
+                    "    config.grad_clip_nrom = 1.0\n    return config\n")
+    assert refused(f"--config={path}", workdir=tmp_path / "run") == \
+        "config.grad_clip_nrom: unknown; did you mean grad_clip_norm?"
+
+
+def test_an_impossible_value(tmp_path):
+    assert refused(DEBUG, "--config.label_smoothing=2", workdir=tmp_path / "run") == \
+        "config.label_smoothing: is a share in [0, 1), got 2.0"
+
+
+def test_a_batch_that_the_devices_cannot_share(tmp_path):
+    assert refused(DEBUG, "--config.input.batch_size=30", workdir=tmp_path / "run",
+                   XLA_FLAGS="--xla_force_host_platform_device_count=8") == \
+        "config.input.batch_size: 30 cannot be shared evenly by 8 devices; use 24 or 32"
+
+
+def test_data_that_is_not_prepared(tmp_path):
+    (tmp_path / "empty").mkdir()
+    error = refused(f"--config=configs/vit_i1k.py:data_dir={tmp_path}/empty", workdir=tmp_path / "run")
+    assert error.startswith("config.input.data") and f"is not prepared in {tmp_path}/empty" in error
+    assert f"tfds build imagenet2012 --file_format=array_record --data_dir={tmp_path}/empty" in error
+
+
+def test_evaluation_data_that_is_not_there(tmp_path):
+    assert refused(DEBUG, "--config.evals.val.data.split=tset", workdir=tmp_path / "run").startswith(
+        "config.evals.val.data.split: no split 'tset' in 'tset'; did you mean test?")
+
+
+def test_a_file_in_place_of_the_workdir(tmp_path):
+    (tmp_path / "run").write_text("")
+    assert refused(DEBUG, workdir=tmp_path / "run") == \
+        f"workdir: cannot write in {tmp_path}/run: {tmp_path}/run is not a writable folder"
+
+
+def test_a_length_on_the_command_line_replaces_the_files(tmp_path):
+    """Also from another folder, with a file of one's own."""
+    path = tmp_path / "mine.py"
+    path.write_text("import configs.debug as base\n\ndef get_config():\n    config = base.get_config()\n"
+                    "    config.total_steps, config.total_epochs = None, 100.0\n    return config\n")
+    result = run("--config=mine.py", "--workdir=run", "--config.total_steps=7", "--config.input.batch_size", "16",
+                 "--noconfig.plot", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "done at step 7" in result.stdout
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [written[key] for key in ("total_steps", "total_epochs", "plot")] == [7, None, False]
+    assert written["input"]["batch_size"] == 16
