@@ -76,7 +76,7 @@ class Checkpointer:
             policies.append(preserve.EveryNSteps(keep_every))
         if self._best:
             policies.append(self._best)
-        self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
+        self._manager = ocp.CheckpointManager(self.directory, item_handlers=_handlers(), options=ocp.CheckpointManagerOptions(
             preservation_policy=preserve.AnyPreservationPolicy(policies), create=not read_only,
             cleanup_tmp_directories=not read_only, read_only=read_only))
         if self._best:
@@ -202,6 +202,18 @@ class Checkpointer:
     def close(self) -> None:
         """Wait, and let go of the folder."""
         self._manager.close()
+
+
+def _handlers() -> dict[str, Any]:
+    """Readers and writers of the items.
+
+    The first replica of an array writes it. Orbax's default, a slice of it from each replica, compiles a
+    program for every shape on every device before the first save.
+    """
+    arrays = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)))
+    return {"params": ocp.PyTreeCheckpointHandler(type_handler_registry=arrays),
+            "opt": ocp.PyTreeCheckpointHandler(type_handler_registry=arrays), "meta": ocp.JsonCheckpointHandler()}
 
 
 class _Best(preserve.PreservationPolicy):

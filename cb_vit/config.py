@@ -114,7 +114,8 @@ def parse(schema: type[T], block: Any, path: str = "config") -> T:
     values = {}
     for name, field in fields.items():
         value = _duration(block, name, path) if name in durations else block.get(name)
-        if value is not None:
+        optional = name not in durations and type(None) in typing.get_args(hints[name])
+        if not (_is_unset(value) if optional else value is None):
             values[name] = value if name in durations else convert(value, hints[name], f"{path}.{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             wanted = " or ".join(_duration_keys(name)[:3]) if name in durations else name
@@ -165,7 +166,7 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
+        if type(None) in args and _is_unset(value):
             return None
         return _convert_union(value, [a for a in args if a is not type(None)], path)
     if origin is typing.Literal:
@@ -189,6 +190,11 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     if hint in (bool, str) and isinstance(value, hint):
         return value
     raise ConfigError(path, f"expected {describe(hint)}, got {value!r}")
+
+
+def _is_unset(value: Any) -> bool:
+    """None, or a block of nothing but None: a file declares its keys, so that they can be overridden."""
+    return value is None or (isinstance(value, Mapping) and bool(value) and all(map(_is_unset, value.values())))
 
 
 def _convert_union(value: Any, arms: list[Any], path: str) -> Any:

@@ -50,28 +50,35 @@ def base() -> ml_collections.ConfigDict:
     config.seed = 0
     for name, kind in _OVERRIDABLE.items():
         config[name] = placeholder(kind)
-    for name in _DURATIONS:
-        for unit, kind in (("steps", int), ("epochs", float), ("examples", int), ("percent", float)):
-            config[f"{name}_{unit}"] = placeholder(kind)
+    config.update(_lengths("total", "log_training", "ckpt", "keep_ckpt"))
     config.input = ml_collections.ConfigDict(dict(
         batch_size=placeholder(int), pp=placeholder(str), num_workers=placeholder(int), num_threads=placeholder(int),
         prefetch=placeholder(int), skip_errors=placeholder(bool)))
     config.model = ml_collections.ConfigDict({name: placeholder(kind) for name, kind in _MODEL.items()})
     config.evals = ml_collections.ConfigDict()
+    config.profile = dict(start_step=placeholder(int), num_steps=placeholder(int))
+    config.wandb = {name: placeholder(str) for name in ("project", "name", "entity", "group", "mode")}
+    config.keep_best = dict(metric=placeholder(str), n=placeholder(int), mode=placeholder(str))
     return config
 
 
 def schedule(**settings: Any) -> ml_collections.ConfigDict:
-    """A learning-rate schedule with every length that people override declared."""
-    config = ml_collections.ConfigDict(dict(decay_type="cosine"))
-    for name in ("warmup", "cooldown"):
-        for unit, kind in (("steps", int), ("epochs", float), ("examples", int), ("percent", float)):
-            config[f"{name}_{unit}"] = placeholder(kind)
-    config.update(settings)
-    return config
+    """A learning-rate schedule, cosine unless told, whose lengths can be overridden."""
+    return ml_collections.ConfigDict({"decay_type": "cosine", **_lengths("warmup", "cooldown"), **settings})
 
 
-_DURATIONS = ("total", "log_training", "ckpt", "keep_ckpt")
+def classification(**settings: Any) -> ml_collections.ConfigDict:
+    """An evaluator of accuracy and loss, whose cadence `log_*` can be overridden."""
+    block = {"type": "classification", "loss_name": "softmax_xent", **_lengths("log"), **settings}
+    return ml_collections.ConfigDict(block)
+
+
+def _lengths(*names: str) -> dict[str, Any]:
+    """Every unit of these durations, not set."""
+    units = dict(steps=int, epochs=float, examples=int, percent=float)
+    return {f"{name}_{unit}": placeholder(kind) for name in names for unit, kind in units.items()}
+
+
 _OVERRIDABLE = dict(
     num_classes=int, loss=str, label_smoothing=float, grad_accum_steps=int, lr=float, lr_reference_batch=int,
     weight_decay=float, grad_clip_norm=float, keep_last=int, resume=str, allow_changed_data=bool,

@@ -22,12 +22,12 @@ def get_config(arg=None):
     config.model.context = arg.context
 
     config.lr = 1e-3
-    config.schedule = c.schedule(warmup_steps=5)
+    config.schedule = c.schedule(warmup_percent=0.25)
     config.log_training_steps = 5
     config.ckpt_steps = 10
 
-    config.evals.val = dict(
-        type="classification", log_steps=10,
+    config.evals.val = c.classification(
+        log_steps=10,
         data=dict(name="fake", split="test", num_examples=100, image_size=arg.size, num_classes=10),
         pp_fn="value_range(-1, 1)|onehot(10)|keep('image', 'labels')")
     return config

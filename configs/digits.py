@@ -31,13 +31,13 @@ def get_config(arg=None):
     config.weight_decay = 0.05
     config.grad_clip_norm = 1.0
     config.optax_name = "scale_by_adam"
-    config.schedule = c.schedule(warmup_epochs=5.0)
+    config.schedule = c.schedule(warmup_percent=0.1)
 
     config.log_training_steps = 50
     config.ckpt_epochs = 10.0
 
-    config.evals.val = dict(
-        type="classification", loss_name="softmax_xent", log_epochs=5.0,
+    config.evals.val = c.classification(
+        log_epochs=5.0,
         data=dict(name="digits", split="test", data_dir=config.input.data.get_ref("data_dir")),
         pp_fn="decode|value_range(-1, 1)|onehot(10)|keep('image', 'labels')")
     return config

@@ -45,6 +45,5 @@ def get_config(arg=None):
 
     pp_eval = f"decode|resize_small(256)|central_crop(224)|{normalise}"
     for name, split, epochs in (("minival", "train[99%:]", 2.0), ("val", "validation", 2.0)):
-        config.evals[name] = dict(type="classification", data=dict(**data, split=split), pp_fn=pp_eval,
-                                  loss_name="softmax_xent", log_epochs=epochs)
+        config.evals[name] = c.classification(data=dict(**data, split=split), pp_fn=pp_eval, log_epochs=epochs)
     return config

@@ -275,7 +275,7 @@ def test_a_step_may_be_damaged_twice(tmp_path, run):
 @pytest.mark.parametrize("changes, message", [
     (dict(model=dict(depth=2)), "lacks .*encoderblock_1.*another model or optimiser"),
     (dict(model=dict(depth=2, scan=True)), "lacks .*encoderblock_1"),
-    (dict(model=dict(depth=1, width=32)), r"is float32 \[.*16.*\] in checkpoint 2 .* and float32 \[.*32.*\] in this config"),
+    (dict(model=dict(depth=1, width=32)), r"is float32 \[.*16.*\] in .* and float32 \[.*32.*\] in this config"),
     (dict(model=dict(depth=1, context="cb")), "has besides .*context_scale"),
     (dict(model=dict(depth=1), schedule=FROZEN), "has besides opt/.*embedding"),
     (dict(model=dict(depth=1), optax=dict(mu_dtype="bfloat16")), r"is float32 \[.*\] in checkpoint 2 .* and bfloat16")])

@@ -183,3 +183,9 @@ def test_two_units_on_the_command_line_contradict_each_other():
     assert config.total_epochs == 90.0
     with pytest.raises(ConfigError, match="^config.total: total_steps and total_epochs are both set; keep one$"):
         parse(Outer, GOOD | {key: config[key] for key in ("total_steps", "total_epochs")})
+
+
+def test_a_block_of_nothing_but_none_is_not_set():
+    assert parse(Outer, GOOD | dict(inners=dict(size=None, rate=None))).inners is None
+    with pytest.raises(ConfigError, match="config.inner.size: required and not set"):
+        parse(Outer, GOOD | dict(inner=dict(size=None)))

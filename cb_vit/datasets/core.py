@@ -7,6 +7,7 @@ pickling, so they hold paths and numbers and open their files on first use; they
 from __future__ import annotations
 
 import bisect
+import difflib
 import importlib
 import itertools
 import operator
@@ -89,6 +90,9 @@ def _kind(block: Block, path: str) -> ModuleType:
     name = block.get("name") if isinstance(block, dict) else None
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{path}.name", f"required: {', '.join(KINDS)}, or a dataset of TFDS; got {name!r}")
+    near = difflib.get_close_matches(name, KINDS, n=1, cutoff=0.7)
+    if name not in KINDS and near:
+        raise ConfigError(f"{path}.name", f"unknown kind of data {name!r}; did you mean {near[0]}?")
     return importlib.import_module(f"cb_vit.datasets.{KINDS.get(name, 'tfds')}")
 
 
