@@ -76,9 +76,10 @@ class Checkpointer:
             policies.append(preserve.EveryNSteps(keep_every))
         if self._best:
             policies.append(self._best)
-        self._manager = ocp.CheckpointManager(self.directory, item_handlers=_handlers(), options=ocp.CheckpointManagerOptions(
+        options = ocp.CheckpointManagerOptions(
             preservation_policy=preserve.AnyPreservationPolicy(policies), create=not read_only,
-            cleanup_tmp_directories=not read_only, read_only=read_only))
+            cleanup_tmp_directories=not read_only, read_only=read_only)
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=_handlers())
         if self._best:
             for step in self._manager.all_steps():
                 with contextlib.suppress(Exception):  # a damaged one is not among the best

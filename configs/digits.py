@@ -13,7 +13,7 @@ def get_config(arg=None):
     """Arguments: variant, context (none, cb, cb_s)."""
     arg = c.parse_arg(arg, variant="nano/2", context="cb")
     config = c.base()
-    config.total_epochs = 60.0
+    config.total_epochs = 100.0
 
     config.input.data = dict(name="digits", split="train", data_dir=c.placeholder(str))
     config.input.batch_size = 64
@@ -23,21 +23,22 @@ def get_config(arg=None):
     config.model_name = "vit"
     config.model.variant = arg.variant
     config.model.context = arg.context
-    config.model.drop_path = 0.1
+    config.model.posemb = "sincos2d"
+    config.model.init = "deit"
 
     config.loss = "softmax_xent"
     config.label_smoothing = 0.1
-    config.lr = 2e-3
+    config.lr = 3e-3
     config.weight_decay = 0.05
     config.grad_clip_norm = 1.0
     config.optax_name = "scale_by_adam"
     config.schedule = c.schedule(warmup_percent=0.1)
 
     config.log_training_steps = 50
-    config.ckpt_epochs = 10.0
+    config.ckpt_epochs = 20.0
 
     config.evals.val = c.classification(
-        log_epochs=5.0,
+        log_epochs=10.0,
         data=dict(name="digits", split="test", data_dir=config.input.data.get_ref("data_dir")),
         pp_fn="decode|value_range(-1, 1)|onehot(10)|keep('image', 'labels')")
     return config

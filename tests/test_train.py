@@ -22,6 +22,7 @@ from cb_vit.evaluators.classification import Evaluator
 from cb_vit.metric_writer import MetricWriter
 from cb_vit.train import NonFinite, train_and_evaluate
 
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")  # of reading a checkpoint as it is
 TIMES = re.compile(r"uptime|core_hours|img/sec.*|mfu|z/secs/.*|.*_gib")
 PP = "flip_lr|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
 
@@ -131,6 +132,17 @@ def finished(whole, tmp_path):
     return Path(shutil.copytree(whole[0], tmp_path / "run"))
 
 
+@pytest.fixture
+def handler():
+    """What whoever calls us has put in place for SIGTERM."""
+    def ours(*_):
+        pytest.fail("SIGTERM was not for us")
+
+    before = signal.signal(signal.SIGTERM, ours)
+    yield ours
+    signal.signal(signal.SIGTERM, before)
+
+
 def test_a_run_leaves_the_files_of_a_workdir(whole):
     folder, _ = whole
     assert {path.name for path in folder.iterdir()} == {
@@ -191,8 +203,7 @@ def test_cadence_in_every_unit_and_always_at_the_last_step(tmp_path, total, log,
 
 
 def test_runs_twice_in_a_process_from_a_plain_dict_or_a_config_dict_on_any_thread(whole, tmp_path):
-    """As from a notebook: no flags parsed, and signals left as they were."""
-    handler = signal.getsignal(signal.SIGTERM)
+    """As from a notebook, where nobody has parsed flags."""
     returned = {}
     call = lambda: returned.update(train_and_evaluate(ml_collections.ConfigDict(tiny()), tmp_path))  # noqa: E731
     thread = threading.Thread(target=call)
@@ -201,7 +212,6 @@ def test_runs_twice_in_a_process_from_a_plain_dict_or_a_config_dict_on_any_threa
     assert returned.keys() == whole[1].keys()
     assert timeless(tmp_path) == timeless(whole[0])
     assert_same_state(saved(tmp_path, 8), saved(whole[0], 8))
-    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_finished_run_says_so_and_repeats_nothing(whole, finished, caplog, monkeypatch):
@@ -229,7 +239,7 @@ def test_a_run_cannot_end_before_its_checkpoint(finished):
     assert (finished / "config.json").read_bytes() == before and records(finished)[-1]["step"] == 8
 
 
-def test_stopped_at_every_step_it_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch, caplog):
+def test_stopped_at_every_step_it_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch, caplog, handler):
     """SIGTERM while each step but the last runs, one after the other: every time the step is saved and the run ends."""
     caplog.set_level(logging.INFO)
     first = []
@@ -238,6 +248,7 @@ def test_stopped_at_every_step_it_ends_as_if_it_had_not_been(whole, tmp_path, mo
         first[:] = [True]
         assert train_and_evaluate(tiny(), tmp_path)["step"] == step
         assert saved_steps(tmp_path) == [step] and f"told to stop: saved at step {step}" in caplog.text
+        assert signal.getsignal(signal.SIGTERM) is handler
     assert train_and_evaluate(tiny(), tmp_path)["step"] == 8
     assert timeless(tmp_path) == timeless(whole[0])
     assert_same_state(saved(tmp_path, 8), saved(whole[0], 8))

@@ -28,6 +28,7 @@ class Config(EvaluatorConfig):
     loss_name: str = "softmax_xent"
 
     def __post_init__(self):
+        super().__post_init__()
         LOSSES.pick(self.loss_name, "loss_name")
 
 

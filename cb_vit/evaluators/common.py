@@ -32,6 +32,8 @@ PredictFn = Callable[[TrainState, jax.Array], tuple[jax.Array, dict[str, Any]]]
 class EvaluatorConfig:
     """What every block of `config.evals` may say; an evaluator's own `Config` adds to it.
 
+    One with a `__post_init__` of its own calls `super().__post_init__()`.
+
     Attributes:
         type: which evaluator, e.g. "classification".
         data: the source, as in `config.input.data`.
@@ -50,6 +52,12 @@ class EvaluatorConfig:
     prefix: str | None = None
     skip_errors: bool = False
 
+    def __post_init__(self):
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError("batch_size", f"must be at least 1, got {self.batch_size}")
+        if self.log.value == 0:
+            raise ConfigError("log", "must be more than 0; an evaluator also runs at the last step")
+
 
 def parse_evals(evals: Mapping[str, Mapping[str, Any]], path: str = "config.evals") -> dict[str, EvaluatorConfig]:
     """The checked settings of every evaluator, by name.
@@ -60,8 +68,8 @@ def parse_evals(evals: Mapping[str, Mapping[str, Any]], path: str = "config.eval
     configs = {}
     for name, block in evals.items():
         where = f"{path}.{name}"
-        if not isinstance(block, Mapping) or "type" not in block:
-            raise ConfigError(f"{where}.type", f"required and not set; choices: {', '.join(EVALUATORS)}")
+        if not isinstance(block, Mapping) or not isinstance(block.get("type"), str):
+            raise ConfigError(f"{where}.type", f"required: {', '.join(EVALUATORS)}")
         config = parse(_module(block["type"], f"{where}.type").Config, block, where)
         datasets.check_source(config.data, f"{where}.data")
         builder.build(config.pp_fn, f"{where}.pp_fn")
