@@ -232,9 +232,20 @@ def build_evaluators(run: Experiment) -> dict[str, Any]:
     Raises:
         ConfigError: an evaluator that cannot work.
     """
-    return {name: evaluators.build(name, config, predict_fn=run.predict, sharding=run.batch_sharding,
-                                   batch_size=run.cfg.input.batch_size, num_classes=run.num_classes)
-            for name, config in run.settings.evals.items()}
+    evals = {name: evaluators.build(name, config, predict_fn=run.predict, sharding=run.batch_sharding,
+                                    batch_size=run.cfg.input.batch_size, num_classes=run.num_classes)
+             for name, config in run.settings.evals.items()}
+    owners: dict[str, str] = {}
+    for name, evaluator in evals.items():
+        if (other := owners.setdefault(evaluator.config.prefix, name)) != name:
+            raise ConfigError(f"config.evals.{name}.prefix", f"{evaluator.config.prefix!r} is that of {other} too: "
+                                                             "their metrics would have the same names")
+    best = run.cfg.keep_best
+    if best and not best.metric.startswith(tuple(owners)):
+        prefixes = ", ".join(map(repr, owners)) or "(config.evals is empty)"
+        raise ConfigError("config.keep_best.metric", f"{best.metric!r} is of no evaluator; names of their metrics "
+                                                     f"begin with {prefixes}")
+    return evals
 
 
 def restore_or_create(

@@ -324,10 +324,10 @@ def test_reading_only_changes_nothing(tmp_path, run):
 
 @pytest.mark.parametrize("settings, kept, then", [
     (dict(keep_last=3), [4, 5, 6], [5, 6, 7]), (dict(keep_last=1, keep_every=2), [2, 4, 6], [2, 4, 6, 7]),
-    (dict(keep_last=1, keep_best=KeepBest("val/prec@1", 2, "max")), [1, 3, 6], [1, 3, 7]),
-    (dict(keep_last=2, keep_every=5, keep_best=KeepBest("val/loss", 1, "min")), [2, 5, 6], [2, 5, 6, 7])])
+    (dict(keep_last=1, keep_best=KeepBest("val/prec@1", 2, "max")), [2, 4, 6], [2, 4, 7]),
+    (dict(keep_last=2, keep_every=5, keep_best=KeepBest("val/loss", 1, "min")), [3, 5, 6], [3, 5, 6, 7])])
 def test_what_is_kept(tmp_path, settings, kept, then):
-    scores = {1: (0.9, 0.5), 2: (0.1, 0.2), 3: (0.5, 0.3), 4: (float("nan"),) * 2, 5: (0.3, 0.4)}  # 6: not evaluated
+    scores = {1: (float("nan"),) * 2, 2: (0.9, 0.5), 3: (0.1, 0.2), 4: (0.5, 0.3), 5: (0.3, 0.4)}  # 6: not evaluated
     with opened(tmp_path, **settings) as checkpointer:
         for step in range(1, 7):
             metrics = dict(zip(("val/prec@1", "val/loss"), scores[step], strict=True)) if step in scores else {}

@@ -367,7 +367,9 @@ def test_a_second_run_in_the_same_workdir_is_refused(finished):
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path):
     for changes, field in [({"lrr": 1.0}, "config.lrr"), ({"input.batch_size": 9}, "config.input.batch_size"),
                            ({"evals.val.data.split": "nowhere"}, "config.evals.val.data.split"),
-                           ({"evals.val.pp_fn": PP.replace("10", "7")}, "config.evals.val.pp_fn")]:
+                           ({"evals.val.pp_fn": PP.replace("10", "7")}, "config.evals.val.pp_fn"),
+                           ({"evals.two": classification(prefix="val/")}, "config.evals.two.prefix"),
+                           ({"keep_best": dict(metric="vall/loss")}, "config.keep_best.metric")]:
         with pytest.raises(ConfigError, match=f"^{field}: "):
             train_and_evaluate(tiny(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
