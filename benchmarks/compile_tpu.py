@@ -23,6 +23,7 @@ from absl import flags  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from cb_vit import datasets, experiment  # noqa: E402
+from cb_vit.settings import check  # noqa: E402
 from cb_vit.tools import cli  # noqa: E402
 
 TOPOLOGY = flags.DEFINE_string("topology", "v4:2x2x1", "The slice, e.g. v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4.")
@@ -31,7 +32,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 def main(config):
     """Compile and report."""
-    settings = experiment.check(config)
+    settings = check(config)
     fake = dict(name="fake", split="train", num_examples=1_281_167, image_size=max(settings.preprocess.image_size),
                 num_classes=settings.preprocess.num_classes, encoded=True)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY.value).devices

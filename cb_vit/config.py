@@ -11,6 +11,7 @@ defaults to None. A field of type `Duration` called `ckpt` is written `ckpt_step
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -44,6 +45,15 @@ def suggest(name: Any, choices: Iterable[str]) -> str:
     """What follows "unknown X" in an error: `"; did you mean Y?"` when a choice is close to `name`, else `";"`."""
     close = difflib.get_close_matches(str(name), list(choices), n=1)
     return f"; did you mean {close[0]}?" if close else ";"
+
+
+@contextlib.contextmanager
+def under(path: str) -> Iterator[None]:
+    """A `ConfigError` raised inside has a path relative to `path`."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error.under(path) from None
 
 
 @dataclasses.dataclass(frozen=True)

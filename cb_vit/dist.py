@@ -15,6 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from cb_vit.config import ConfigError
 
 Tree = Any
+# JAX's own is 300: so long would the processes of a run hang after one of them failed, and then abort.
+SHUTDOWN = 60  # seconds
 
 
 def initialize() -> None:
@@ -30,9 +32,9 @@ def initialize() -> None:
             if name in env and not env[name].isdigit():
                 raise ConfigError(name, f"expected a whole number, got {env[name]!r}")
             ids[field] = int(env[name]) if name in env else None
-        jax.distributed.initialize(address, **ids)
+        jax.distributed.initialize(address, **ids, shutdown_timeout_seconds=SHUTDOWN)
     elif any(int(env.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")) or _on_tpu():
-        jax.distributed.initialize()
+        jax.distributed.initialize(shutdown_timeout_seconds=SHUTDOWN)
 
 
 def _on_tpu() -> bool:

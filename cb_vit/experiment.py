@@ -1,4 +1,4 @@
-"""What a config describes: first its checked settings, then model, data, optimiser and mesh put together.
+"""What checked settings describe: model, data, optimiser and mesh put together.
 
 Training, evaluation and the tools all start here, so that they mean the same thing by a config.
 """
@@ -15,159 +15,19 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax as optax_lib
 from jax.sharding import Mesh, NamedSharding
 
-from cb_vit import datasets, dist, models, optax, sharding
+from cb_vit import datasets, dist, models, optax
 from cb_vit import train_state as train_state_lib
 from cb_vit import train_step as train_step_lib
-from cb_vit.checkpoint import KeepBest
-from cb_vit.config import ConfigError, Duration, parse, plain
-from cb_vit.evaluators.common import EvaluatorConfig, parse_evals
-from cb_vit.input_pipeline import InputConfig, Pipeline, Spec, example_spec
+from cb_vit.config import ConfigError, Duration, under
+from cb_vit.input_pipeline import Pipeline, Spec, example_spec
 from cb_vit.losses import LOSSES
-from cb_vit.metric_writer import LoggingConfig, check_installed
-from cb_vit.pp import builder
 from cb_vit.pp.builder import Preprocess
-from cb_vit.profiling import ProfileConfig
-from cb_vit.registry import suggest
+from cb_vit.settings import Settings, TrainConfig
 from cb_vit.train_state import TrainState
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(optax.OptimiserConfig, LoggingConfig):
-    """The whole config; the optimiser's and the metric writer's keys stand flat at its top as well.
-
-    Attributes:
-        seed: of everything random; the same on all hosts.
-        total: length of the run: `total_steps`, `total_epochs` or `total_examples`.
-        input: training data and preprocessing.
-        num_classes: width of the head; None: as many as the data has.
-        loss: "softmax_xent" or "sigmoid_xent".
-        label_smoothing: share of each target spread evenly over all classes.
-        model_name: the module of the model.
-        model: its settings.
-        evals: evaluators by name.
-        grad_accum_steps: micro-batches a batch is cut into to save memory.
-        mesh: (name, size) of the mesh axes; -1: the rest of the devices.
-        mesh_allow_split_physical_axes: lets a mesh axis take part of a physical axis of a TPU torus.
-        sharding_strategy: (regex, rule) pairs for parameters and optimiser state, see `cb_vit/sharding.py`.
-        sharding_rules: (logical axis, mesh axes) pairs for activations: "act_batch", "act_len", "act_emb".
-        log_training: how often training metrics are recorded.
-        ckpt: how often a checkpoint is saved, besides the last step; None: at the last step only.
-        keep_ckpt: checkpoints at multiples of this are kept for good.
-        keep_last: newest checkpoints kept.
-        keep_best: also keep the best by a metric.
-        resume: another run's workdir to go on from, where this workdir has no checkpoint yet.
-        allow_changed_data: let a resumed run go on with another seed, data, preprocessing or batch size.
-        profile: steps to trace.
-    """
-
-    seed: int
-    total: Duration
-    input: InputConfig
-    num_classes: int | None = None
-    loss: str = "softmax_xent"
-    label_smoothing: float = 0.0
-    model_name: str = "vit"
-    model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    evals: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    grad_accum_steps: int = 1
-    mesh: tuple[tuple[str, int], ...] = (("data", -1),)
-    mesh_allow_split_physical_axes: bool = False
-    sharding_strategy: tuple[tuple[str, str], ...] = ((".*", "replicate"),)
-    sharding_rules: tuple[tuple[str, str | tuple[str, ...]], ...] = (("act_batch", "data"),)
-    log_training: Duration = Duration(50, "steps")
-    ckpt: Duration | None = None
-    keep_ckpt: Duration | None = None
-    keep_last: int = 1
-    keep_best: KeepBest | None = None
-    resume: str | None = None
-    allow_changed_data: bool = False
-    profile: ProfileConfig | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError("seed", f"must be in [0, 2³²), got {self.seed}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigError("label_smoothing", f"is a share in [0, 1), got {self.label_smoothing}")
-        for name in ("grad_accum_steps", "keep_last", "num_classes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(name, f"must be at least 1, got {value}")
-        if self.input.batch_size % self.grad_accum_steps:
-            raise ConfigError("grad_accum_steps", f"{self.grad_accum_steps} does not divide input.batch_size "
-                                                  f"{self.input.batch_size}")
-        LOSSES.pick(self.loss, "loss")
-        for name in ("log_training", "ckpt", "keep_ckpt"):
-            duration = getattr(self, name)
-            if duration is not None and duration.value == 0:
-                raise ConfigError(name, "must be more than 0; leave it unset for never")
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """A config, checked as far as that needs neither data nor devices.
-
-    Attributes:
-        train: all settings.
-        model: `train.model`, in the model's own schema, resolved.
-        evals: `train.evals`, each in its evaluator's own schema.
-        preprocess: `train.input.pp`, parsed.
-        raw: the config as plain values, for `config.json`.
-    """
-
-    train: TrainConfig
-    model: Any
-    evals: dict[str, EvaluatorConfig]
-    preprocess: Preprocess
-    raw: dict[str, Any]
-
-
-def check(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Settings:
-    """Turn a config into settings, or say what is wrong with it.
-
-    Raises:
-        ConfigError: one line that names the field, the value and the way out.
-    """
-    cfg = parse(TrainConfig, config)
-    module = models.get(cfg.model_name)
-    model = parse(module.Config, cfg.model, "config.model")
-    with _under("config.model"):
-        model = module.resolve(model)
-    datasets.check_source(cfg.input.data, "config.input.data")
-    preprocess = builder.build(cfg.input.pp, "config.input.pp")
-    evals = parse_evals(cfg.evals)
-    for size in [preprocess.image_size, *(builder.build(e.pp_fn, "pp_fn").image_size for e in evals.values())]:
-        if size is not None:
-            with _under("config.model"):
-                module.check_image_size(model, size)
-    if cfg.num_classes and preprocess.num_classes not in (None, cfg.num_classes):
-        raise ConfigError("config.num_classes", f"{cfg.num_classes}, but input.pp has onehot({preprocess.num_classes})")
-    check_installed(cfg)
-    sharding.parse_strategy(cfg.sharding_strategy, "config.sharding_strategy")
-    _check_mesh_names(cfg)
-    return Settings(cfg, model, evals, preprocess, plain(config))
-
-
-def _check_mesh_names(cfg: TrainConfig) -> None:
-    axes = [name for name, _ in cfg.mesh]
-    for i, (_, mapped) in enumerate(cfg.sharding_rules):
-        for name in (mapped,) if isinstance(mapped, str) else mapped:
-            if name not in axes:
-                raise ConfigError(f"config.sharding_rules[{i}]", f"the mesh has no axis {name!r}{suggest(name, axes)} "
-                                                                 f"config.mesh has {', '.join(axes)}")
-
-
-@contextlib.contextmanager
-def _under(path: str) -> Iterator[None]:
-    try:
-        yield
-    except ConfigError as error:
-        raise error.under(path) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +110,7 @@ class Experiment:
 
     def steps(self, duration: Duration | None, field: str) -> int | None:
         """A duration of the config in steps."""
-        with _under(f"config.{field}"):
+        with under(f"config.{field}"):
             return None if duration is None else duration.steps(
                 self.cfg.input.batch_size, len(self.pipeline.source), self.total_steps)
 
@@ -282,7 +142,7 @@ def build(
     pipeline = Pipeline(cfg.input, source, settings.preprocess, dist.local_rows(batch_sharding, cfg.input.batch_size))
     spec = example_spec(source, settings.preprocess, cfg.input.skip_errors)
     _check_example(settings, spec, num_classes)
-    with _under("config"):
+    with under("config"):
         try:
             total_steps = cfg.total.steps(cfg.input.batch_size, len(source))
         except ConfigError as error:
@@ -335,7 +195,7 @@ def _check_example(settings: Settings, spec: Spec, num_classes: int) -> None:
     shape, dtype = spec.get("image", ((), None))
     if len(shape) != 3 or dtype != np.uint8:
         raise ConfigError("config.input.pp", f"must end with a uint8 image [y x c] on the host, got {dtype} {shape}")
-    with _under("config.model"):
+    with under("config.model"):
         models.get(settings.train.model_name).check_image_size(settings.model, shape[:2])
     batch = {name: jax.ShapeDtypeStruct((1, *s), d) for name, (s, d) in spec.items()}
     out = jax.eval_shape(settings.preprocess.device, {**batch, "_mask": jax.ShapeDtypeStruct((1,), bool)})

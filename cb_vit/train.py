@@ -27,6 +27,7 @@ from cb_vit.input_pipeline import to_device
 from cb_vit.metric_writer import MetricWriter
 from cb_vit.optax import peak_lr
 from cb_vit.profiling import Profiler
+from cb_vit.settings import check
 from cb_vit.timing import Chrono, memory_stats
 from cb_vit.train_state import TrainState
 
@@ -43,7 +44,7 @@ def train_and_evaluate(
     """Train as `config` says, from scratch or from where `workdir` stands.
 
     Args:
-        config: see `experiment.TrainConfig`.
+        config: see `settings.TrainConfig`.
         workdir: the run's folder, local or in a bucket.
 
     Returns:
@@ -55,7 +56,7 @@ def train_and_evaluate(
         DataError: an example cannot be read.
         NonFinite: training has diverged.
     """
-    settings = experiment.check(config)
+    settings = check(config)
     workdir_lib.check_writable(workdir)
     run = experiment.build(settings)
     evals = build_evaluators(run)

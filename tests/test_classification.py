@@ -43,7 +43,8 @@ def evaluate(labels, logits, devices=1, batch_size=8, broken=(), **settings):
     classes = logits.shape[1]
     mesh = dist.create_mesh([("data", -1)], devices=jax.devices()[:devices])
     pp = f"onehot({classes})"
-    config = Config(type="classification", data={}, pp_fn=pp, log=Duration(1, "steps"), batch_size=batch_size, prefix="", **settings)
+    config = Config(type="classification", data={}, pp_fn=pp, log=Duration(1, "steps"), batch_size=batch_size,
+                    prefix="", **settings)
     evaluator = Evaluator(predict, config=config, source=Numbered(labels, classes, broken),
                           preprocess=builder.build(pp, "pp_fn"), sharding=dist.batch_sharding(mesh, "data"))
     state = TrainState(jnp.int32(0), {"logits": jnp.asarray(logits)}, (), jnp.asarray(True))

@@ -12,6 +12,7 @@ import pytest
 from cb_vit import config as config_lib
 from cb_vit import experiment
 from cb_vit.config import ConfigError
+from cb_vit.settings import check
 from cb_vit.tools import cli
 from configs import debug, digits, vit_i1k
 
@@ -166,17 +167,17 @@ IMAGES = "keep('image', 'labels')"
 ], ids=lambda value: str(value)[:40])
 def test_a_setting_that_cannot_work(change, error):
     with pytest.raises(ConfigError) as caught:
-        experiment.check(config_of(debug, **change))
+        check(config_of(debug, **change))
     assert re.match(error, str(caught.value)) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("module", [debug, digits, vit_i1k])
 def test_the_configs_of_the_house_pass_and_fix_the_size_of_what_they_crop(module):
     config = config_of(module)
-    assert experiment.check(config).raw == config_lib.plain(config)
+    assert check(config).raw == config_lib.plain(config)
     if module is vit_i1k:
         with pytest.raises(ConfigError, match=r"^config\.model\.patch_size: .* does not divide the image of 224×224"):
-            experiment.check(config_of(module, model__variant="S/15"))
+            check(config_of(module, model__variant="S/15"))
 
 
 def test_what_the_devices_rule_out():
@@ -194,7 +195,7 @@ def test_what_the_devices_rule_out():
              r"config\.num_classes: the model has 5 classes, the data 10$"),
             (dict(input__pp=f"value_range(-1, 1)|{IMAGES[:-1]}, 'label')"), r"config\.input\.pp: |no 'labels'")):
         with pytest.raises((ConfigError, ValueError)) as caught:
-            experiment.build(experiment.check(config_of(debug, **change)))
+            experiment.build(check(config_of(debug, **change)))
         assert re.search(error, str(caught.value)), str(caught.value)
 
 

@@ -15,7 +15,7 @@ LAYERS = {name: number for number, names in enumerate((
     "train_state",
     "checkpoint train_step input_pipeline",
     "evaluators weights",
-    "experiment",
+    "settings", "experiment",
     "train",
     "tools",
 )) for name in names.split()}

@@ -9,6 +9,7 @@ import pytest
 
 from cb_vit import dist, experiment
 from cb_vit.models.common import to_loop, to_scan
+from cb_vit.settings import check
 from cb_vit.train_state import TrainState
 from cb_vit.train_step import stream_key
 from cb_vit.tree import flatten_with_names
@@ -47,7 +48,7 @@ def build(name):
     data = dict(name="fake", split="train", num_examples=64, image_size=8, num_classes=CLASSES)
     model = dict(patch_size=4, width=32, depth=2, mlp_dim=64, num_heads=4, pool_type="tok", context="cb_s")
     devices = jax.devices()[:settings.pop("devices", 8)]
-    return experiment.build(experiment.check(dict(
+    return experiment.build(check(dict(
         seed=0, total_steps=10, lr=0.1, weight_decay=0.01, schedule=dict(decay_type="cosine"), optax_name="trace",
         optax=dict(decay=0.9), input=dict(data=data, batch_size=BATCH, pp=f"value_range(-1, 1)|onehot({CLASSES})"),
     ) | settings | dict(model=model | settings.get("model", {}))), devices)

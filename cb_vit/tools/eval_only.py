@@ -13,13 +13,14 @@ import ml_collections
 from cb_vit import dist, experiment, io
 from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import ConfigError
-from cb_vit.evaluators import common as evaluators
+from cb_vit.settings import check
 from cb_vit.tools import cli
+from cb_vit.train import build_evaluators
 
 
 def main(config: ml_collections.ConfigDict) -> None:
     """Print every metric of every evaluator."""
-    settings = experiment.check(config)
+    settings = check(config)
     if not settings.evals:
         raise ConfigError("config.evals", "has no evaluator")
     directory = io.as_path(cli.require_workdir()) / "checkpoints"
@@ -34,10 +35,7 @@ def main(config: ml_collections.ConfigDict) -> None:
         state, _ = restored
         if jax.process_index() == 0:
             print(f"step {int(state.step)} of {directory}")
-        for name, settings_of in settings.evals.items():
-            evaluator = evaluators.build(
-                name, settings_of, predict_fn=run.predict, sharding=run.batch_sharding,
-                batch_size=run.cfg.input.batch_size, num_classes=run.num_classes)
+        for name, evaluator in build_evaluators(run).items():
             start = time.monotonic()
             values = dict(evaluator.run(state))
             if jax.process_index() == 0:

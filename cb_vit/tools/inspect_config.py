@@ -15,7 +15,8 @@ from absl import flags
 from cb_vit import datasets, experiment, optax
 from cb_vit.config import ConfigError
 from cb_vit.datasets.core import Source
-from cb_vit.experiment import Experiment, Settings
+from cb_vit.experiment import Experiment
+from cb_vit.settings import Settings, check
 from cb_vit.tools import cli
 from cb_vit.tree import flatten_with_names
 from cb_vit.workdir import flatten
@@ -27,7 +28,7 @@ MIB = 2**20
 
 def main(config: ml_collections.ConfigDict) -> None:
     """Print the report."""
-    settings = experiment.check(config)
+    settings = check(config)
     run = experiment.build(settings, source=_source(settings))
     for title, lines in (("config", _config(settings)), ("parameters", _parameters(run)), ("run", _run(run)),
                          ("memory per device", _memory(run))):
