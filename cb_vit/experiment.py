@@ -101,7 +101,8 @@ class Experiment:
         """`(state, batch) -> (state, metrics)`, jitted; the state is donated."""
         cfg = self.cfg
         step = functools.partial(
-            train_step_lib.train_step, model=self.model, tx=self.tx, loss=LOSSES[cfg.loss],
+            train_step_lib.train_step, model=self.model, tx=self.tx,
+            trainable=optax.trainable(cfg, self.shapes.params), loss=LOSSES[cfg.loss],
             prepare=self.settings.preprocess.device, seed=cfg.seed, label_smoothing=cfg.label_smoothing,
             grad_accum_steps=cfg.grad_accum_steps)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)

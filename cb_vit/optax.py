@@ -166,6 +166,12 @@ def describe(cfg: OptimiserConfig, params_shapes: Tree, *, path: str = "config")
     return rules
 
 
+def trainable(cfg: OptimiserConfig, params_shapes: Tree) -> Tree:
+    """For each parameter, whether it has a schedule; the others are frozen."""
+    rules = {rule.name: rule for rule in describe(cfg, params_shapes)}
+    return map_with_names(lambda name, _: not rules[name].frozen, params_shapes)
+
+
 def make(
     cfg: OptimiserConfig, params_shapes: Tree, *, total_steps: int, batch_size: int, examples: int | None = None,
     path: str = "config",

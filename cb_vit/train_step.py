@@ -27,6 +27,7 @@ def train_step(
     *,
     model: nn.Module,
     tx: optax.GradientTransformation,
+    trainable: Tree,
     loss: Callable[[jax.Array, jax.Array], jax.Array],
     prepare: Callable[[dict], dict],
     seed: int,
@@ -41,6 +42,8 @@ def train_step(
             where a broken example keeps its row.
         model: a Linen module, `apply(params, images, train)` → (logits, out).
         tx: the optimiser.
+        trainable: for each parameter, whether it is trained; the backward pass leaves the others out, and
+            so do the norms of gradients and updates.
         loss: (logits [b c], labels [b c]) → [b].
         prepare: the device side of preprocessing; makes float images and "labels" [b c].
         seed: the run's seed.
@@ -59,6 +62,7 @@ def train_step(
 
     def loss_fn(params: Tree, micro: dict[str, jax.Array], index: jax.Array) -> jax.Array:
         rngs = {"dropout": jax.random.fold_in(key, index)}
+        params = jax.tree.map(lambda p, train: p if train else jax.lax.stop_gradient(p), params, trainable)
         logits, _ = model.apply({"params": params}, micro["image"], train=True, rngs=rngs)
         each = loss(logits, losses.smooth_labels(micro["labels"], label_smoothing))
         return jnp.sum(jnp.where(micro["_mask"], each, 0.0)) / count

@@ -144,7 +144,8 @@ def test_processes_join_only_where_there_are_several(env, call, joined, monkeypa
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     dist.initialize()
-    assert joined == ([] if call is None else [call])
+    wait = {"shutdown_timeout_seconds": dist.SHUTDOWN}
+    assert joined == ([] if call is None else [(call[0], call[1] | wait)])
 
 
 def test_a_process_count_that_is_no_number(joined, monkeypatch):

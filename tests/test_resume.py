@@ -33,7 +33,7 @@ class Run:
 
     def __init__(self, folder, cache, *overrides, devices=1, **environment):
         command = [sys.executable, "main.py", "--config=configs/debug.py", f"--workdir={folder}",
-                   "--config.plot=False", *overrides]
+                   "--config.plot=False", "--config.keep_last=1", *overrides]
         # Compiling is most of what so short a run spends.
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         environment |= dict(JAX_PLATFORMS="cpu", XLA_FLAGS=flags,

@@ -41,7 +41,7 @@ def tiny(**changes):
         seed=0, total_steps=8, lr=1e-2, schedule=dict(decay_type="constant"),
         input=dict(data=data(), batch_size=8, pp=PP),
         model=dict(variant="mu/4", width=16, depth=1, mlp_dim=16, num_heads=2, dropout=0.1, context="cb"),
-        log_training_steps=2, ckpt_steps=3, plot=False, evals=dict(val=classification()))
+        log_training_steps=2, ckpt_steps=3, keep_last=1, plot=False, evals=dict(val=classification()))
     for name, value in changes.items():
         *blocks, key = name.split(".")
         block = config

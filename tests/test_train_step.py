@@ -176,6 +176,8 @@ def test_frozen_leaves_keep_every_bit_and_cost_no_state():
         frozen = re.fullmatch(FROZEN, name)
         assert (x == y).all() if frozen else (x != y).any() or name.endswith("key/bias"), name
     assert not any("encoderblock_0/" in name for name, _ in flatten_with_names(state.opt)[0])
+    flops = {name: compiled(name).cost_analysis()["flops"] for name in ("frozen", "one device")}
+    assert flops["frozen"] < 0.9 * flops["one device"]  # their backward pass is left out
 
 
 def test_the_finite_flag_falls_with_a_nan_and_stays_down():
