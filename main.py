@@ -9,6 +9,7 @@ The same command again goes on from the last checkpoint. On a pod, run it on eve
 from __future__ import annotations
 
 import os
+import sys
 
 from cb_vit.tools import cli
 
@@ -36,7 +37,8 @@ def summary(metrics: dict[str, float], workdir: str) -> str:
         ("checkpoints", "checkpoints"), ("metrics", "metrics.jsonl"), ("curves", "training_curves.png"))]
     lines += [f"{what:<12}{path}" for what, path in found]
     given = cli.FLAGS["config"].config_filename
-    lines.append(f"next        python -m cb_vit.tools.eval_only --config={given} --workdir={workdir}")
+    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd() + os.sep) else "python"
+    lines.append(f"next        {python} -m cb_vit.tools.eval_only --config={given} --workdir={workdir}")
     return "\n" + "\n".join(lines)
 
 

@@ -65,6 +65,13 @@ class Experiment:
         """The settings of `config`'s top level."""
         return self.settings.train
 
+    def __str__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.shapes.params))
+        variant = self.cfg.model.get("variant") or "of its own sizes"
+        devices = self.mesh.devices.ravel()
+        return (f"{self.cfg.model_name} {variant}, {count:,} parameters; {self.total_steps:,} steps of "
+                f"{self.cfg.input.batch_size} images on {len(devices)} × {devices[0].device_kind}")
+
     @property
     def scan(self) -> bool:
         """Whether the model keeps its blocks in scan layout."""

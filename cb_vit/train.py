@@ -65,6 +65,7 @@ def train_and_evaluate(
         stack.enter_context(workdir_lib.lock(workdir, primary))
         stack.enter_context(run.context())
         checkpointer = stack.enter_context(contextlib.closing(_checkpointer(run, workdir)))
+        logger.info("%s", run)
         state, meta = restore_or_create(run, workdir, checkpointer)
         first = int(state.step)
         if primary:

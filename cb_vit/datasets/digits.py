@@ -17,7 +17,6 @@ import io
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -162,7 +161,8 @@ def _build(data_dir: str) -> None:
                 yield name, {"image": image, "label": int(digits.target[number]), "id": name}
 
     tfds.disable_progress_bar()  # it takes a second
-    with contextlib.redirect_stdout(sys.stderr):  # TFDS prints; standard output belongs to the caller
+    logger.info("preparing scikit-learn's digits in %s", _folder(data_dir))
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints of downloads; there are none
         SklearnDigits(data_dir=data_dir).download_and_prepare(file_format="array_record")
 
 

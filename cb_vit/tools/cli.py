@@ -47,7 +47,9 @@ def run(main: Callable[[ml_collections.ConfigDict], None], usage: str) -> None:
     def guarded(argv: Sequence[str]) -> None:
         # absl has put its own handler in place by now; Orbax and JAX tell their news through it.
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-        absl_logging.set_verbosity(absl_logging.WARNING)
+        absl_logging.set_verbosity(absl_logging.ERROR)
+        for chatty in ("jax", "matplotlib"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         try:
             if len(argv) > 1:
                 raise ConfigError(argv[1], "not an argument of this program; settings are written --config.key=value")
