@@ -169,7 +169,8 @@ def test_digits_are_sklearns(digits_dir):
 
 
 OPEN_DIGITS = """
-    import sys
+    import logging, sys
+    logging.basicConfig(level=logging.INFO)
     from cb_vit.datasets import open_source
     data = open_source(dict(name="digits", split="train+test", data_dir=sys.argv[1]), "config.input.data")
     print(hash(tuple((data[i]["id"], data[i]["label"]) for i in range(len(data)))), len(data), file=sys.stdout)
@@ -184,7 +185,7 @@ def test_digits_prepared_once_by_three_processes(tmp_path, monkeypatch):
     processes = [script(OPEN_DIGITS, tmp_path / "data") for _ in range(3)]
     outputs = [process.communicate(timeout=60) for process in processes]
     assert all(process.returncode == 0 for process in processes), outputs
-    assert sum("Downloading and preparing" in err for _, err in outputs) == 1  # the others waited
+    assert sum("preparing scikit-learn's digits" in err for _, err in outputs) == 1  # the others waited
     answers = {out for out, _ in outputs}
     assert len(answers) == 1 and answers.pop().endswith(" 1797\n")
     assert [entry.name for entry in (tmp_path / "data" / "sklearn_digits").iterdir()] == ["1.0.0"]

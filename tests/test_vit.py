@@ -257,6 +257,9 @@ def test_bfloat16_matmuls_stay_near_float32_and_parameters_stay_float32():
     half = logits(params, context="cb", dtype_mm="bfloat16")
     full = logits(params, context="cb")
     assert half.dtype == jnp.float32
+    scaled = Model(7, **SMALL, context="cb", dtype_mm="bfloat16", layer_scale=0.1, pool_type="tok", drop_path=0.1)
+    out = scaled.apply({"params": init(scaled)}, IMAGES, train=True, rngs={"dropout": jax.random.key(0)})[1]
+    assert out["encoder"]["block02"]["+mlp"].dtype == jnp.bfloat16  # and so is what is moved through memory
     assert float(jnp.linalg.norm(half - full) / jnp.linalg.norm(full)) < 0.03
     stored = Model(7, **SMALL, dtype_mm="bfloat16").init(jax.random.key(0), IMAGES)["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(stored)} == {jnp.dtype("float32")}

@@ -88,10 +88,10 @@ class ViT(nn.Module):
             posemb = self.param("pos_embedding", init.posemb, (1, x.shape[1], cfg.width), jnp.float32)
         else:
             posemb = posemb_sincos_2d(*grid, cfg.width)
-        x = out["with_posemb"] = x + posemb
+        x = out["with_posemb"] = x + posemb.astype(x.dtype)
 
         prefix = ["cls"] * (cfg.pool_type == "tok") + ["dist"] * cfg.distilled
-        tokens = [self.param(name, init.token, (1, 1, cfg.width), jnp.float32) for name in prefix]
+        tokens = [self.param(name, init.token, (1, 1, cfg.width), jnp.float32).astype(x.dtype) for name in prefix]
         x = jnp.concatenate([*(jnp.broadcast_to(t, (x.shape[0], 1, cfg.width)) for t in tokens), x], axis=1)
 
         key = self.make_rng("dropout") if train and (cfg.dropout or cfg.drop_path) else None
@@ -202,11 +202,12 @@ class Block(nn.Module):
         if at == "msa_end":
             y = context(self, y, flag)
         out["sa"] = y = layer_scale(cfg)(y)
-        out["+sa"] = x = x + drop_path(y, rate, keys[1])
+        out["+sa"] = x = x + drop_path(y, rate, keys[1]).astype(x.dtype)
 
         y = nn.LayerNorm()(x)
         y = MlpBlock(cfg, at)(y, keys[2:4], flag)
         out["mlp"] = y = layer_scale(cfg)(y)
-        x = nn.with_logical_constraint(x + drop_path(y, rate, keys[4]), ("act_batch", "act_len", "act_emb"))
+        x = x + drop_path(y, rate, keys[4]).astype(x.dtype)
+        x = nn.with_logical_constraint(x, ("act_batch", "act_len", "act_emb"))
         out["+mlp"] = x
         return x, out

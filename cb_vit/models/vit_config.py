@@ -43,8 +43,8 @@ class Config:
         scan: run the blocks under `nn.scan`: compiles once, whatever the depth.
         remat_policy: what a block keeps for the backward pass: "none" keeps all, "nothing_saveable"
             recomputes the block (big_vision's choice under scan), …
-        dtype_mm: dtype of the matrix products and of what they return, attention logits too; softmax, norms
-            and the residual stream are computed in float32.
+        dtype_mm: dtype of the matrix products and of the residual stream, as in big_vision; softmax, norms,
+            the mean of CB, the head and all parameters are float32.
         context: "none", "cb" or "cb_s" (scaled per channel; our reading of the paper).
         context_at: where in the block; the paper's place is "mlp_end".
         context_layers: the blocks (from 0) that have it; None: all.
