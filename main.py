@@ -9,6 +9,7 @@ The same command again goes on from the last checkpoint. On a pod, run it on eve
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 
 from cb_vit.tools import cli
@@ -38,7 +39,9 @@ def summary(metrics: dict[str, float], workdir: str) -> str:
     lines += [f"{what:<12}{path}" for what, path in found]
     given = cli.FLAGS["config"].config_filename
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd() + os.sep) else "python"
-    lines.append(f"next        {python} -m cb_vit.tools.eval_only --config={given} --workdir={workdir}")
+    overrides = [shlex.quote(arg) for arg in sys.argv[1:] if arg.startswith(("--config.", "--noconfig."))]
+    command = [python, "-m cb_vit.tools.eval_only", f"--config={given}", f"--workdir={workdir}", *overrides]
+    lines.append(f"{'next':<12}{' '.join(command)}")
     return "\n" + "\n".join(lines)
 
 

@@ -42,7 +42,7 @@ class KeepBest:
     """The block `config.keep_best`: keep the checkpoints with the best value of a metric.
 
     Attributes:
-        metric: e.g. "val/prec@1"; judged at steps that are both evaluated and saved.
+        metric: e.g. "val/prec@1"; a checkpoint is saved whenever its evaluator has run.
         n: how many.
         mode: whether the largest or the smallest is best.
     """
@@ -50,6 +50,10 @@ class KeepBest:
     metric: str = "val/prec@1"
     n: int = 1
     mode: Literal["max", "min"] = "max"
+
+    def __post_init__(self):
+        if self.n < 1:
+            raise ConfigError("n", f"must be at least 1, got {self.n}")
 
 
 class Mismatch(ConfigError):

@@ -26,6 +26,10 @@ T = TypeVar("T")
 UNITS = ("steps", "epochs", "examples", "percent")
 
 
+class Failure(RuntimeError):
+    """What ends a run by no fault of the program, and says all there is to know in one line."""
+
+
 class ConfigError(ValueError):
     """A setting that cannot work: `path` names the field, `message` the value and the way out."""
 

@@ -33,13 +33,13 @@ def initialize() -> None:
                 raise ConfigError(name, f"expected a whole number, got {env[name]!r}")
             ids[field] = int(env[name]) if name in env else None
         jax.distributed.initialize(address, **ids, shutdown_timeout_seconds=SHUTDOWN)
-    elif any(int(env.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")) or _on_tpu():
+    elif any(env.get(tasks, "1") != "1" for tasks in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")) or _on_tpu():
         jax.distributed.initialize(shutdown_timeout_seconds=SHUTDOWN)
 
 
 def _on_tpu() -> bool:
     devices = any(os.path.exists(path) for path in ("/dev/accel0", "/dev/vfio/0"))
-    platforms = os.environ.get("JAX_PLATFORMS", "tpu")
+    platforms = os.environ.get("JAX_PLATFORMS") or "tpu"
     return devices and "tpu" in platforms and importlib.util.find_spec("libtpu") is not None
 
 
@@ -114,12 +114,6 @@ def to_global(local: Tree, rows: np.ndarray, sharding: NamedSharding, batch_size
         return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, shard)
 
     return jax.tree.map(build, local)
-
-
-def sync(name: str) -> None:
-    """Wait until every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def agree(flag: bool) -> bool:

@@ -23,7 +23,7 @@ from cb_vit import datasets, dist, models, optax
 from cb_vit import train_state as train_state_lib
 from cb_vit import train_step as train_step_lib
 from cb_vit.config import ConfigError, Duration, under
-from cb_vit.input_pipeline import Pipeline, Spec, example_spec
+from cb_vit.input_pipeline import Pipeline, Spec, check_example, example_spec
 from cb_vit.losses import LOSSES
 from cb_vit.pp.builder import Preprocess
 from cb_vit.settings import Settings, TrainConfig
@@ -116,6 +116,24 @@ class Experiment:
         return jax.jit(step, donate_argnums=0, in_shardings=(shardings, self.batch_sharding),
                        out_shardings=(shardings, dist.replicated(self.mesh)))
 
+    def flops_per_step(self) -> float:
+        """FLOPs of the model in one training step of the whole batch, forward and backward, as XLA counts them.
+
+        Counted on a looped model without recomputation: XLA counts the body of a loop once, and what is
+        computed twice is no use to anyone.
+        """
+        config = dataclasses.replace(self.settings.model, scan=False, remat_policy="none")
+        model = models.get(self.cfg.model_name).Model(self.num_classes, **dataclasses.asdict(config))
+        shape, _ = self.example_spec["image"]
+        params = jax.eval_shape(functools.partial(init_params, model, shape), jax.random.key(0))
+
+        def loss(params: Any, image: jax.Array) -> jax.Array:
+            return jnp.sum(model.apply({"params": params}, image)[0])
+
+        image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+        cost = jax.jit(jax.grad(loss)).lower(params, image).cost_analysis() or {}
+        return cost.get("flops", 0.0) * self.cfg.input.batch_size
+
     def steps(self, duration: Duration | None, field: str) -> int | None:
         """A duration of the config in steps."""
         with under(f"config.{field}"):
@@ -149,7 +167,9 @@ def build(
     num_classes = _num_classes(cfg, settings.preprocess, source.num_classes)
     pipeline = Pipeline(cfg.input, source, settings.preprocess, dist.local_rows(batch_sharding, cfg.input.batch_size))
     spec = example_spec(source, settings.preprocess, cfg.input.skip_errors)
-    _check_example(settings, spec, num_classes)
+    check_example(settings.preprocess, spec, num_classes, "config.input.pp")
+    with under("config.model"):
+        models.get(cfg.model_name).check_image_size(settings.model, spec["image"][0][:2])
     with under("config"):
         try:
             total_steps = cfg.total.steps(cfg.input.batch_size, len(source))
@@ -157,6 +177,9 @@ def build(
             raise ConfigError(f"total_{cfg.total.unit}", error.message) from None
     if total_steps < 1:
         raise ConfigError(f"config.total_{cfg.total.unit}", "must be more than 0")
+
+    if cfg.profile and cfg.profile.start_step > total_steps:
+        raise ConfigError("config.profile.start_step", f"{cfg.profile.start_step} is past the last step, {total_steps}")
 
     model = models.get(cfg.model_name).Model(num_classes, **dataclasses.asdict(settings.model))
     init = functools.partial(init_params, model, spec["image"][0])
@@ -194,22 +217,9 @@ def check_batch_size(batch_size: int, grad_accum_steps: int, sharding: NamedShar
 def _num_classes(cfg: TrainConfig, preprocess: Preprocess, in_data: int) -> int:
     num_classes = cfg.num_classes or preprocess.num_classes or in_data
     if num_classes < in_data:
-        raise ConfigError("config.num_classes", f"the model has {num_classes} classes, the data {in_data}")
+        path = "config.num_classes" if cfg.num_classes else "config.input.pp"
+        raise ConfigError(path, f"makes {num_classes} classes, the data has {in_data}")
     return num_classes
-
-
-def _check_example(settings: Settings, spec: Spec, num_classes: int) -> None:
-    """What the first example shows: an image of a size the model takes, and labels for the loss."""
-    shape, dtype = spec.get("image", ((), None))
-    if len(shape) != 3 or dtype != np.uint8:
-        raise ConfigError("config.input.pp", f"must end with a uint8 image [y x c] on the host, got {dtype} {shape}")
-    with under("config.model"):
-        models.get(settings.train.model_name).check_image_size(settings.model, shape[:2])
-    batch = {name: jax.ShapeDtypeStruct((1, *s), d) for name, (s, d) in spec.items()}
-    out = jax.eval_shape(settings.preprocess.device, {**batch, "_mask": jax.ShapeDtypeStruct((1,), bool)})
-    if "labels" not in out or out["labels"].shape != (1, num_classes):
-        raise ConfigError("config.input.pp", f"must make one-hot labels of {num_classes} classes; "
-                                             f"end it with onehot({num_classes})")
 
 
 def label_regexes(schedules: Mapping[str, Any]) -> dict[str, str]:

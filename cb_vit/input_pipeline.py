@@ -129,6 +129,33 @@ def example_spec(source: Source, preprocess: Preprocess, skip_errors: bool) -> S
     raise DataError("the data source is empty")
 
 
+def check_example(preprocess: Preprocess, spec: Spec, num_classes: int, path: str) -> tuple[int, ...]:
+    """What preprocessing makes of an example: an image for the model, and labels for the loss.
+
+    Args:
+        preprocess: parsed from the setting at `path`.
+        spec: as `example_spec` gives it.
+        num_classes: of the model.
+        path: for errors.
+
+    Returns:
+        The shape of an image, [y x c].
+
+    Raises:
+        ConfigError: the image is not there or not float32 on the device, or there are no one-hot labels.
+    """
+    shape, dtype = spec.get("image", ((), None))
+    if len(shape) != 3 or dtype != np.uint8:
+        raise ConfigError(path, f"must end with a uint8 image [y x c] on the host, got {dtype} {shape}")
+    batch = {name: jax.ShapeDtypeStruct((1, *s), d) for name, (s, d) in spec.items()}
+    out = jax.eval_shape(preprocess.device, {**batch, "_mask": jax.ShapeDtypeStruct((1,), bool)})
+    if "image" not in out or out["image"].dtype != np.float32:
+        raise ConfigError(path, "must hand the model a float32 image; add value_range(-1, 1), and keep 'image'")
+    if "labels" not in out or out["labels"].shape != (1, num_classes):
+        raise ConfigError(path, f"must make one-hot labels of {num_classes} classes; end it with onehot({num_classes})")
+    return shape
+
+
 class _Rows(grain.MapDataset):
     """Of an endless global order, the rows that one process loads, batch after batch."""
 

@@ -255,7 +255,7 @@ def _check_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments of transformation `name`, numbers converted, or a `ConfigError`."""
     if name not in TRANSFORMATIONS:  # "adam" and "adamw" mean scale_by_adam
         near = suggest(name if name.startswith("scale_by_") else f"scale_by_{name}", TRANSFORMATIONS)
-        raise ConfigError("optax_name", f"unknown optax transformation {name!r}{near or ';'} "
+        raise ConfigError("optax_name", f"unknown optax transformation {name!r}{near} "
                                         f"Choices: {', '.join(TRANSFORMATIONS)}")
     transformation = TRANSFORMATIONS[name]
     known = inspect.signature(transformation).parameters
@@ -264,7 +264,7 @@ def _check_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         if key not in known:
             raise ConfigError(
                 f"optax.{key}",
-                f"unknown{suggest(key, known) or ';'} {name} takes {', '.join(known) or 'no arguments'}")
+                f"unknown{suggest(key, known)} {name} takes {', '.join(known) or 'no arguments'}")
         kind = type(known[key].default)
         checked[key] = convert(value, kind, f"optax.{key}") if kind in (bool, int, float) else value
     for key, parameter in known.items():

@@ -89,7 +89,7 @@ class TrainConfig(optax.OptimiserConfig, LoggingConfig):
         for name in ("log_training", "ckpt", "keep_ckpt"):
             duration = getattr(self, name)
             if duration is not None and duration.value == 0:
-                raise ConfigError(name, "must be more than 0; leave it unset for never")
+                raise ConfigError(f"{name}_{duration.unit}", "must be more than 0; leave it unset for never")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +125,9 @@ def check(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Settings:
     datasets.check_source(cfg.input.data, "config.input.data")
     preprocess = builder.build(cfg.input.pp, "config.input.pp")
     evals = parse_evals(cfg.evals)
-    for size in [preprocess.image_size, *(builder.build(e.pp_fn, "pp_fn").image_size for e in evals.values())]:
-        if size is not None:
-            with under("config.model"):
-                module.check_image_size(model, size)
+    if preprocess.image_size:
+        with under("config.model"):
+            module.check_image_size(model, preprocess.image_size)
     if cfg.num_classes and preprocess.num_classes not in (None, cfg.num_classes):
         raise ConfigError("config.num_classes", f"{cfg.num_classes}, but input.pp has onehot({preprocess.num_classes})")
     check_installed(cfg)

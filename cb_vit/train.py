@@ -20,7 +20,7 @@ import ml_collections
 from cb_vit import dist, experiment, io
 from cb_vit import workdir as workdir_lib
 from cb_vit.checkpoint import Checkpointer
-from cb_vit.config import ConfigError
+from cb_vit.config import ConfigError, Failure
 from cb_vit.evaluators import common as evaluators
 from cb_vit.experiment import Experiment
 from cb_vit.input_pipeline import to_device
@@ -28,13 +28,13 @@ from cb_vit.metric_writer import MetricWriter
 from cb_vit.optax import peak_lr
 from cb_vit.profiling import Profiler
 from cb_vit.settings import check
-from cb_vit.timing import Chrono, memory_stats
+from cb_vit.timing import Chrono, memory_stats, peak_flops
 from cb_vit.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 
 
-class NonFinite(RuntimeError):
+class NonFinite(Failure):
     """Loss, gradients or parameters stopped being finite numbers."""
 
 
@@ -58,6 +58,8 @@ def train_and_evaluate(
     """
     settings = check(config)
     workdir_lib.check_writable(workdir)
+    if settings.train.resume and not (io.as_path(settings.train.resume) / "checkpoints").exists():
+        raise ConfigError("config.resume", f"{settings.train.resume} has no checkpoints/; give the workdir of a run")
     run = experiment.build(settings)
     evals = build_evaluators(run)
     primary = jax.process_index() == 0
@@ -126,7 +128,7 @@ class Loop:
                 stopping = self.stop(step)
                 # Told to stop, there may be seconds left: the run that goes on from here makes an evaluation up.
                 evaluate = [] if stopping else self._due_evaluators(step, first)
-                save = stopping or self._due(step, self.ckpt_steps)
+                save = stopping or self._due(step, self.ckpt_steps) or self._judges(evaluate)
                 if metrics and (evaluate or save):  # only a finite state is evaluated or saved
                     self._log(step, metrics)
                     metrics = None
@@ -149,9 +151,8 @@ class Loop:
     def _compile(self) -> Callable:
         run = self.experiment
         compiled = run.jit_train_step().lower(run.shapes, run.batch_shapes()).compile()
-        # XLA counts the FLOPs of one device's program.
-        flops = (compiled.cost_analysis() or {}).get("flops", 0)
-        self.chrono.flops_per_step = flops * run.mesh.size if flops > 0 else None
+        if peak_flops(run.mesh.devices.flat[0].device_kind):
+            self.chrono.flops_per_step = run.flops_per_step()
         return compiled
 
     def _batches(self, first: int) -> Generator[dict[str, jax.Array], None, None]:
@@ -171,6 +172,11 @@ class Loop:
         recorded = self.writer.recorded(step)
         return [name for name in due
                 if not dist.agree(any(metric.startswith(self.evals[name].config.prefix) for metric in recorded))]
+
+    def _judges(self, names: list[str]) -> bool:
+        """Whether one of these evaluators measures what `keep_best` goes by: what it finds may be worth keeping."""
+        best = self.experiment.cfg.keep_best
+        return best is not None and any(best.metric.startswith(self.evals[name].config.prefix) for name in names)
 
     def _log(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Fetch the metrics of `step`; stop if they are not finite, record them if due."""
@@ -234,8 +240,9 @@ def build_evaluators(run: Experiment) -> dict[str, Any]:
     Raises:
         ConfigError: an evaluator that cannot work.
     """
-    evals = {name: evaluators.build(name, config, predict_fn=run.predict, sharding=run.batch_sharding,
-                                    batch_size=run.cfg.input.batch_size, num_classes=run.num_classes)
+    evals = {name: evaluators.build(name, config, predict_fn=run.predict, state_shapes=run.shapes,
+                                    sharding=run.batch_sharding, batch_size=run.cfg.input.batch_size,
+                                    num_classes=run.num_classes)
              for name, config in run.settings.evals.items()}
     owners: dict[str, str] = {}
     for name, evaluator in evals.items():
@@ -262,8 +269,6 @@ def restore_or_create(
         return restored
     if run.cfg.resume:
         directory = io.as_path(run.cfg.resume) / "checkpoints"
-        if not directory.exists():
-            raise ConfigError("config.resume", f"{directory} does not exist; give the workdir of a run")
         with contextlib.closing(Checkpointer(directory, read_only=True)) as other:
             if restored := _restore(run, run.cfg.resume, other):
                 return restored
@@ -308,7 +313,7 @@ def run_notes(run: Experiment) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def stop_signal(checkpointer: Checkpointer) -> Iterator[Callable[[int], bool]]:
-    """`stop(step)`: whether to save and end now, because SIGTERM came.
+    """`stop(step)`: whether to save and end now, because SIGTERM came, or Ctrl-C, the second of which ends at once.
 
     One process keeps its own flag; several agree on a step through Orbax, which needs `jax.distributed`.
     """
@@ -319,11 +324,19 @@ def stop_signal(checkpointer: Checkpointer) -> Iterator[Callable[[int], bool]]:
     if threading.current_thread() is not threading.main_thread():  # a notebook's worker: no signals there
         yield lambda step: False
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: flag.set())
+
+    def stop(number: int, frame: Any) -> None:
+        flag.set()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            logger.info("stopping after this step; Ctrl-C again ends at once, without saving")
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda step: flag.is_set()
     finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)  # None: installed by a library in C
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: installed by a library in C
 
 
 def _checkpointer(run: Experiment, workdir: str | os.PathLike) -> Checkpointer:

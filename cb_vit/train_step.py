@@ -58,7 +58,11 @@ def train_step(
     """
     batch = prepare(batch)
     key = stream_key(seed, "dropout", state.step)
-    count = jnp.maximum(jnp.sum(batch["_mask"]), 1)
+    # A row without any label (-1 on the host) teaches nothing, nor does one that could not be read.
+    learnt = batch["_mask"] & jnp.any(batch["labels"] > 0, axis=1)
+    skipped = jnp.sum(~batch["_mask"])
+    batch = {**batch, "_mask": learnt}
+    count = jnp.maximum(jnp.sum(learnt), 1)
 
     def loss_fn(params: Tree, micro: dict[str, jax.Array], index: jax.Array) -> jax.Array:
         rngs = {"dropout": jax.random.fold_in(key, index)}
@@ -75,7 +79,7 @@ def train_step(
         "l2_grads": optax.tree.norm(grads),
         "l2_params": optax.tree.norm(params),
         "l2_updates": optax.tree.norm(updates),
-        "examples_skipped": jnp.sum(~batch["_mask"]),
+        "examples_skipped": skipped,
     }
     finite = state.finite & jnp.all(jnp.isfinite(jnp.stack([value, metrics["l2_grads"], metrics["l2_params"]])))
     return TrainState(state.step + 1, params, opt, finite), {**metrics, "finite": finite}

@@ -61,15 +61,3 @@ def check_rules(rules: Sequence[tuple[str, Any]], tree: Tree, path: str) -> None
         if not any(map(pattern.fullmatch, known)):
             raise ConfigError(
                 f"{path}[{index}]", f"{regex!r} matches no parameter; names look like {', '.join(known[:3])}")
-
-
-def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    """`{"a/b": x}` as `{"a": {"b": x}}`."""
-    nested: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = nested
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return nested

@@ -119,14 +119,13 @@ def test_shardings_of_batches_and_of_what_is_whole():
 
 
 def test_alone_there_is_nobody_to_wait_for():
-    dist.sync("here")
     assert dist.agree(True) is True and dist.agree(False) is False
 
 
 @pytest.fixture
 def joined(monkeypatch):
     """What `jax.distributed.initialize` is called with, in an environment of no cluster."""
-    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_NTASKS",
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NUM_TASKS",
                  "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     calls = []
@@ -135,7 +134,7 @@ def joined(monkeypatch):
 
 
 @pytest.mark.parametrize("env, call", [
-    ({}, None), ({"SLURM_NTASKS": "1"}, None), ({"SLURM_NTASKS": "2"}, ((), {})),
+    ({}, None), ({"SLURM_NTASKS": "2"}, None), ({"SLURM_STEP_NUM_TASKS": "2"}, ((), {})),
     ({"OMPI_COMM_WORLD_SIZE": "4"}, ((), {})),
     ({"JAX_COORDINATOR_ADDRESS": "a:1"}, (("a:1",), dict(num_processes=None, process_id=None))),
     ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from cb_vit.config import ConfigError
-from cb_vit.tree import check_rules, first_match, flatten_with_names, key_name, map_with_names, names, unflatten
+from cb_vit.tree import check_rules, first_match, flatten_with_names, key_name, map_with_names, names
 
 Pair = collections.namedtuple("Pair", ["mu", "nu"])
 
@@ -57,8 +57,3 @@ def test_rules_that_do_nothing_are_refused():
         check_rules([("kernel", None)], PARAMS, "config.x")
     with pytest.raises(ConfigError, match=r"^config.x\[0\]: '\(' is not a regular expression: "):
         check_rules([("(", None)], PARAMS, "config.x")
-
-
-def test_unflatten_undoes_flatten():
-    assert unflatten(dict(flatten_with_names(PARAMS)[0])) == PARAMS
-    assert unflatten({}) == {}

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
 import ml_collections
 
-from cb_vit.config import ConfigError, plain
+from cb_vit.config import ConfigError, Failure, plain
 from cb_vit.registry import suggest
 
 # name in the config -> module of this room; any other name is a dataset of TFDS.
@@ -27,7 +27,7 @@ KINDS = {"digits": "digits", "fake": "fake", "folder": "folder"}
 Block = Mapping[str, Any] | ml_collections.ConfigDict
 
 
-class DataError(RuntimeError):
+class DataError(Failure):
     """Stored data that cannot be read: the message names the file and the record."""
 
 

@@ -16,10 +16,12 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from cb_vit import datasets
 from cb_vit.config import ConfigError, Duration, parse
+from cb_vit.input_pipeline import check_example, example_spec
 from cb_vit.pp import builder
 from cb_vit.registry import Registry
 from cb_vit.train_state import TrainState
@@ -56,7 +58,7 @@ class EvaluatorConfig:
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError("batch_size", f"must be at least 1, got {self.batch_size}")
         if self.log.value == 0:
-            raise ConfigError("log", "must be more than 0; an evaluator also runs at the last step")
+            raise ConfigError(f"log_{self.log.unit}", "must be more than 0; an evaluator also runs at the last step")
 
 
 def parse_evals(evals: Mapping[str, Mapping[str, Any]], path: str = "config.evals") -> dict[str, EvaluatorConfig]:
@@ -78,8 +80,8 @@ def parse_evals(evals: Mapping[str, Mapping[str, Any]], path: str = "config.eval
 
 
 def build(
-    name: str, config: EvaluatorConfig, *, predict_fn: PredictFn, sharding: NamedSharding, batch_size: int,
-    num_classes: int, path: str = "config.evals",
+    name: str, config: EvaluatorConfig, *, predict_fn: PredictFn, state_shapes: TrainState, sharding: NamedSharding,
+    batch_size: int, num_classes: int, path: str = "config.evals",
 ) -> Any:
     """One evaluator, its data opened.
 
@@ -87,10 +89,14 @@ def build(
         name: its name in `config.evals`.
         config: its settings.
         predict_fn: (train_state, images) → (logits, out).
+        state_shapes: of the train state, to try `predict_fn` on.
         sharding: of a batch.
         batch_size: of training, for evaluators that name none of their own.
         num_classes: of the model.
         path: where the evaluators stand in the config, for errors.
+
+    Raises:
+        ConfigError: its data is not there, or is not what the model takes.
     """
     config = dataclasses.replace(config, batch_size=config.batch_size or batch_size,
                                  prefix=f"{name}/" if config.prefix is None else config.prefix)
@@ -99,6 +105,13 @@ def build(
     preprocess = builder.build(config.pp_fn, f"{where}.pp_fn")
     if preprocess.num_classes not in (None, num_classes):
         raise ConfigError(f"{where}.pp_fn", f"onehot has {preprocess.num_classes} classes, the model {num_classes}")
+    spec = example_spec(source, preprocess, config.skip_errors)
+    shape = check_example(preprocess, spec, num_classes, f"{where}.pp_fn")
+    try:
+        jax.eval_shape(predict_fn, state_shapes, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+    except Exception as error:  # whatever the model says to images it was not made for
+        raise ConfigError(f"{where}.pp_fn", f"the model cannot take its images, {shape}: they are not like those of "
+                                            f"input.pp ({str(error).splitlines()[0][:120]})") from None
     return _module(config.type, where).Evaluator(
         predict_fn, config=config, source=source, preprocess=preprocess, sharding=sharding)
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from cb_vit.config import ConfigError
@@ -84,6 +85,8 @@ class Config:
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(name, f"is a probability in [0, 1), got {getattr(self, name)}")
+        if self.layer_scale is not None and not math.isfinite(self.layer_scale):
+            raise ConfigError("layer_scale", f"must be a finite number, got {self.layer_scale}")
         if self.distilled and (self.pool_type != "tok" or self.rep_size):
             raise ConfigError("distilled", f"needs pool_type='tok' without rep_size, got {self.pool_type!r}")
         if self.scan and self.context == "cb_s" and self.context_layers is not None:
@@ -130,6 +133,7 @@ def check_image_size(config: Config, image_size: tuple[int, int]) -> None:
     patch = resolve(config).patch_size
     if any(size % p for size, p in zip(image_size, patch, strict=True)):
         height, width = image_size
-        field, value = ("variant", config.variant) if config.patch_size is None else ("patch_size", config.patch_size)
+        from_variant = config.variant is not None and config.variant.endswith(f"/{patch[0]}")
+        field, value = ("variant", config.variant) if from_variant else ("patch_size", config.patch_size)
         raise ConfigError(field, f"{value!r} has patch {patch[0]}×{patch[1]}, which does not divide the image of "
                                  f"{height}×{width}; change the patch, or the size in input.pp")

@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from cb_vit import config as config_lib
-from cb_vit.config import ConfigError
+from cb_vit.config import ConfigError, Failure
 from cb_vit.registry import suggest
 
 FLAGS = flags.FLAGS
@@ -58,13 +58,10 @@ def run(main: Callable[[ml_collections.ConfigDict], None], usage: str) -> None:
             overridden = list(config_flags.get_override_values(FLAGS["config"]))
             config_lib.prefer_overrides(FLAGS.config, overridden)
             main(FLAGS.config)
-        except ConfigError as error:
+        except (ConfigError, Failure) as error:  # anything else is a fault of the program and keeps its traceback
             _fail(error)
-        except Exception as error:
-            # These say all there is to know; anything else is a fault of the program and keeps its traceback.
-            if type(error).__name__ in ("DataError", "NonFinite"):
-                _fail(error)
-            raise
+        except KeyboardInterrupt:
+            _fail("interrupted", status=130)
 
     app.run(guarded, flags_parser=functools.partial(_parse, usage=usage))
 
@@ -84,7 +81,7 @@ def _parse(argv: list[str], usage: str) -> list[str]:
     """absl's parsing, with its errors and ml_collections' turned into one line."""
     given, overrides = _given(argv)
     if given == "list":
-        print(list_configs(Path("configs")))
+        print(list_configs(_configs()))
         sys.exit(0)
     if {"--help", "-h", "--helpshort"}.intersection(argv):
         print(f"{usage.rstrip()}\n{FLAGS.main_module_help()}")
@@ -139,7 +136,7 @@ def load_config(given: str) -> ml_collections.ConfigDict:
     """
     path, colon, arg = given.partition(":")
     if not os.path.isfile(path):
-        near = suggest(path, map(str, Path("configs").glob("*.py")))
+        near = suggest(path, map(str, _configs().glob("*.py")))
         raise ConfigError("--config", f"no such file: {path!r}{near} --config=list lists them")
     try:
         get_config = runpy.run_path(path).get("get_config")
@@ -191,6 +188,12 @@ def check_override(config: ml_collections.ConfigDict, path: str, key: str, value
         raise ConfigError(field, f"expected {config_lib.describe(kind)}, got {value!r}") from None
 
 
+def _configs() -> Path:
+    """The folder of config files: here, or beside the program."""
+    here = Path("configs")
+    return here if here.is_dir() else Path(sys.argv[0]).resolve().parent / "configs"
+
+
 def list_configs(folder: Path) -> str:
     """A line for each config file in `folder`: its path, and the first line of its docstring."""
     lines = []
@@ -205,6 +208,6 @@ def _no_config() -> ConfigError:
     return ConfigError("--config", "not given; for example --config=configs/digits.py, or --config=list")
 
 
-def _fail(message: object) -> None:
+def _fail(message: object, status: int = 1) -> None:
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(status)

@@ -102,10 +102,10 @@ def _memory(run: Experiment) -> Iterator[str]:
         return
     with run.context():
         compiled = run.jit_train_step().lower(run.shapes, run.batch_shapes()).compile()
-    memory, flops = compiled.memory_analysis(), (compiled.cost_analysis() or {}).get("flops", 0)
+    memory = compiled.memory_analysis()
     yield f"{'XLA: arguments':<24}{memory.argument_size_in_bytes / MIB:,.1f} MiB"
     yield f"{'XLA: temporaries':<24}{memory.temp_size_in_bytes / MIB:,.1f} MiB (gradients and activations)"
-    yield f"{'XLA: FLOPs':<24}{flops * run.mesh.size / run.cfg.input.batch_size / 1e9:.2f} GFLOP an image"
+    yield f"{'XLA: FLOPs':<24}{run.flops_per_step() / run.cfg.input.batch_size / 1e9:.2f} GFLOP an image"
 
 
 if __name__ == "__main__":
