@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from etils import epath
 
 from cb_vit import dist, experiment, io
 from cb_vit import workdir as workdir_lib
@@ -58,8 +59,8 @@ def train_and_evaluate(
     """
     settings = check(config)
     workdir_lib.check_writable(workdir)
-    if settings.train.resume and not (io.as_path(settings.train.resume) / "checkpoints").exists():
-        raise ConfigError("config.resume", f"{settings.train.resume} has no checkpoints/; give the workdir of a run")
+    if settings.train.resume and not (io.as_path(workdir) / "checkpoints").exists():
+        resume_folder(settings.train.resume)
     run = experiment.build(settings)
     evals = build_evaluators(run)
     primary = jax.process_index() == 0
@@ -268,7 +269,7 @@ def restore_or_create(
     if restored := _restore(run, workdir, checkpointer):
         return restored
     if run.cfg.resume:
-        directory = io.as_path(run.cfg.resume) / "checkpoints"
+        directory = resume_folder(run.cfg.resume)
         with contextlib.closing(Checkpointer(directory, read_only=True)) as other:
             if restored := _restore(run, run.cfg.resume, other):
                 return restored
@@ -293,6 +294,18 @@ def _restore(
                           f"checkpoint in {checkpointer.directory} is of step {step}; use another workdir")
     logger.info("resumed from step %d of %s", step, checkpointer.directory)
     return restored
+
+
+def resume_folder(workdir: str) -> epath.Path:
+    """The checkpoints of `config.resume`.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    folder = io.as_path(workdir) / "checkpoints"
+    if not folder.exists():
+        raise ConfigError("config.resume", f"{folder} does not exist; give the workdir of a run")
+    return folder
 
 
 def run_notes(run: Experiment) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def build(devices=8, model=(), **changes):
     """A tiny experiment."""
     data = dict(name="fake", split="train", num_examples=64, image_size=8, num_classes=3)
     config = dict(
-        seed=0, total_steps=10, lr=1e-3, weight_decay=0.1, input=dict(data=data, batch_size=8, pp="onehot(3)"),
+        seed=0, total_steps=10, lr=1e-3, weight_decay=0.1,
+        input=dict(data=data, batch_size=8, pp="value_range|onehot(3)"),
         model=dict(dict(patch_size=4, width=16, depth=2, mlp_dim=32, num_heads=2, context="cb_s"), **dict(model)))
     return experiment.build(check(config | changes), jax.devices()[:devices])
 

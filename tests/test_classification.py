@@ -135,7 +135,13 @@ BLOCK = dict(type="classification", log_steps=5, data=dict(name="fake", split="t
 def build(**changes):
     configs = common.parse_evals({"val": BLOCK | changes})
     sharding = dist.batch_sharding(dist.create_mesh([("data", 8)]), "data")
-    return common.build("val", configs["val"], predict_fn=predict, sharding=sharding, batch_size=16, num_classes=3)
+    return common.build("val", configs["val"], predict_fn=like_training, state_shapes=None, sharding=sharding,
+                        batch_size=16, num_classes=3)
+
+
+def like_training(state, images):
+    """A model for images of 32 pixels."""
+    return images.reshape(-1, 32 * 32 * 3)[:, :3], {}
 
 
 def test_an_evaluator_takes_batch_size_and_prefix_from_its_surroundings():
@@ -150,9 +156,12 @@ def test_an_evaluator_takes_batch_size_and_prefix_from_its_surroundings():
     (dict(los_name="softmax_xent"), "config.evals.val.los_name: unknown; did you mean loss_name?"),
     (dict(log_steps=None), "config.evals.val.log: required and not set"),
     (dict(pp_fn="onehott(3)"), "config.evals.val.pp_fn: "),
-    (dict(pp_fn="onehot(4)"), "config.evals.val.pp_fn: onehot has 4 classes, the model 3"),
+    (dict(pp_fn="value_range|onehot(4)"), "config.evals.val.pp_fn: onehot has 4 classes, the model 3"),
+    (dict(pp_fn="value_range"), "config.evals.val.pp_fn: must make one-hot labels of 3 classes"),
+    (dict(pp_fn="onehot(3)"), "config.evals.val.pp_fn: must hand the model a float32 image; add value_range"),
+    (dict(pp_fn="resize(20)|value_range|onehot(3)"), "config.evals.val.pp_fn: the model cannot take its images, (20,"),
     (dict(data=dict(name="fake")), "config.evals.val.data.split: "),
-    (dict(log_steps=0), "config.evals.val.log: must be more than 0"),
+    (dict(log_steps=0), "config.evals.val.log_steps: must be more than 0"),
     (dict(batch_size=0), "config.evals.val.batch_size: must be at least 1, got 0")])
 def test_impossible_settings_are_refused_by_name(changes, message):
     with pytest.raises(ConfigError) as error:

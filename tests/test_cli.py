@@ -158,7 +158,7 @@ IMAGES = "keep('image', 'labels')"
     (dict(num_classes=11), r"config\.num_classes: 11, but input\.pp has onehot\(10\)"),
     (dict(total_epochs=1.0), r"config\.total: total_steps and total_epochs are both set; keep one$"),
     (dict(total_steps=None), r"config\.total: required and not set; give total_steps or "),
-    (dict(ckpt_steps=0), r"config\.ckpt: must be more than 0"),
+    (dict(ckpt_steps=0), r"config\.ckpt_steps: must be more than 0"),
     (dict(grad_accum_steps=3), r"config\.grad_accum_steps: 3 does not divide input\.batch_size 32$"),
     (dict(sharding_strategy=[(".*", "fdsp('data')")]),
      r"config\.sharding_strategy\[0\]: unknown sharding rule 'fdsp'; did you mean fsdp"),
@@ -176,7 +176,7 @@ def test_the_configs_of_the_house_pass_and_fix_the_size_of_what_they_crop(module
     config = config_of(module)
     assert check(config).raw == config_lib.plain(config)
     if module is vit_i1k:
-        with pytest.raises(ConfigError, match=r"^config\.model\.patch_size: .* does not divide the image of 224×224"):
+        with pytest.raises(ConfigError, match=r"^config\.model\.variant: .* does not divide the image of 224×224"):
             check(config_of(module, model__variant="S/15"))
 
 
@@ -187,12 +187,12 @@ def test_what_the_devices_rule_out():
             (dict(input__batch_size=24, grad_accum_steps=2),
              r"config\.input\.batch_size: 24 .* by 8 devices × grad_accum_steps 2; use 16 or 32$"),
             (dict(evals__val__batch_size=12), r"config\.evals\.val\.batch_size: 12 cannot be shared"),
-            (dict(model__variant="mu/5"), r"config\.model\.patch_size: .* patch 5×5, .* image of 16×16;"),
+            (dict(model__variant="mu/5"), r"config\.model\.variant: .* patch 5×5, .* image of 16×16;"),
             (dict(mesh=[("data", 3)]), r"config\.mesh: \[\('data', 3\)\] does not make up the 8 devices"),
             (dict(sharding_strategy=[("params/haed.*", "fsdp")]),
              r"config\.sharding_strategy\[0\]: 'params/haed\.\*' matches no parameter"),
             (dict(num_classes=5, input__pp=f"value_range(-1, 1)|onehot(5)|{IMAGES}"),
-             r"config\.num_classes: the model has 5 classes, the data 10$"),
+             r"config\.num_classes: makes 5 classes, the data has 10$"),
             (dict(input__pp=f"value_range(-1, 1)|{IMAGES[:-1]}, 'label')"), r"config\.input\.pp: |no 'labels'")):
         with pytest.raises((ConfigError, ValueError)) as caught:
             experiment.build(check(config_of(debug, **change)))

@@ -240,12 +240,12 @@ def test_a_run_cannot_end_before_its_checkpoint(finished):
 
 
 def test_stopped_at_every_step_it_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch, caplog, handler):
-    """SIGTERM while each step but the last runs, one after the other: every time the step is saved and the run ends."""
+    """SIGTERM or Ctrl-C while each step but the last runs: every time the step is saved and the run ends."""
     caplog.set_level(logging.INFO)
     first = []
-    on_step(monkeypatch, lambda step: first and first.pop() and terminate())
+    on_step(monkeypatch, lambda step: first and os.kill(os.getpid(), first.pop()))
     for step in range(1, 8):
-        first[:] = [True]
+        first[:] = [signal.SIGINT if step % 2 else signal.SIGTERM]
         assert train_and_evaluate(tiny(), tmp_path)["step"] == step
         assert saved_steps(tmp_path) == [step] and f"told to stop: saved at step {step}" in caplog.text
         assert signal.getsignal(signal.SIGTERM) is handler
@@ -397,6 +397,22 @@ def test_several_evaluators_and_the_best_checkpoint(tmp_path):
     assert steps_with(tmp_path, "val/loss") == [2, 4, 6, 8] and steps_with(tmp_path, "train/loss") == [3, 6, 8]
     losses = {r["step"]: r["val/loss"] for r in records(tmp_path) if "val/loss" in r}
     assert saved_steps(tmp_path) == sorted({max(losses, key=losses.get), 8})
+
+
+def test_the_best_is_saved_wherever_it_is_measured(tmp_path):
+    """Evaluation and checkpoints need not meet: what `keep_best` goes by is saved when it is found."""
+    evals = dict(val=classification(log_steps=3))
+    train_and_evaluate(tiny(evals=evals, ckpt_steps=5, keep_best=dict(metric="val/loss", mode="max")), tmp_path)
+    losses = {r["step"]: r["val/loss"] for r in records(tmp_path) if "val/loss" in r}
+    assert set(losses) == {3, 6, 8} and saved_steps(tmp_path) == sorted({max(losses, key=losses.get), 8})
+    with pytest.raises(ConfigError, match="config.keep_best.n: must be at least 1, got 0"):
+        train_and_evaluate(tiny(keep_best=dict(n=0)), tmp_path)
+
+
+def test_a_profile_past_the_end_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="config.profile.start_step: 9 is past the last step, 8"):
+        train_and_evaluate(tiny(profile=dict(start_step=9)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_profile_tensorboard_and_curves(tmp_path):

@@ -163,6 +163,26 @@ def test_masked_rows_count_for_nothing(name):
     assert [metrics["examples_skipped"] for metrics in got[0]] == [len(masked)] * STEPS
 
 
+def test_a_row_without_a_label_teaches_nothing():
+    """Smoothing would make a target of it: -1 has to count as masked, but was not skipped."""
+    data = batches(1, masked=(2, 5))
+    unlabelled = [{**batch, "label": np.where(batch["_mask"], batch["label"], -1), "_mask": np.full(BATCH, True)}
+                  for batch in data]
+    got, expected = train("smoothed", unlabelled), train("smoothed", data)
+    assert (got[0][0].pop("examples_skipped"), expected[0][0].pop("examples_skipped")) == (0, 2)
+    assert_close(got, expected)
+
+
+def test_flops_are_those_of_the_model_however_it_is_run():
+    names = ("one device", "data parallel", "scan, fsdp", "accumulated")
+    counts = {name: build(name).flops_per_step() for name in names}
+    assert len(set(counts.values())) == 1
+    # By hand: 2 blocks of 4 projections, two products of attention, two of the MLP; patches and head; times 3.
+    n, d, f = 5, 32, 64
+    forward = 2 * (2 * n * d * d * 4 + 2 * 2 * n * n * d + 2 * 2 * n * d * f) + 2 * 4 * 48 * d + 2 * d * CLASSES
+    assert 3 * forward <= counts["one device"] / BATCH < 3 * forward * 1.35  # besides: norms, GELU, softmax
+
+
 def test_a_batch_of_masked_rows_only_decays_and_does_nothing_else():
     (metrics,), state = train("one device", batches(1, masked=range(BATCH)))
     assert metrics["training_loss"] == 0 and metrics["l2_grads"] == 0 and metrics["finite"]

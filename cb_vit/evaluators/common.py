@@ -80,7 +80,7 @@ def parse_evals(evals: Mapping[str, Mapping[str, Any]], path: str = "config.eval
 
 
 def build(
-    name: str, config: EvaluatorConfig, *, predict_fn: PredictFn, state_shapes: TrainState, sharding: NamedSharding,
+    name: str, config: EvaluatorConfig, *, predict_fn: PredictFn, state_shapes: Any, sharding: NamedSharding,
     batch_size: int, num_classes: int, path: str = "config.evals",
 ) -> Any:
     """One evaluator, its data opened.
