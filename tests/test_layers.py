@@ -16,6 +16,7 @@ LAYERS = {name: number for number, names in enumerate((
     "checkpoint train_step input_pipeline",
     "evaluators weights",
     "settings", "experiment",
+    "startup",
     "train",
     "tools",
 )) for name in names.split()}

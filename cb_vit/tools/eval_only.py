@@ -14,8 +14,8 @@ from cb_vit import dist, experiment, io
 from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import ConfigError
 from cb_vit.settings import check
+from cb_vit.startup import build_evaluators
 from cb_vit.tools import cli
-from cb_vit.train import build_evaluators
 
 
 def main(config: ml_collections.ConfigDict) -> None:
