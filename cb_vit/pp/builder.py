@@ -16,7 +16,7 @@ from PIL import Image
 from cb_vit.config import ConfigError
 from cb_vit.pp.images import as_uint8, is_encoded
 from cb_vit.pp.ops_general import OPS, DeviceOp, Features, HostOp, KeyOp, LabelCheck, OneHot, Op, VggValueRange
-from cb_vit.pp.ops_image import Decode, ImageOp
+from cb_vit.pp.ops_image import Decode, ImageOp, PixelOp
 from cb_vit.registry import parse_calls
 
 
@@ -60,7 +60,7 @@ class Preprocess:
             ConfigError: when the images are encoded and the string does not decode them.
         """
         for text, op in self.host_ops:
-            if isinstance(op, ImageOp) and not isinstance(op, Decode):
+            if isinstance(op, PixelOp):
                 self._refuse_encoded(features)
             try:
                 features = op(features, rng)

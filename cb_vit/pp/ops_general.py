@@ -6,6 +6,7 @@ jax: the arithmetic of device ops stands in `ops_device.py` and is imported when
 """
 from __future__ import annotations
 
+import abc
 import dataclasses
 import inspect
 import typing
@@ -36,20 +37,20 @@ class Op:
         """Raise `ValueError` if the settings cannot work together."""
 
 
-class HostOp(Op):
+class HostOp(Op, abc.ABC):
     """Runs on one example, in a worker process: `op(features, rng) -> features`."""
 
+    @abc.abstractmethod
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
         """The features with this op applied; the input dict is left as it is."""
-        raise NotImplementedError
 
 
-class DeviceOp(Op):
+class DeviceOp(Op, abc.ABC):
     """Runs on a batch, inside the jitted step: `op(batch) -> batch`."""
 
+    @abc.abstractmethod
     def __call__(self, batch: Features) -> Features:
         """The batch with this op applied; the input dict is left as it is."""
-        raise NotImplementedError
 
 
 OPS: Registry[Callable[..., Op]] = Registry("preprocessing op")

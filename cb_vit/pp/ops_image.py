@@ -6,6 +6,7 @@ where big_vision draws from tf.random and timm from Python's global `random`.
 """
 from __future__ import annotations
 
+import abc
 import dataclasses
 import io
 import math
@@ -30,11 +31,7 @@ from cb_vit.pp.ops_general import Features, HostOp, find_keys, register_op
 
 
 class ImageOp(HostOp):
-    """A host op that changes only `image`: subclasses write `transform`, and the `_after` methods if they apply."""
-
-    def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """The image changed."""
-        raise NotImplementedError
+    """A host op that changes `image`; it tells what it does to size and channels, where that is fixed."""
 
     def size_after(self, size: HW | None) -> HW | None:
         """(h, w) of the output, given the input's; None where it is not fixed. `ValueError` if it cannot work."""
@@ -43,6 +40,14 @@ class ImageOp(HostOp):
     def channels_after(self, channels: int | None) -> int | None:
         """Channels of the output, given the input's; None where they are not fixed."""
         return channels
+
+
+class PixelOp(ImageOp):
+    """An image op on pixels, that is after `decode`; subclasses write `transform`."""
+
+    @abc.abstractmethod
+    def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """The image changed."""
 
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
         """The features with `image` changed."""
@@ -96,7 +101,7 @@ class Decode(ImageOp):
 
 @register_op("resize")
 @dataclasses.dataclass(frozen=True)
-class Resize(ImageOp):
+class Resize(PixelOp):
     """Resize [h w c] to `size`, whatever the aspect ratio.
 
     Antialiased (the default, and what timm does) is Pillow's `resize`: the filter widens when the image shrinks,
@@ -124,7 +129,7 @@ class Resize(ImageOp):
 
 @register_op("resize_small")
 @dataclasses.dataclass(frozen=True)
-class ResizeSmall(ImageOp):
+class ResizeSmall(PixelOp):
     """Resize [h w c], keeping the aspect ratio, so that the shorter side is `smaller_size`.
 
     The longer side is cut off to whole pixels, `int(smaller_size * long / short)`, as torchvision does and
@@ -155,7 +160,7 @@ class ResizeSmall(ImageOp):
 
 @register_op("inception_crop")
 @dataclasses.dataclass(frozen=True)
-class InceptionCrop(ImageOp):
+class InceptionCrop(PixelOp):
     """Cut a box of random area and aspect ratio out of [h w c], then resize it to `size`.
 
     This is timm's and torchvision's RandomResizedCrop. Up to `tries` times: area uniform in [area_min, area_max]
@@ -213,7 +218,7 @@ class InceptionCrop(ImageOp):
 
 @register_op("central_crop")
 @dataclasses.dataclass(frozen=True)
-class CentralCrop(ImageOp):
+class CentralCrop(PixelOp):
     """Cut `size` out of the middle of [h w c]; an image smaller than that is an error.
 
     An odd margin is split as torchvision and timm do, `round(margin / 2)` with halves to even: of 3 pixels, 2 go
@@ -239,7 +244,7 @@ class CentralCrop(ImageOp):
 
 @register_op("random_crop")
 @dataclasses.dataclass(frozen=True)
-class RandomCrop(ImageOp):
+class RandomCrop(PixelOp):
     """Cut `size` out of [h w c] at a uniformly random place, after adding `padding` pixels on every side.
 
     Modes as in torchvision's RandomCrop: "constant" (black), "edge", "reflect", "symmetric". An image smaller than
@@ -273,7 +278,7 @@ class RandomCrop(ImageOp):
 
 @register_op("flip_lr")
 @dataclasses.dataclass(frozen=True)
-class FlipLR(ImageOp):
+class FlipLR(PixelOp):
     """Mirror [h w c] left to right with probability one half, as big_vision's op and timm's RandomHorizontalFlip."""
 
     def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
