@@ -28,6 +28,7 @@ from jax.sharding import NamedSharding
 from cb_vit import dist
 from cb_vit.config import ConfigError
 from cb_vit.datasets.core import DataError, Source
+from cb_vit.order import Reordered, RepeatedOrder, Rows
 from cb_vit.pp.builder import Preprocess
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,10 @@ class InputConfig:
         num_workers: processes that load and augment, on each host; 0: threads of the main process.
         num_threads: threads that load and augment, in each of these processes.
         prefetch: batches made ahead.
+        repeats: repeated augmentation (arXiv 1901.09335; DeiT has 3): so many differently augmented copies of an
+            image stand in a batch, and an epoch, of as many steps as ever, sees that part of the images.
+        virtual_ranks: parts of a batch that count as the ranks of DeiT's distributed training: copies of an image go to
+            different ranks, and mixup's groups are their rows. DeiT has 4 in a batch of 1024.
         skip_errors: keep the row of an unreadable image, masked out of loss and metrics, instead of failing.
     """
 
@@ -57,12 +62,18 @@ class InputConfig:
     num_workers: int = 0
     num_threads: int = min(16, os.cpu_count() or 1)
     prefetch: int = 2
+    repeats: int = 1
+    virtual_ranks: int = 4
     skip_errors: bool = False
 
     def __post_init__(self):
-        for name, least in (("batch_size", 1), ("num_workers", 0), ("num_threads", 1), ("prefetch", 1)):
+        for name in ("batch_size", "num_workers", "num_threads", "prefetch", "repeats", "virtual_ranks"):
+            least = 0 if name == "num_workers" else 1
             if getattr(self, name) < least:
                 raise ConfigError(name, f"must be at least {least}, got {getattr(self, name)}")
+        if self.repeats > 1 and self.batch_size % self.virtual_ranks:
+            raise ConfigError("virtual_ranks", f"{self.virtual_ranks} does not divide batch_size {self.batch_size}, "
+                                               "which repeats needs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,23 +167,6 @@ def check_example(preprocess: Preprocess, spec: Spec, num_classes: int, path: st
     return shape
 
 
-class _Rows(grain.MapDataset):
-    """Of an endless global order, the rows that one process loads, batch after batch."""
-
-    def __init__(self, parent: grain.MapDataset, rows: np.ndarray, batch_size: int, steps: int):
-        super().__init__(parent)
-        self._rows, self._batch_size, self._steps = rows, batch_size, steps
-
-    def __len__(self) -> int:
-        return self._steps * len(self._rows)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        step, row = divmod(index, len(self._rows))
-        return self._parent[step * self._batch_size + int(self._rows[row])]
-
-
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
     """Batches of one source, for one process of a run.
@@ -189,13 +183,32 @@ class Pipeline:
     preprocess: Preprocess
     rows: np.ndarray
 
+    def __post_init__(self):
+        if self.config.repeats > 1 and not self._order.steps_per_epoch:
+            raise ConfigError("config.input.repeats", f"needs an epoch of at least a batch of {self.config.batch_size} "
+                              f"after rounding to 256 examples, and there are {len(self.source)}; leave it at 1")
+
+    @property
+    def _order(self) -> RepeatedOrder:
+        cfg = self.config
+        return RepeatedOrder(len(self.source), cfg.batch_size, cfg.virtual_ranks, cfg.repeats)
+
+    @property
+    def examples_per_epoch(self) -> int:
+        """Examples in an epoch of training: all; or with repeats, those of DeiT's whole batches."""
+        if self.config.repeats == 1:
+            return len(self.source)
+        return self._order.steps_per_epoch * self.config.batch_size
+
     def train(self, seed: int, start_step: int, total_steps: int) -> Batches:
         """Batches [len(rows) ...] of steps `start_step` to `total_steps` - 1.
 
         Each epoch is a permutation of its own of all examples; epochs follow each other without a
-        gap, so a batch may hold the end of one and the beginning of the next.
+        gap, so a batch may hold the end of one and the beginning of the next; with repeats, `RepeatedOrder` holds.
         """
         order = grain.MapDataset.range(len(self.source)).shuffle(seed=_fold(seed, "shuffle")).repeat()
+        if self.config.repeats > 1:
+            order = Reordered(order, self._order)
         return self._batches(order, _fold(seed, "augment"), start_step, total_steps)
 
     def evaluate(self) -> Batches:
@@ -210,7 +223,7 @@ class Pipeline:
         spec = example_spec(self.source, self.preprocess, cfg.skip_errors)
         loader = Loader(self.source, self.preprocess, spec, cfg.skip_errors)
         examples = order.random_map(loader, seed=seed)
-        batches = _Rows(examples, self.rows, cfg.batch_size, total_steps).batch(len(self.rows))[start_step:]
+        batches = Rows(examples, self.rows, cfg.batch_size, total_steps).batch(len(self.rows))[start_step:]
         if not len(batches):
             return
         ahead = max(cfg.prefetch, cfg.num_threads)

@@ -13,7 +13,7 @@ from cb_vit.config import ConfigError
 
 logger = logging.getLogger(__name__)
 # Changing one of these would continue with other batches than the run began with.
-STREAM = ("seed", "input.data", "input.pp", "input.batch_size")
+STREAM = ("seed", "input.data", "input.pp", "input.batch_size", "input.repeats", "input.virtual_ranks")
 
 
 @contextlib.contextmanager
