@@ -41,6 +41,40 @@ def sigmoid_xent(logits: Float[Array, "*b c"], labels: Num[Array, "*b c"]) -> Fl
     return jnp.sum(labels * jax.nn.softplus(-logits) + (1.0 - labels) * jax.nn.softplus(logits), axis=-1)
 
 
+@LOSSES.register("bce")
+def bce(logits: Float[Array, "*b c"], labels: Num[Array, "*b c"]) -> Float32[Array, "*b"]:
+    """DeiT-III's binary cross-entropy (arXiv 2204.07118): targets y_c > 0 as 0 or 1, and the mean over classes.
+
+    It differs from `sigmoid_xent` in both: after mixup or cutmix both classes count in full, and the loss is smaller
+    by the number of classes. Smoothed labels are all above 0, which would make every class a target.
+    """
+    return sigmoid_xent(logits, jnp.float32(labels > 0)) / logits.shape[-1]
+
+
+def distill_hard(logits: Float[Array, "*b c"], teacher_logits: Float[Array, "*b c"]) -> Float32[Array, "*b"]:
+    """Hard-label distillation (DeiT, arXiv 2012.12877, equation 3): cross-entropy with the teacher's decision."""
+    decision = jax.nn.one_hot(jnp.argmax(teacher_logits, axis=-1), logits.shape[-1])
+    return softmax_xent(logits, decision)
+
+
+def distill_soft(
+    logits: Float[Array, "*b c"], teacher_logits: Float[Array, "*b c"], tau: float
+) -> Float32[Array, "*b"]:
+    """Soft distillation (arXiv 1503.02531) as DeiT's code has it: τ² / C · KL(teacher ‖ student) at temperature τ.
+
+    Divided by the number of classes, so that the mean over a batch is DeiT's mean over batch and classes; equation 2
+    of its paper (arXiv 2012.12877) is larger by C.
+
+    Args:
+        logits: the student's.
+        teacher_logits: the teacher's.
+        tau: temperature, above 0; DeiT takes 1 unless told.
+    """
+    student = jax.nn.log_softmax(logits.astype(jnp.float32) / tau, axis=-1)
+    teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / tau, axis=-1)
+    return tau**2 * jnp.mean(jnp.exp(teacher) * (teacher - student), axis=-1)
+
+
 def smooth_labels(labels: Num[Array, "*b c"], amount: float) -> Float32[Array, "*b c"]:
     """Label smoothing (arXiv 1512.00567, section 7): (1 - s) y + s / C, so the true class holds 1 - s + s / C.
 

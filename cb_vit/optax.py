@@ -3,13 +3,18 @@
 With g the gradient of a parameter p and t completed steps, an update is, in this order,
 
     g ← 0                                          where p is frozen: no update, no optimiser state, no share in ‖g‖
+    g ← g · min(1, grad_clip_adaptive · max(‖p‖, 10⁻³) / ‖g‖)   for each output unit; spares heads (arXiv 2102.06171)
     g ← g · min(1, grad_clip_norm / ‖g‖)           one norm over all trainable parameters (arXiv 1211.5063)
     u ← optax_name(g)                              for example Adam's direction (arXiv 1412.6980)
     u ← u + weight_decay · wd_mult · p             decoupled (AdamW)
-    p ← p - lr · lr_mult · schedule(t) · u
+    u ← u · ‖p‖ / ‖u‖                              "scale_by_lamb" only, where p is decayed (arXiv 1904.00962)
+    p ← p - lr · lr_mult · layer_decay^(L+1-i) · schedule(t) · u
 
 so weight decay is multiplied by the learning rate, as in PyTorch's and optax's AdamW and in the DeiT recipes. In
 big_vision, as in the AdamW paper (arXiv 1711.05101, algorithm 2), it is not: its `wd` is our `weight_decay · lr`.
+
+Layer decay counts as BEiT does (arXiv 2106.08254), with L blocks: i = 0 for patch, position and token embeddings,
+i = k + 1 for block k = 0 … L - 1, i = L + 1 for the final norm and the heads. (timm has its norm in the last block.)
 
 All rules go by name: `(regex, value)` pairs, the regex matches the whole name, the first match wins. The optimiser
 state holds trees with the parameters' names at the end of its own, so one regex serves both for sharding.
@@ -25,14 +30,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from cb_vit import schedules as schedules_lib
+from cb_vit import updates
 from cb_vit.config import ConfigError, convert
 from cb_vit.registry import Registry, suggest
 from cb_vit.schedules import Schedule, ScheduleConfig
-from cb_vit.tree import Tree, check_rules, first_match, flatten_with_names, map_with_names
+from cb_vit.tree import Tree, blocks, check_rules, first_match, flatten_with_names, is_stacked, map_with_names
+from cb_vit.updates import ParamRule
 
 # The first four are for line searches or need the loss itself; the others would apply a learning rate twice.
 _UNFIT = ("scale_by_backtracking_linesearch", "scale_by_zoom_linesearch", "scale_by_lbfgs", "scale_by_polyak",
@@ -40,6 +46,9 @@ _UNFIT = ("scale_by_backtracking_linesearch", "scale_by_zoom_linesearch", "scale
 TRANSFORMATIONS: Registry[Callable[..., optax.GradientTransformation]] = Registry("optax transformation", {
     name: getattr(optax, name) for name in dir(optax)
     if (name.startswith("scale_by_") or name in ("trace", "identity")) and name not in _UNFIT})
+# Adam's direction; what makes it LAMB comes with the weight decay.
+TRANSFORMATIONS["scale_by_lamb"] = optax.scale_by_adam
+_STEM = ("embedding", "cls", "dist", "pos_embedding")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,13 +61,17 @@ class OptimiserConfig:
         lr: peak learning rate.
         lr_reference_batch: if set, the peak is `lr · batch_size / lr_reference_batch` (arXiv 1706.02677); DeiT: 512.
         lr_mults: `(regex, multiplier)`; parameters without a match have 1.
+        layer_decay: multiplies learning rates once for each block from the output down to a parameter; 0 to 1.
         weight_decay: AdamW's, multiplied by the learning rate.
         wd_mults: `(regex, multiplier)`; parameters without a match are not decayed. The default decays every kernel,
             those of `embedding` and `head` too, and spares biases, norms, `cls`, `pos_embedding`, `context_scale`
             and `gamma`.
         schedule: one schedule, or `(regex, schedule or None)` pairs that cover every parameter; None freezes.
         grad_clip_norm: largest global norm of the gradient; None: no clipping.
-        optax_name: the transformation of the gradient, one of `TRANSFORMATIONS`.
+        grad_clip_adaptive: largest norm of the gradient of an output unit, as a share of the unit's own norm; 0.01 in
+            NFNets; None: no such clipping. Comes before `grad_clip_norm`.
+        optax_name: the transformation of the gradient, one of `TRANSFORMATIONS`. "scale_by_lamb" is LAMB as timm and
+            DeiT-III have it: parameters that are not decayed keep Adam's step. DeiT-III clips the norm at 1.
         optax: its keyword arguments, e.g. `dict(b2=0.95, mu_dtype="bfloat16")`.
         wd: a trap for big_vision's weight decay; always an error.
     """
@@ -66,16 +79,18 @@ class OptimiserConfig:
     lr: float
     lr_reference_batch: int | None = None
     lr_mults: tuple[tuple[str, float], ...] = ()
+    layer_decay: float | None = None
     weight_decay: float = 0.0
     wd_mults: tuple[tuple[str, float], ...] = ((".*/kernel", 1.0),)
     schedule: tuple[tuple[str, ScheduleConfig | None], ...] | ScheduleConfig = ScheduleConfig()
     grad_clip_norm: float | None = None
+    grad_clip_adaptive: float | None = None
     optax_name: str = "scale_by_adam"
     optax: dict[str, Any] = dataclasses.field(default_factory=dict)
     wd: float | None = None
 
     def __post_init__(self):
-        for name in ("lr", "lr_reference_batch", "grad_clip_norm"):
+        for name in ("lr", "lr_reference_batch", "grad_clip_norm", "grad_clip_adaptive"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(name, f"must be a number above 0, got {value}")
@@ -85,6 +100,11 @@ class OptimiserConfig:
                                     f"weight_decay = wd / lr = {self.wd / self.lr:.6g}{scaled}")
         if not 0 <= self.weight_decay < math.inf:
             raise ConfigError("weight_decay", f"must be 0 or more, got {self.weight_decay}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ConfigError("layer_decay", f"must be above 0 and at most 1, got {self.layer_decay}")
+        if self.optax_name == "scale_by_lamb" and not self.weight_decay:
+            raise ConfigError("weight_decay", "is 0, and scale_by_lamb adapts the steps of decayed parameters only, so "
+                                              "this is Adam; set it, or optax_name='scale_by_adam'")
         _check_regexes("schedule", self.schedule_rules)
         _check_regexes("lr_mults", self.lr_mults)
         _check_regexes("wd_mults", self.wd_mults)
@@ -103,33 +123,27 @@ class OptimiserConfig:
         return ((".*", self.schedule),) if isinstance(self.schedule, ScheduleConfig) else self.schedule
 
 
-@dataclasses.dataclass(frozen=True)
-class ParamRule:
-    """What the optimiser does to one parameter.
-
-    Attributes:
-        name: the parameter's name.
-        shape: its shape.
-        schedule: the regex of its schedule; None: frozen.
-        lr_mult: multiplies the learning rate; 0 when frozen.
-        wd_mult: multiplies `weight_decay`; 0 when not decayed or frozen.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    schedule: str | None
-    lr_mult: float
-    wd_mult: float
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the parameter keeps its value."""
-        return self.schedule is None
-
-
 def peak_lr(cfg: OptimiserConfig, batch_size: int) -> float:
     """The learning rate that the schedules multiply: lr, or lr · batch_size / lr_reference_batch."""
     return cfg.lr if cfg.lr_reference_batch is None else cfg.lr * batch_size / cfg.lr_reference_batch
+
+
+def warn_mismatch(cfg: OptimiserConfig, *, batch_size: int, width: int) -> str | None:
+    """A line on a learning rate that was meant for LAMB, if `cfg` has one with Adam's direction.
+
+    LAMB's steps are shares of a parameter's norm, Adam's are not: DeiT-III's 3e-3 to 4e-3 with AdamW ends in NaN
+    (naver-ai/rope-vit, issue 16). DeiT's own runs peak at 1e-3.
+
+    Args:
+        cfg: the optimiser's settings.
+        batch_size: examples in a global batch.
+        width: the model's; narrow ones stand more.
+    """
+    rate = peak_lr(cfg, batch_size)
+    if cfg.optax_name != "scale_by_adam" or width < 192 or rate <= 2e-3:
+        return None
+    return (f"config.lr: a peak of {rate:g} is a learning rate for LAMB; with Adam's direction a width of {width} may "
+            "diverge above 0.002. Lower lr, or set optax_name='scale_by_lamb'")
 
 
 def describe(cfg: OptimiserConfig, params_shapes: Tree, *, path: str = "config") -> list[ParamRule]:
@@ -141,7 +155,8 @@ def describe(cfg: OptimiserConfig, params_shapes: Tree, *, path: str = "config")
         path: where the settings stand in the config, for errors.
 
     Raises:
-        ConfigError: for a rule that matches no parameter, a parameter without a schedule, or none left to train.
+        ConfigError: for a rule that matches no parameter, a parameter without a schedule, none left to train, or
+            layer decay without blocks.
     """
     check_rules(cfg.schedule_rules, params_shapes, f"{path}.schedule")
     check_rules(cfg.lr_mults, params_shapes, f"{path}.lr_mults")
@@ -150,6 +165,9 @@ def describe(cfg: OptimiserConfig, params_shapes: Tree, *, path: str = "config")
     uncovered = object()
     # The value of a schedule rule here is its own regex, which names the schedule; None still means frozen.
     named = [(regex, None if block is None else regex) for regex, block in cfg.schedule_rules]
+    depth = _depth(params_shapes)
+    if cfg.layer_decay is not None and not depth:
+        raise ConfigError(f"{path}.layer_decay", "goes by blocks named encoderblock…, and there are none; unset it")
     rules = []
     for name, leaf in flatten_with_names(params_shapes)[0]:
         schedule = first_match(name, named, default=uncovered)
@@ -159,11 +177,27 @@ def describe(cfg: OptimiserConfig, params_shapes: Tree, *, path: str = "config")
         moves = schedule is not None
         rules.append(ParamRule(
             name, tuple(leaf.shape), schedule,
-            lr_mult=first_match(name, cfg.lr_mults, 1.0) if moves else 0.0,
+            lr_mult=_lr_mult(cfg, name, leaf.shape, depth) if moves else 0.0,
             wd_mult=first_match(name, cfg.wd_mults, 0.0) if moves else 0.0))
     if all(rule.frozen for rule in rules):
         raise ConfigError(f"{path}.schedule", "freezes every parameter; give at least one a schedule")
     return rules
+
+
+def _depth(params_shapes: Tree) -> int:
+    """Blocks of the model."""
+    numbers = [block for name, leaf in flatten_with_names(params_shapes)[0] for block in blocks(name, leaf.shape)]
+    return 1 + max(numbers, default=-1)
+
+
+def _lr_mult(cfg: OptimiserConfig, name: str, shape: tuple[int, ...], depth: int) -> float | tuple[float, ...]:
+    mult = first_match(name, cfg.lr_mults, 1.0)
+    if cfg.layer_decay is None:
+        return mult
+    of_blocks = tuple(mult * cfg.layer_decay ** (depth - block) for block in blocks(name, shape))
+    if of_blocks:
+        return of_blocks if is_stacked(name) else of_blocks[0]
+    return mult * cfg.layer_decay ** (depth + 1) if name.split("/")[0] in _STEM else mult
 
 
 def trainable(cfg: OptimiserConfig, params_shapes: Tree) -> Tree:
@@ -196,47 +230,21 @@ def make(
     single = isinstance(cfg.schedule, ScheduleConfig)
     schedules = {
         regex: schedules_lib.create(
-            block, total_steps=total_steps, batch_size=batch_size, examples=examples,
+            block, peak_lr=peak_lr(cfg, batch_size), total_steps=total_steps, batch_size=batch_size, examples=examples,
             path=f"{path}.schedule" if single else f"{path}.schedule[{index}][1]")
         for index, (regex, block) in enumerate(cfg.schedule_rules) if block is not None}
     frozen = map_with_names(lambda name, _: rules[name].frozen, params_shapes)
     trainable = jax.tree.map(operator.not_, frozen)
+    clip = optax.chain(
+        optax.identity() if cfg.grad_clip_adaptive is None else updates.clip_adaptive(cfg.grad_clip_adaptive),
+        optax.identity() if cfg.grad_clip_norm is None else optax.clip_by_global_norm(cfg.grad_clip_norm))
     update_trainable = optax.chain(
-        optax.identity() if cfg.grad_clip_norm is None else optax.clip_by_global_norm(cfg.grad_clip_norm),
+        clip,
         TRANSFORMATIONS[cfg.optax_name](**cfg.optax),
-        _add_weight_decay(cfg.weight_decay, rules),
-        _scale_by_schedules(peak_lr(cfg, batch_size), schedules, rules))
+        updates.add_weight_decay(cfg.weight_decay, rules, trust=cfg.optax_name == "scale_by_lamb"),
+        updates.scale_by_schedules(peak_lr(cfg, batch_size), schedules, rules))
     return optax.chain(
         optax.masked(optax.set_to_zero(), frozen), optax.masked(update_trainable, trainable)), schedules
-
-
-def _add_weight_decay(weight_decay: float, rules: Mapping[str, ParamRule]) -> optax.GradientTransformation:
-    def decayed(name: str, update: jax.Array, param: jax.Array) -> jax.Array:
-        coefficient = weight_decay * rules[name].wd_mult
-        return update + coefficient * param.astype(update.dtype) if coefficient else update
-
-    return optax.stateless(lambda updates, params: map_with_names(decayed, updates, params))
-
-
-def _scale_by_schedules(
-    lr: float, schedules: Mapping[str, Schedule], rules: Mapping[str, ParamRule],
-) -> optax.GradientTransformation:
-    """u ← -lr · lr_mult · schedule(count) · u, with one count for all schedules."""
-    def init(params: Tree) -> optax.ScaleByScheduleState:
-        del params
-        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
-
-    def update(updates: Tree, state: optax.ScaleByScheduleState, params: Tree | None = None):
-        del params
-        now = {regex: schedule(state.count) for regex, schedule in schedules.items()}
-
-        def scaled(name: str, leaf: jax.Array) -> jax.Array:
-            rule = rules[name]
-            return (leaf * (-lr * rule.lr_mult * now[rule.schedule])).astype(leaf.dtype)
-
-        return map_with_names(scaled, updates), optax.ScaleByScheduleState(optax.safe_increment(state.count))
-
-    return optax.GradientTransformation(init, update)
 
 
 def _check_regexes(field: str, rules: tuple[tuple[str, Any], ...]) -> None:

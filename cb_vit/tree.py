@@ -6,7 +6,7 @@ multipliers and sharding alike (big_vision, `utils.py` tree functions).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import jax
 from cb_vit.config import ConfigError
 
 Tree = Any
+_BLOCK = re.compile(r"(?:^|/)encoderblock(?:_(\d+))?/")
 
 
 def key_name(key: Any) -> str:
@@ -35,6 +36,18 @@ def names(tree: Tree) -> list[str]:
     return [name for name, _ in flatten_with_names(tree)[0]]
 
 
+def unflatten_names(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"a/b": 1}` as `{"a": {"b": 1}}`: the inverse of `flatten_with_names` for nested dicts."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    return tree
+
+
 def map_with_names(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """`jax.tree.map` with the leaf's name as first argument."""
     return jax.tree_util.tree_map_with_path(
@@ -44,6 +57,25 @@ def map_with_names(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tre
 def first_match(name: str, rules: Sequence[tuple[str, Any]], default: Any = None) -> Any:
     """The value of the first `(regex, value)` rule whose regex matches all of `name`."""
     return next((value for regex, value in rules if re.fullmatch(regex, name)), default)
+
+
+def blocks(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Numbers of the blocks in a leaf: (3,) for `encoderblock_3/…`, all for `encoderblock/…`, () outside the blocks.
+
+    Args:
+        name: of the leaf.
+        shape: its shape; a leaf of `encoderblock` has one entry a block along its first axis.
+    """
+    match = _BLOCK.search(name)
+    if match is None:
+        return ()
+    return (int(match[1]),) if match[1] else tuple(range(shape[0]))
+
+
+def is_stacked(name: str) -> bool:
+    """Whether a leaf has one entry a block along its first axis (scan layout, `models/common.py`)."""
+    match = _BLOCK.search(name)
+    return match is not None and match[1] is None
 
 
 def check_rules(rules: Sequence[tuple[str, Any]], tree: Tree, path: str) -> None:

@@ -1,4 +1,6 @@
 """Losses against float64 SciPy, and the properties that callers build on."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 import scipy.special
 
 from cb_vit.config import ConfigError
-from cb_vit.losses import LOSSES, sigmoid_xent, smooth_labels, softmax_xent
+from cb_vit.losses import LOSSES, bce, distill_hard, distill_soft, sigmoid_xent, smooth_labels, softmax_xent
 
 rng = np.random.default_rng(0)
 LOGITS = rng.normal(size=(3, 4, 7)) * 10
@@ -29,6 +31,48 @@ def test_sigmoid_xent_equals_scipy_and_sums_over_classes(labels):
     log_p, log_not_p = scipy.special.log_expit(LOGITS), scipy.special.log_expit(-LOGITS)
     expected = -np.sum(labels * log_p + (1 - labels) * log_not_p, axis=-1)
     np.testing.assert_allclose(sigmoid_xent(f32(LOGITS), jnp.asarray(labels)), expected, rtol=1e-5)
+
+
+def test_bce_takes_targets_above_0_as_1_and_the_mean_over_classes():
+    mixed = SOFT * (rng.uniform(size=SOFT.shape) < 0.3)
+    log_p, log_not_p = scipy.special.log_expit(LOGITS), scipy.special.log_expit(-LOGITS)
+    expected = -np.mean(np.where(mixed > 0, log_p, log_not_p), axis=-1)
+    np.testing.assert_allclose(bce(f32(LOGITS), f32(mixed)), expected, rtol=1e-5)
+    np.testing.assert_allclose(bce(f32(LOGITS), jnp.asarray(MULTI_HOT)) * 7,
+                               sigmoid_xent(f32(LOGITS), jnp.asarray(MULTI_HOT)), rtol=1e-6)
+
+
+TEACHER = rng.normal(size=(3, 4, 7)) * 5
+
+
+def test_distill_hard_is_the_cross_entropy_of_the_teachers_decision():
+    log_p = scipy.special.log_softmax(LOGITS, axis=-1)
+    expected = -np.take_along_axis(log_p, TEACHER.argmax(-1)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(distill_hard(f32(LOGITS), f32(TEACHER)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])
+def test_distill_soft_is_the_relative_entropy_at_temperature(tau):
+    student, teacher = (scipy.special.softmax(x / tau, axis=-1) for x in (LOGITS, TEACHER))
+    expected = tau**2 * scipy.special.rel_entr(teacher, student).sum(-1) / 7
+    loss = distill_soft(f32(LOGITS), f32(TEACHER), tau)
+    assert loss.shape == (3, 4)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_distill_soft_of_the_teacher_itself_is_0_and_its_gradient_keeps_its_size():
+    """The reason for τ² (arXiv 1503.02531, section 2): otherwise the gradient would fall with τ²."""
+    logits, teacher = f32(LOGITS[0, 0]) / 10, f32(TEACHER[0, 0]) / 5
+    np.testing.assert_allclose(distill_soft(teacher, teacher, 2.0), 0, atol=1e-7)
+    sizes = [jnp.linalg.norm(jax.grad(distill_soft)(logits, teacher, tau)) for tau in (10.0, 100.0)]
+    np.testing.assert_allclose(sizes[0], sizes[1], rtol=0.1)
+
+
+def test_distillation_of_half_precision_logits_is_float32():
+    half = jnp.asarray(LOGITS, jnp.bfloat16), jnp.asarray(TEACHER, jnp.bfloat16)
+    for loss in (distill_hard, functools.partial(distill_soft, tau=2.0)):
+        assert loss(*half).dtype == jnp.float32
+        np.testing.assert_array_equal(loss(*half), loss(*(x.astype(jnp.float32) for x in half)))
 
 
 def test_known_values():

@@ -10,7 +10,8 @@ from flax.traverse_util import unflatten_dict
 
 from cb_vit import tree
 from cb_vit.config import ConfigError, parse
-from cb_vit.optax import TRANSFORMATIONS, OptimiserConfig, describe, make, peak_lr
+from cb_vit.models.common import to_scan
+from cb_vit.optax import TRANSFORMATIONS, OptimiserConfig, describe, make, peak_lr, warn_mismatch
 from cb_vit.schedules import ScheduleConfig
 
 BLOCK = "Transformer/encoderblock_0"
@@ -184,6 +185,51 @@ def test_describe_first_match_wins():
     assert rows["head/kernel"].shape == (4, 5)
 
 
+LAYERS = ["embedding/kernel", "cls", "dist", "pos_embedding", "Transformer/encoderblock_0/Dense_0/kernel",
+          "Transformer/encoderblock_1/Dense_0/kernel", "Transformer/encoderblock_2/Dense_0/kernel",
+          "Transformer/encoder_norm/scale", "head/kernel", "head_dist/bias"]
+
+
+def test_layer_decay_falls_from_the_heads_to_the_embedding():
+    """BEiT: decay^(L + 1 - i), here L = 3; times lr_mults."""
+    params = nested(draw(0, dict.fromkeys(LAYERS, (2, 2))))
+    mults = {rule.name: rule.lr_mult for rule in describe(config(layer_decay=0.5, lr_mults=[("head/.*", 3.0)]), params)}
+    assert [mults[name] for name in LAYERS] == [1 / 16] * 4 + [1 / 8, 1 / 4, 1 / 2] + [1, 3, 1]
+    tx, _ = build(params, layer_decay=0.5, optax_name="identity", lr=1.0)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    for name, update in flat(updates).items():
+        np.testing.assert_allclose(-update, mults[name] / (3 if name == "head/kernel" else 1), err_msg=name)
+
+
+def test_layer_decay_in_scan_layout_is_one_multiplier_a_block():
+    params = to_scan(nested(draw(0, dict.fromkeys(LAYERS, (2, 2)))))
+    cfg = config(layer_decay=0.5, lr_mults=[("Transformer/.*", 2.0)])
+    rule = {rule.name: rule for rule in describe(cfg, params)}["Transformer/encoderblock/Dense_0/kernel"]
+    assert rule.lr_mult == (1 / 4, 1 / 2, 1) and rule.lr_text == "0.25…1"
+    frozen = describe(config(layer_decay=0.5, schedule=[("Transformer/.*", None), (".*", {})]), params)
+    assert {rule.lr_mult for rule in frozen if rule.frozen} == {0.0}
+    plain = describe(config(layer_decay=1), params)
+    assert {rule.lr_text for rule in plain} == {"1"}
+
+
+def test_warning_of_a_learning_rate_for_lamb():
+    """DeiT-III's 4e-3 with Adam's direction, be it given or scaled."""
+    def warning(width=384, **block):
+        return warn_mismatch(config(**block), batch_size=2048, width=width)
+
+    for text in (warning(lr=4e-3), warning(lr=1e-3, lr_reference_batch=512)):
+        assert text.startswith("config.lr: a peak of 0.004 is a learning rate for LAMB; with Adam's direction a width ")
+    assert warning(lr=2e-3) is warning(lr=4e-3, width=64) is None
+    assert warning(lr=4e-3, optax_name="scale_by_lamb", weight_decay=0.05) is None
+
+
+def test_schedules_know_the_scaled_peak():
+    """warmup_lr and min_lr are learning rates, whatever the batch."""
+    _, schedules = build(nested(draw(0)), lr=1e-2, lr_reference_batch=4, schedule=dict(
+        warmup_steps=4, warmup_lr=1e-3, min_lr=1e-4))
+    np.testing.assert_allclose([2e-2 * schedules[".*"](t) for t in (0, 4, 20)], [1e-3, 2e-2, 1e-4], rtol=1e-5)
+
+
 def test_state_has_the_parameters_names():
     """So that one regex shards parameters and optimiser state; also from shapes alone, as states are born sharded."""
     shapes = jax.eval_shape(lambda: nested(draw(0)))
@@ -272,6 +318,11 @@ def test_transformations_that_would_not_fit_are_not_offered():
     (dict(lr=-1), "config.lr: must be a number above 0, got -1.0"),
     (dict(weight_decay=-1), "config.weight_decay: must be 0 or more, got -1.0"),
     (dict(grad_clip_norm=0), "config.grad_clip_norm: must be a number above 0, got 0.0"),
+    (dict(grad_clip_adaptive=0), "config.grad_clip_adaptive: must be a number above 0, got 0.0"),
+    (dict(layer_decay=0), "config.layer_decay: must be above 0 and at most 1, got 0.0"),
+    (dict(layer_decay=1.1), "config.layer_decay: must be above 0 and at most 1, got 1.1"),
+    (dict(optax_name="scale_by_lamb"), "config.weight_decay: is 0, and scale_by_lamb adapts the steps of decayed"),
+    (dict(optax_name="lamb"), "config.optax_name: unknown optax transformation 'lamb'; did you mean scale_by_lamb?"),
     (dict(lr_reference_batch=0), "config.lr_reference_batch: must be a number above 0, got 0"),
     (dict(lr_mults=[("head/.*", 0)]), "config.lr_mults[0]: 'head/.*' has multiplier 0.0, which must be above 0"),
     (dict(wd_mults=[("head/.*", -1)]), "config.wd_mults[0]: 'head/.*' has multiplier -1.0, which must be 0 or more"),
@@ -308,3 +359,8 @@ def test_errors_that_need_the_parameters(block, message):
     with pytest.raises(ConfigError) as error:
         build(nested(draw(0)), **block)
     assert str(error.value).startswith(message)
+
+
+def test_layer_decay_needs_blocks():
+    with pytest.raises(ConfigError, match="^config.layer_decay: goes by blocks named encoderblock"):
+        describe(config(layer_decay=0.5), nested(draw(0, {"head/kernel": (2, 2)})))

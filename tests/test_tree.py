@@ -6,7 +6,17 @@ import jax
 import pytest
 
 from cb_vit.config import ConfigError
-from cb_vit.tree import check_rules, first_match, flatten_with_names, key_name, map_with_names, names
+from cb_vit.tree import (
+    blocks,
+    check_rules,
+    first_match,
+    flatten_with_names,
+    is_stacked,
+    key_name,
+    map_with_names,
+    names,
+    unflatten_names,
+)
 
 Pair = collections.namedtuple("Pair", ["mu", "nu"])
 
@@ -48,6 +58,11 @@ def test_the_first_rule_that_matches_the_whole_name_wins():
     assert first_match("x", [("y", 1)], default=7) == 7
 
 
+def test_nested_dicts_from_names():
+    assert unflatten_names(dict(flatten_with_names(PARAMS)[0])) == PARAMS
+    assert unflatten_names({}) == {}
+
+
 def test_rules_that_do_nothing_are_refused():
     check_rules([("head/.*", None), (".*", None)], PARAMS, "config.x")
     with pytest.raises(ConfigError, match=r"^config.x\[1\]: 'haed/\.\*' matches no parameter; names look like "
@@ -57,3 +72,15 @@ def test_rules_that_do_nothing_are_refused():
         check_rules([("kernel", None)], PARAMS, "config.x")
     with pytest.raises(ConfigError, match=r"^config.x\[0\]: '\(' is not a regular expression: "):
         check_rules([("(", None)], PARAMS, "config.x")
+
+
+@pytest.mark.parametrize("name, shape, numbers, stacked", [
+    ("Transformer/encoderblock_11/Dense_0/kernel", (4, 4), (11,), False),
+    ("opt/0/mu/encoderblock_0/bias", (4,), (0,), False),
+    ("Transformer/encoderblock/Dense_0/kernel", (3, 4, 4), (0, 1, 2), True),
+    ("encoderblock/bias", (2, 4), (0, 1), True),
+    ("Transformer/encoder_norm/scale", (4,), (), False),
+    ("encoderblock", (3,), (), False),
+    ("my_encoderblock_1/bias", (4,), (), False)])
+def test_blocks_of_a_leaf(name, shape, numbers, stacked):
+    assert blocks(name, shape) == numbers and is_stacked(name) is stacked
