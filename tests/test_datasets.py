@@ -1,4 +1,5 @@
 """Data sources: what they hold, how they are found, and what they say about damaged or missing data."""
+import gzip
 import io
 import json
 import os
@@ -671,3 +672,51 @@ def test_more_shards_than_open_files(damaged):
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(3000, limits[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+# --- MNIST's files. ----------------------------------------------------------------------------------------------
+
+def write_idx(folder, split="train", images=7, labels=None, compress=True, height=4, width=3):
+    """The two files of a split; returns their arrays."""
+    rng = np.random.default_rng(images)
+    arrays = {f"{split}-images-idx3-ubyte": rng.integers(0, 256, (images, height, width), np.uint8),
+              f"{split}-labels-idx1-ubyte": np.arange(images if labels is None else labels, dtype=np.uint8) % 3}
+    for name, array in arrays.items():
+        data = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
+        (folder / f"{name}{'.gz' * compress}").write_bytes(gzip.compress(data) if compress else data)
+    return list(arrays.values())
+
+
+@pytest.mark.parametrize("compress", [True, False])
+def test_idx_files_are_read_as_they_are_published(tmp_path, compress):
+    images, labels = write_idx(tmp_path, compress=compress)
+    opened = source(name="idx", root=str(tmp_path), split="train[2:]")
+    assert isinstance(opened, Source) and (len(opened), opened.num_classes) == (5, 3)
+    for i, example in enumerate(pickle.loads(pickle.dumps(opened))[j] for j in range(5)):
+        assert example["image"].shape == (4, 3, 3) and example["label"] == labels[i + 2]
+        assert (example["image"] == images[i + 2][:, :, None]).all()
+        assert example["id"] == f"{tmp_path} train#{i + 2}"
+
+
+def test_idx_files_that_cannot_be(tmp_path):
+    def refused(kind, match, **changes):
+        with pytest.raises(kind, match=match):
+            source(**dict(name="idx", root=str(tmp_path), split="train") | changes)
+
+    refused(ConfigError, "config.input.data.root: .*nowhere is no folder", root=str(tmp_path / "nowhere"))
+    refused(ConfigError, "config.input.data.root: neither train-images-idx3-ubyte nor .*gz is in")
+    write_idx(tmp_path)
+    refused(ConfigError, "config.input.data.split: no split 'val' in 'val'.*Splits: train, test", split="val")
+    write_idx(tmp_path, labels=6)
+    refused(DataError, "7 images and 6 labels in train")
+    file = tmp_path / "train-images-idx3-ubyte.gz"
+    whole = gzip.decompress(file.read_bytes())
+    huge = whole[:4] + b"\xff" * 12 + whole[16:]
+    for damaged, match in ((whole[:-1], "84 bytes, and holds 83"), (whole + b"0", "holds more"), (whole[:9], "begins"),
+                           (b"no", "begins"), (b"\0\0\x0d" + whole[3:], "begins"), (huge, "bytes, and holds 84")):
+        file.write_bytes(gzip.compress(damaged))
+        refused(DataError, f"train-images.*{match}")
+    file.write_bytes(gzip.compress(whole)[:-20])
+    refused(DataError, "train-images-idx3-ubyte.gz: ")
+    file.write_bytes(b"not gzip")
+    refused(DataError, "train-images-idx3-ubyte.gz: ")

@@ -23,7 +23,7 @@ from cb_vit.config import ConfigError, Failure, plain
 from cb_vit.registry import suggest
 
 # name in the config -> module of this room; any other name is a dataset of TFDS.
-KINDS = {"digits": "digits", "fake": "fake", "folder": "folder"}
+KINDS = {"digits": "digits", "fake": "fake", "folder": "folder", "idx": "idx"}
 Block = Mapping[str, Any] | ml_collections.ConfigDict
 
 
