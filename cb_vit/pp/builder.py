@@ -2,8 +2,8 @@
 
 The language and the names of the ops are big_vision's (`pp/builder.py` there). What differs: the ops at the end
 that do arithmetic (`value_range`, `vgg_value_range`, `onehot`) are split off when the string is read, to run on
-whole batches inside the jitted step, so that hosts deliver uint8. The ops are listed in `ops_general.py` and
-`ops_image.py`; an op of one's own is a dataclass entered with `register_op`.
+whole batches inside the jitted step, so that hosts deliver uint8. The ops are listed in `ops_general.py`,
+`ops_image.py`, `randaug.py` and `three_augment.py`; an op of one's own is a dataclass entered with `register_op`.
 """
 from __future__ import annotations
 
@@ -14,8 +14,20 @@ import numpy as np
 from PIL import Image
 
 from cb_vit.config import ConfigError
+from cb_vit.pp import randaug, three_augment  # noqa: F401  they enter their ops
 from cb_vit.pp.images import as_uint8, is_encoded
-from cb_vit.pp.ops_general import OPS, DeviceOp, Features, HostOp, KeyOp, LabelCheck, OneHot, Op, VggValueRange
+from cb_vit.pp.ops_general import (
+    OPS,
+    DeviceOp,
+    Features,
+    HostOp,
+    KeyOp,
+    LabelCheck,
+    OneHot,
+    Op,
+    ValueRange,
+    VggValueRange,
+)
 from cb_vit.pp.ops_image import Decode, ImageOp, PixelOp
 from cb_vit.registry import parse_calls
 
@@ -85,6 +97,16 @@ class Preprocess:
         for _, op in self.device_ops:
             batch = op(batch)
         return batch
+
+    def normalisation(self, channels: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the device makes of a pixel: `gain · pixel + offset`, float32 [channels] each, for pixels 0 … 255."""
+        import jax.numpy as jnp
+        batch = {"image": jnp.broadcast_to(jnp.array([0, 255], jnp.uint8)[:, None, None, None], (2, 1, 1, channels))}
+        for _, op in self.device_ops:
+            if isinstance(op, ValueRange | VggValueRange):
+                batch = op(batch)
+        low, high = np.asarray(batch["image"], np.float32).reshape(2, channels)
+        return (high - low) / 255, low
 
     def _refuse_encoded(self, features: Features) -> None:
         if is_encoded(features.get("image")):
