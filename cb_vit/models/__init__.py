@@ -10,5 +10,5 @@ MODELS = Registry("model", {"vit": "cb_vit.models.vit"})
 
 
 def get(name: str, path: str = "config.model_name") -> ModuleType:
-    """The module of a model: it offers `Config`, `Model`, `resolve` and `check_image_size`."""
+    """The module of a model: it offers `Config`, `Model`, `resolve`, `check_image_size`, `patch_grid` and `merge`."""
     return importlib.import_module(MODELS.pick(name, path))

@@ -1,4 +1,4 @@
-"""What models share: the two layouts of a stack of blocks.
+"""What models share: the two layouts of a stack of blocks, and beginning from parameters of another model.
 
 A model that runs its blocks under `nn.scan` keeps them as one `encoderblock` whose leaves have a
 leading depth axis (scan layout); one that loops over them keeps `encoderblock_0`, `encoderblock_1`, …
@@ -6,13 +6,20 @@ leading depth axis (scan layout); one that loops over them keeps `encoderblock_0
 """
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from cb_vit.config import ConfigError
+from cb_vit.tree import check_rules, first_match, flatten_with_names, map_with_names
+
 Tree = Any
+# (loaded, initial) → the loaded array made to fit, and a word on what was done, if anything was.
+Fit = Callable[[jax.Array, jax.Array], tuple[jax.Array, str | None]]
 STACKED, BLOCK = "encoderblock", re.compile(r"encoderblock_(\d+)")
 
 
@@ -46,3 +53,77 @@ def _stack(node: dict) -> dict:
     blocks = [node[f"{STACKED}_{i}"] for i in indices]
     rest = {k: v for k, v in node.items() if not BLOCK.fullmatch(k)}
     return {**rest, STACKED: jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of every array in a merge, as lines to print.
+
+    To JAX it is a tree without leaves, so it comes out of `jax.jit` and `jax.eval_shape` beside the parameters.
+    """
+
+    lines: tuple[str, ...]
+
+
+def merge_params(
+    init: Tree, loaded: Tree, dont_load: Sequence[str] = (), *, heads: Sequence[str] = (), fresh: str = "",
+    fit: Mapping[str, Fit] | None = None,
+) -> tuple[Tree, Report]:
+    """Take the parameters of a file where a model has them too; nothing is lost or begun anew unsaid.
+
+    Args:
+        init: initial parameters of the model, loop layout.
+        loaded: those of the file, loop layout.
+        dont_load: regexes of names to leave alone, on either side.
+        heads: top-level names of modules that may differ: one of another shape begins anew, as a whole.
+        fresh: regex of what a file may lack.
+        fit: by name, how to make an array of another shape fit.
+
+    Returns:
+        Parameters in the form and dtypes of `init`, and the report.
+
+    Raises:
+        ConfigError: one side has what the other lacks, or in another shape, and nothing above allows it; or a regex
+            of `dont_load` matches nothing.
+    """
+    ours, theirs = dict(flatten_with_names(init)[0]), dict(flatten_with_names(loaded)[0])
+    rules = [(regex, True) for regex in dont_load]
+    check_rules(rules, theirs | ours, "model_load.dont_load")
+    told = {name for name in theirs | ours if first_match(name, rules)}
+    missing, surplus = ([name for name in one if name not in other] for one, other in ((ours, theirs), (theirs, ours)))
+    both, lines = {}, []
+    for name in [name for name in ours if name in theirs and name not in told]:
+        both[name], note = (fit or {}).get(name, lambda theirs, ours: (theirs, None))(theirs[name], ours[name])
+        lines += [f"{name}: {note}"] if note else []
+
+    of_head = lambda name: name.split("/")[0] in heads  # noqa: E731
+    differ = [name for name in both if both[name].shape != ours[name].shape]
+    other_heads = {name.split("/")[0] for name in differ if of_head(name)}
+    reset = [name for name in both if name.split("/")[0] in other_heads]
+    _refuse("has another shape of", [f"{name} ({list(theirs[name].shape)}, here {list(ours[name].shape)})"
+                                     for name in differ if not of_head(name)])
+    _refuse("lacks", [name for name in missing
+                      if name not in told and not of_head(name) and not re.fullmatch(fresh, name)])
+    _refuse("has besides", [name for name in surplus if name not in told and not of_head(name)])
+
+    taken = {name: leaf.astype(ours[name].dtype) for name, leaf in both.items() if name not in reset}
+    lines.insert(0, f"{len(taken)} of the model's {len(ours)} parameter arrays are loaded")
+    for what, names in (
+        ("begun anew, the file's being of another size", reset),
+        ("begun anew, as the file has none", [name for name in missing if name not in told]),
+        ("begun anew, told by dont_load", [name for name in ours if name in told]),
+        ("left in the file, told by dont_load", [name for name in surplus if name in told]),
+        ("left in the file, as the model has none", [name for name in surplus if name not in told])):
+        lines += [f"{what}: {_listed(names, 8)}"] if names else []
+    return map_with_names(lambda name, leaf: taken.get(name, leaf), init), Report(tuple(lines))
+
+
+def _refuse(what: str, names: Sequence[str]) -> None:
+    if names:
+        raise ConfigError("model_init", f"it {what} {_listed(names, 3)}. Where that is meant, name what is to begin "
+                                        "anew or to be left in the file in model_load.dont_load, a list of regexes")
+
+
+def _listed(names: Sequence[str], most: int) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -8,6 +8,7 @@ key map. The block, in timm's order:
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from cb_vit.config import ConfigError, parse
+from cb_vit.models.common import Report, merge_params, to_loop, to_scan
 from cb_vit.models.layers import (
     Init,
     MAPHead,
@@ -29,9 +31,10 @@ from cb_vit.models.layers import (
     layer_scale,
     posemb_sincos_2d,
 )
-from cb_vit.models.vit_config import VARIANTS, Config, check_image_size, resolve
+from cb_vit.models.resample import Grid, resample_posemb, square
+from cb_vit.models.vit_config import VARIANTS, Config, check_image_size, patch_grid, resolve
 
-__all__ = ["VARIANTS", "Config", "Model", "ViT", "check_image_size", "resolve"]
+__all__ = ["VARIANTS", "Config", "Model", "ViT", "check_image_size", "merge", "patch_grid", "resolve"]
 
 
 def Model(num_classes: int | None, variant: str | None = None, **kw: Any) -> ViT:  # noqa: N802
@@ -49,6 +52,49 @@ def Model(num_classes: int | None, variant: str | None = None, **kw: Any) -> ViT
         return ViT(num_classes, resolve(parse(Config, {"variant": variant, **kw}, "model")))
     except ConfigError as error:
         raise error if error.path.startswith("model") else error.under("model") from None
+
+
+def merge(
+    init_params: Any, loaded: Any, config: Config, dont_load: Sequence[str] = (),
+    posemb_resize: str = "bicubic_antialias", *, image_size: tuple[int, int] | None = None,
+    loaded_grid: Grid | None = None,
+) -> tuple[Any, Report]:
+    """Begin from the parameters of another model: big_vision's `vit.load`, which tells what it did.
+
+    Position embeddings are resampled onto the model's grid; a head of another size keeps its initial value. All else
+    must fit. A model may have what its file has not: heads, the distillation token, and λ of CB_S, which begins as
+    the CB of the paper. LayerScale is not among them: its small γ would silence every block that was loaded.
+
+    Args:
+        init_params: initial parameters, in the model's own layout.
+        loaded: those of a file, in loop layout, with big_vision's names.
+        config: of the model; resolved.
+        dont_load: regexes of names that keep their initial value, or that are left in the file.
+        posemb_resize: one of `resample.METHODS`.
+        image_size: (height, width) in pixels that the model is for; None: square.
+        loaded_grid: rows and columns of patches that the file is for; None: square, or where the model has as many
+            patches, the model's.
+
+    Returns:
+        Parameters like `init_params`, and the report.
+
+    Raises:
+        ConfigError: the file is of another model.
+    """
+    def fit_posemb(theirs: Array, ours: Array) -> tuple[Array, str | None]:
+        if theirs.shape[-1] != ours.shape[-1] or (loaded_grid is None and theirs.shape == ours.shape):
+            return theirs, None
+        grid = patch_grid(config, image_size) if image_size else square(ours.shape[1])
+        before = loaded_grid or square(theirs.shape[1])
+        if grid == before:
+            return theirs, None
+        note = f"resampled from {before[0]}×{before[1]} to {grid[0]}×{grid[1]}, {posemb_resize}"
+        return resample_posemb(theirs, grid, posemb_resize, before), note
+
+    params, report = merge_params(
+        to_loop(init_params), loaded, dont_load, heads=("head", "head_dist"), fresh=r"dist|.*/context_scale",
+        fit={"pos_embedding": fit_posemb})
+    return to_scan(params) if config.scan else params, report
 
 
 class ViT(nn.Module):

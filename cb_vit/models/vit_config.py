@@ -124,6 +124,11 @@ def resolve(config: Config) -> Config:
     return dataclasses.replace(config, **sizes, head_zeroinit=zeroinit)
 
 
+def patch_grid(config: Config, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches in an image of (height, width) pixels; `config` is resolved."""
+    return tuple(size // patch for size, patch in zip(image_size, config.patch_size, strict=True))
+
+
 def check_image_size(config: Config, image_size: tuple[int, int]) -> None:
     """Refuse images, (height, width) in pixels, that the patch does not divide.
 

@@ -1,0 +1,97 @@
+"""Position embeddings for another grid of patches.
+
+Checkpoints are fine-tuned at resolutions that they were not trained at, and every codebase has its own way
+to stretch the grid, none of which gives the numbers of another (torch's cubic and timm's differ by tenths of the
+embedding's spread). All are separable and linear: a matrix for each of the two axes.
+"""
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from cb_vit.config import ConfigError
+from cb_vit.registry import Registry
+
+Grid = tuple[int, int]
+# Each (size before, size after) → weights [after, before].
+METHODS = Registry("way to resample position embeddings")
+
+
+def resample_posemb(
+    posemb: Float[Array, "1 n d"], grid: Grid, method: str = "bicubic_antialias", source: Grid | None = None
+) -> Float[Array, "1 m d"]:
+    """Stretch the embeddings of a grid of patches onto another grid.
+
+    Args:
+        posemb: of the n patches of a grid, row by row, without class or distillation token.
+        grid: rows and columns to make.
+        method: one of `METHODS`.
+        source: rows and columns there are; None: a square.
+
+    Returns:
+        [1, rows·columns, d], in the dtype of `posemb`; computed in float32.
+
+    Raises:
+        ConfigError: unknown method, or `source` is needed.
+    """
+    weights = METHODS.pick(method, "posemb_resize")
+    rows, columns = source or square(posemb.shape[1])
+    x = posemb.astype(jnp.float32).reshape(rows, columns, -1)
+    for axis, (before, after) in enumerate(zip((rows, columns), grid, strict=True)):
+        matrix = jnp.asarray(weights(before, after), jnp.float32)
+        x = jnp.moveaxis(jnp.tensordot(matrix, x, (1, axis), precision=jax.lax.Precision.HIGHEST), 0, axis)
+    return x.reshape(1, math.prod(grid), -1).astype(posemb.dtype)
+
+
+def square(patches: int) -> Grid:
+    """The square grid of so many patches.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ConfigError("pos_embedding", f"its {patches} patches are no square, and nothing says what grid they are")
+    return side, side
+
+
+@METHODS.register("bicubic_antialias")
+def _bicubic_antialias(before: int, after: int) -> np.ndarray:
+    """Keys' cubic, widened where the grid shrinks: timm on its own checkpoints, PIL, `jax.image.resize`."""
+    at, patches = _half_pixel_centres(before, after), np.arange(before)
+    weights = _cubic((at[:, None] - patches[None]) / max(before / after, 1), a=-0.5)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+@METHODS.register("bicubic")
+def _bicubic(before: int, after: int) -> np.ndarray:
+    """DeiT's own fine-tuning: torch's `F.interpolate(mode="bicubic", align_corners=False)`, the border repeated."""
+    at = _half_pixel_centres(before, after)
+    taps = np.floor(at).astype(int)[:, None] + np.arange(-1, 3)[None]
+    weights = np.zeros((after, before))
+    rows = np.arange(after)[:, None]
+    np.add.at(weights, (rows, taps.clip(0, before - 1)), _cubic(at[:, None] - taps, a=-0.75))
+    return weights
+
+
+@METHODS.register("linear")
+def _linear(before: int, after: int) -> np.ndarray:
+    """big_vision and vision_transformer: `scipy.ndimage.zoom(order=1)`, corners onto corners."""
+    at, patches = np.linspace(0, before - 1, after), np.arange(before)
+    return np.maximum(0, 1 - np.abs(at[:, None] - patches[None]))
+
+
+def _half_pixel_centres(before: int, after: int) -> np.ndarray:
+    """Where the centres of the new patches lie, in old patches."""
+    return (np.arange(after) + 0.5) * before / after - 0.5
+
+
+def _cubic(x: np.ndarray, a: float) -> np.ndarray:
+    """Cubic convolution kernel (Keys, 1981) of slope `a` at distance 1; his is -½, torch's without antialias -¾."""
+    x = np.abs(x)
+    near, far = ((a + 2) * x - (a + 3)) * x**2 + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))

@@ -1,0 +1,35 @@
+"""Position embeddings on another grid, against torch and timm themselves."""
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cb_vit.models.resample import resample_posemb
+
+torch = pytest.importorskip("torch")
+timm_layers = pytest.importorskip("timm.layers")
+
+GRIDS = [((14, 14), (24, 24)), ((24, 24), (14, 14)), ((7, 5), (9, 12)), ((4, 4), (5, 3))]
+
+
+def embedding(grid, d=8):
+    return np.random.default_rng(grid).normal(size=(1, math.prod(grid), d)).astype(np.float32)
+
+
+@pytest.mark.parametrize("source, grid", GRIDS)
+def test_bicubic_is_deits(source, grid):
+    """What DeiT's main.py does to `pos_embed` before fine-tuning."""
+    x = embedding(source)
+    image = torch.from_numpy(x).reshape(1, *source, -1).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+    expected = expected.permute(0, 2, 3, 1).flatten(1, 2).numpy()
+    np.testing.assert_allclose(resample_posemb(jnp.asarray(x), grid, "bicubic", source), expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("source, grid", GRIDS)
+def test_bicubic_antialias_is_timms(source, grid):
+    x = embedding(source)
+    expected = timm_layers.resample_abs_pos_embed(
+        torch.from_numpy(x), new_size=list(grid), old_size=list(source), num_prefix_tokens=0).numpy()
+    np.testing.assert_allclose(resample_posemb(jnp.asarray(x), grid, "bicubic_antialias", source), expected, atol=5e-6)
