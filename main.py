@@ -31,18 +31,18 @@ def main(config) -> None:
 
 def summary(metrics: dict[str, float], workdir: str) -> str:
     """The end of a run in a few lines."""
-    lines = [f"{name:<12}{value:.4f}" for name, value in metrics.items() if name.endswith(("/prec@1", "/loss"))]
+    lines = [(name, f"{value:.4f}") for name, value in metrics.items() if name.endswith(("/prec@1", "/loss"))]
     if "img/sec" in metrics:
-        lines.append(f"{'img/sec':<12}{metrics['img/sec']:.0f}")
-    found = [(what, os.path.join(workdir, name)) for what, name in (
+        lines.append(("img/sec", f"{metrics['img/sec']:.0f}"))
+    lines += [(what, os.path.join(workdir, name)) for what, name in (
         ("checkpoints", "checkpoints"), ("metrics", "metrics.jsonl"), ("curves", "training_curves.png"))]
-    lines += [f"{what:<12}{path}" for what, path in found]
     given = cli.FLAGS["config"].config_filename
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd() + os.sep) else "python"
     overrides = [shlex.quote(arg) for arg in sys.argv[1:] if arg.startswith(("--config.", "--noconfig."))]
     command = [python, "-m cb_vit.tools.eval_only", f"--config={given}", f"--workdir={workdir}", *overrides]
-    lines.append(f"{'next':<12}{' '.join(command)}")
-    return "\n" + "\n".join(lines)
+    lines.append(("next", " ".join(command)))
+    width = max(len(what) for what, _ in lines) + 2
+    return "\n" + "\n".join(f"{what:<{width}}{text}" for what, text in lines)
 
 
 if __name__ == "__main__":

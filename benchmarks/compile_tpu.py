@@ -39,7 +39,7 @@ def main(config):
     run = experiment.build(settings, devices=devices, source=datasets.open_source(fake, "fake"))
     start = time.monotonic()
     with run.context():
-        compiled = run.jit_train_step().lower(run.shapes, run.batch_shapes()).compile()
+        compiled = run.jit_train_step().lower(*run.step_shapes()).compile()
     seconds = time.monotonic() - start
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     images = settings.train.input.batch_size / run.mesh.size

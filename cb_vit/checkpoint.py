@@ -1,6 +1,6 @@
 """Checkpoints, with Orbax behind this one door.
 
-A checkpoint of step k is a folder `checkpoints/k` with three items: `params`, `opt` and `meta`. Arrays
+A checkpoint of step k is a folder `checkpoints/k` with the items `params`, `opt`, `ema` if kept, and `meta`. Arrays
 are stored in loop layout (one entry a block) whatever the model runs. `meta` lists their names, shapes,
 dtypes and checksums: names, shapes and dtypes tell a checkpoint of another model from a damaged one before
 anything is read, and checksums are verified afterwards. Saving is asynchronous and atomic.
@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -30,10 +30,11 @@ from cb_vit import io
 from cb_vit.config import ConfigError
 from cb_vit.models.common import to_loop, to_scan
 from cb_vit.train_state import TrainState
-from cb_vit.tree import flatten_with_names, names
+from cb_vit.tree import flatten_with_names, names, unflatten_names
 
 logger = logging.getLogger(__name__)
 Tree = Any
+Item = Literal["params", "ema"]
 FORMAT = 1
 
 
@@ -103,7 +104,7 @@ class Checkpointer:
         step = int(state.step)
         if step in self._manager.all_steps():
             return False
-        arrays = _to_loop({"params": state.params, "opt": state.opt})
+        arrays = _to_loop(state.arrays)
         described = zip(_describe(arrays).items(), _checksums(arrays), strict=True)
         listed = {name: [*what, value] for (name, what), value in described}
         meta = json.loads(json.dumps(
@@ -111,7 +112,7 @@ class Checkpointer:
         if self._best and metrics:
             self._best.judge(step, metrics)
         self._manager.save(step, force=True, args=ocp.args.Composite(
-            params=ocp.args.PyTreeSave(arrays["params"]), opt=ocp.args.PyTreeSave(arrays["opt"]),
+            **{item: ocp.args.PyTreeSave(tree) for item, tree in arrays.items()},
             meta=ocp.args.JsonSave({**meta, "digest": _digest(meta)})))
         return True
 
@@ -143,33 +144,90 @@ class Checkpointer:
         return None
 
     def _restore(self, step: int, like: TrainState, scan: bool) -> tuple[TrainState, dict[str, Any]]:
-        wanted = {"params": like.params, "opt": like.opt}
-        target = _in_loop_layout(wanted)
+        wanted = like.arrays
+        target = in_loop_layout(wanted)
         meta = self._read_meta(step)
         self._check_fit(step, meta, target)
+        arrays = self._read_arrays(step, meta, target)
+        if scan:
+            arrays = jax.jit(to_scan, out_shardings=_shardings(wanted))(arrays)
+        scalar = lambda value, leaf: jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding)  # noqa: E731
+        return TrainState(scalar(step, like.step), arrays["params"], arrays["opt"],
+                          scalar(True, like.finite), arrays.get("ema")), meta
+
+    def params_shapes(self, step: int | None = None, item: Item = "params") -> tuple[int, Tree]:
+        """What parameters a checkpoint holds, whatever their model; reads no arrays.
+
+        Args:
+            step: default the newest.
+            item: the parameters, or their moving average.
+
+        Returns:
+            The step, and shapes and dtypes of its parameters in loop layout.
+
+        Raises:
+            ConfigError: there is no such checkpoint, or it has no such item, or it cannot be read.
+        """
+        steps = sorted(self._manager.all_steps())
+        if not steps or step not in (None, *steps):
+            held = f"checkpoints of steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
+            raise ConfigError("checkpoint", f"{self.directory} holds {held}" + f", none of step {step}" * bool(steps))
+        step = steps[-1] if step is None else step
+        with self._named_errors(step):
+            arrays = self._read_meta(step)["arrays"]
+        named = {name.removeprefix(f"{item}/"): jax.ShapeDtypeStruct(shape, dtype)
+                 for name, (shape, dtype, _) in arrays.items() if name.startswith(f"{item}/")}
+        if not named:
+            raise ConfigError("checkpoint", f"step {step} in {self.directory} has no {item!r}; its run kept no average")
+        return step, unflatten_names(named)
+
+    def restore_params(self, step: int, like: Tree, item: Item = "params") -> Tree:
+        """The parameters of a checkpoint, each leaf straight onto its devices, checksums verified.
+
+        Args:
+            step: which.
+            like: as `params_shapes` gives them, with shardings.
+            item: as there.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        with self._named_errors(step):
+            return self._read_arrays(step, self._read_meta(step), {item: like})[item]
+
+    @contextlib.contextmanager
+    def _named_errors(self, step: int) -> Iterator[None]:
+        """Whatever a broken file makes the readers raise, as a `ConfigError` that names the checkpoint."""
+        try:
+            yield
+        except (ConfigError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            reason = (str(error) or repr(error)).splitlines()[0][:200]
+            raise ConfigError("checkpoint", f"step {step} in {self.directory} cannot be read: {reason}") from None
+
+    def _read_meta(self, step: int) -> dict[str, Any]:
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if meta.pop("digest", None) != _digest(meta):
+            raise ValueError("its notes have changed")
+        if meta["format"] != FORMAT:
+            raise Mismatch("workdir", f"checkpoint {step} in {self.directory} has format {meta['format']}, this "
+                                      f"version reads {FORMAT}; read it with the version that wrote it")
+        return meta
+
+    def _read_arrays(self, step: int, meta: Mapping[str, Any], target: Tree) -> dict[str, Tree]:
+        """Items of a checkpoint as `target` has them, their checksums verified."""
         arrays = dict(self._manager.restore(step, args=ocp.args.Composite(**{
             item: ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
             for item, tree in target.items()})))
         for name, value in zip(names(arrays), _checksums(arrays), strict=True):
             if meta["arrays"][name][-1] != value:
                 raise ValueError(f"checksum of {name} does not match")
-        if scan:
-            arrays = jax.jit(to_scan, out_shardings=_shardings(wanted))(arrays)
-        scalar = lambda value, leaf: jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding)  # noqa: E731
-        return TrainState(scalar(step, like.step), arrays["params"], arrays["opt"], scalar(True, like.finite)), meta
-
-    def _read_meta(self, step: int) -> dict[str, Any]:
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        if meta.pop("digest", None) != _digest(meta):
-            raise ValueError("its notes have changed")
-        return meta
+        return arrays
 
     def _check_fit(self, step: int, meta: Mapping[str, Any], target: Tree) -> None:
         where = f"checkpoint {step} in {self.directory}"
         another = "it is of another model or optimiser; use another workdir, or the config it was made with"
-        if meta["format"] != FORMAT:
-            raise Mismatch("workdir", f"{where} has format {meta['format']}, this version reads {FORMAT}; read it with "
-                                      "the version that wrote it")
         saved, here = {name: what[:-1] for name, what in meta["arrays"].items()}, _describe(target)
         for title, some in (("lacks", here.keys() - saved.keys()), ("has besides", saved.keys() - here.keys())):
             if some:
@@ -217,8 +275,8 @@ def _handlers() -> dict[str, Any]:
     """
     arrays = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)))
-    return {"params": ocp.PyTreeCheckpointHandler(type_handler_registry=arrays),
-            "opt": ocp.PyTreeCheckpointHandler(type_handler_registry=arrays), "meta": ocp.JsonCheckpointHandler()}
+    return {"meta": ocp.JsonCheckpointHandler(), **{
+        item: ocp.PyTreeCheckpointHandler(type_handler_registry=arrays) for item in ("params", "opt", "ema")}}
 
 
 class _Best(preserve.PreservationPolicy):
@@ -285,13 +343,13 @@ def _hash(x: jax.Array) -> jax.Array:
 
 def _to_loop(tree: Tree) -> Tree:
     """`to_loop` on the devices; each block keeps the sharding that it has in the stack."""
-    target = _in_loop_layout(tree)
+    target = in_loop_layout(tree)
     if jax.tree.structure(target) == jax.tree.structure(tree):
         return tree
     return jax.jit(to_loop, out_shardings=_shardings(target))(tree)
 
 
-def _in_loop_layout(tree: Tree) -> Tree:
+def in_loop_layout(tree: Tree) -> Tree:
     """Shapes, dtypes and shardings of `to_loop(tree)`."""
     return jax.tree.map(lambda leaf: leaf.struct, to_loop(jax.tree.map(_Abstract, tree)))
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,15 +19,16 @@ import numpy as np
 import optax as optax_lib
 from jax.sharding import Mesh, NamedSharding
 
-from cb_vit import datasets, dist, models, optax
+from cb_vit import augment, datasets, dist, losses, models, optax, sharding
 from cb_vit import train_state as train_state_lib
 from cb_vit import train_step as train_step_lib
 from cb_vit.config import ConfigError, Duration, under
+from cb_vit.distillation import Teacher, make_teacher
 from cb_vit.input_pipeline import Pipeline, Spec, check_example, example_spec
-from cb_vit.losses import LOSSES
 from cb_vit.pp.builder import Preprocess
 from cb_vit.settings import Settings, TrainConfig
 from cb_vit.train_state import TrainState
+from cb_vit.weights import open_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Experiment:
         schedules: learning-rate multipliers, by the regex of the parameters they drive.
         shapes: the train state's shapes, dtypes and shardings.
         example_spec: shape and dtype of each array of an example as the host delivers it.
+        teacher: who is learnt from; None: nobody.
     """
 
     settings: Settings
@@ -59,6 +61,7 @@ class Experiment:
     schedules: dict[str, Any]
     shapes: TrainState
     example_spec: Spec
+    teacher: Teacher | None = None
 
     @property
     def cfg(self) -> TrainConfig:
@@ -88,15 +91,32 @@ class Experiment:
         shape, _ = self.example_spec["image"]
         return init_params(self.model, shape, key)
 
-    def create_state(self) -> TrainState:
-        """A fresh train state, born sharded."""
+    def create_state(self, merge: Callable[..., Any] = lambda init: init, *loaded: Any) -> TrainState:
+        """A fresh train state, born sharded.
+
+        Args:
+            merge: (initial parameters, *loaded) → the parameters to begin with.
+            *loaded: parameters read from elsewhere, on the mesh.
+        """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         key = train_step_lib.stream_key(self.cfg.seed, "init")
-        return train_state_lib.create(self.init, self.tx, key, shardings)
+        init = lambda key, *loaded: merge(self.init(key), *loaded)  # noqa: E731
+        return train_state_lib.create(init, self.tx, shardings, key, *loaded)
 
     def predict(self, state: TrainState, images: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """(logits, out) of the model in evaluation; what evaluators get."""
         return self.model.apply({"params": state.params}, images, train=False)
+
+    def augment(self, key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """What training does to a prepared batch: label smoothing and random erasing, then mixup, as in DeiT."""
+        cfg, images = self.cfg, batch["image"]
+        labels = losses.smooth_labels(batch["labels"], cfg.label_smoothing)
+        erasing, mixing = jax.random.split(key)
+        if cfg.random_erasing:
+            images = augment.erase(erasing, images, cfg.random_erasing)
+        if cfg.mixup:
+            images, labels = augment.mix(mixing, images, labels, batch["_mask"], cfg.mixup, cfg.mixup_group)
+        return {**batch, "image": images, "labels": labels}
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a global training batch."""
@@ -104,16 +124,34 @@ class Experiment:
         return {name: jax.ShapeDtypeStruct((self.cfg.input.batch_size, *shape), dtype, sharding=self.batch_sharding)
                 for name, (shape, dtype) in spec.items()}
 
+    def teacher_shapes(self) -> Any:
+        """Shapes, dtypes and shardings of the teacher's parameters; None without one."""
+        if self.teacher is None:
+            return None
+        # Named as in the student's state, so that the same rules serve; those of the optimiser find nothing here.
+        shapes = {"params": self.teacher.weights.shapes}
+        where = sharding.infer(shapes, self.cfg.sharding_strategy, self.mesh, partial=True)
+        return jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)["params"]
+
+    def read_teacher(self) -> Any:
+        """The teacher's parameters, where `teacher_shapes` puts them."""
+        return self.teacher and self.teacher.weights.read(self.teacher_shapes())
+
+    def step_shapes(self) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct], Any]:
+        """Shapes, dtypes and shardings of the arguments of the train step."""
+        return self.shapes, self.batch_shapes(), self.teacher_shapes()
+
     def jit_train_step(self) -> Any:
-        """`(state, batch) -> (state, metrics)`, jitted; the state is donated."""
+        """`(state, batch, teacher) -> (state, metrics)`, jitted; the state is donated."""
         cfg = self.cfg
         step = functools.partial(
             train_step_lib.train_step, model=self.model, tx=self.tx,
-            trainable=optax.trainable(cfg, self.shapes.params), loss=LOSSES[cfg.loss],
-            prepare=self.settings.preprocess.device, seed=cfg.seed, label_smoothing=cfg.label_smoothing,
-            grad_accum_steps=cfg.grad_accum_steps)
+            trainable=optax.trainable(cfg, self.shapes.params), loss=losses.LOSSES[cfg.loss],
+            prepare=self.settings.preprocess.device, augment=self.augment, seed=cfg.seed,
+            distil=self.teacher and self.teacher.loss, ema=cfg.ema, grad_accum_steps=cfg.grad_accum_steps)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
-        return jax.jit(step, donate_argnums=0, in_shardings=(shardings, self.batch_sharding),
+        teacher = jax.tree.map(lambda leaf: leaf.sharding, self.teacher_shapes())
+        return jax.jit(step, donate_argnums=0, in_shardings=(shardings, self.batch_sharding, teacher),
                        out_shardings=(shardings, dist.replicated(self.mesh)))
 
     def flops_per_step(self) -> float:
@@ -138,7 +176,7 @@ class Experiment:
         """A duration of the config in steps."""
         with under(f"config.{field}"):
             return None if duration is None else duration.steps(
-                self.cfg.input.batch_size, len(self.pipeline.source), self.total_steps)
+                self.cfg.input.batch_size, self.pipeline.examples_per_epoch, self.total_steps)
 
 
 def build(
@@ -172,7 +210,7 @@ def build(
         models.get(cfg.model_name).check_image_size(settings.model, spec["image"][0][:2])
     with under("config"):
         try:
-            total_steps = cfg.total.steps(cfg.input.batch_size, len(source))
+            total_steps = cfg.total.steps(cfg.input.batch_size, pipeline.examples_per_epoch)
         except ConfigError as error:
             raise ConfigError(f"total_{cfg.total.unit}", error.message) from None
     if total_steps < 1:
@@ -185,12 +223,15 @@ def build(
     init = functools.partial(init_params, model, spec["image"][0])
     params = jax.eval_shape(init, jax.random.key(0))
     tx, schedules = optax.make(cfg, params, total_steps=total_steps, batch_size=cfg.input.batch_size,
-                               examples=len(source))
-    shapes = train_state_lib.state_shapes(init, tx)
+                               examples=pipeline.examples_per_epoch)
+    shapes = train_state_lib.state_shapes(init, tx, cfg.ema is not None)
     shardings = train_state_lib.state_shardings(shapes, cfg.sharding_strategy, mesh)
     shapes = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
+    teacher = cfg.distillation and make_teacher(
+        cfg.distillation, open_weights(cfg.distillation.teacher, "config.distillation.teacher"), settings.preprocess,
+        spec["image"][0], num_classes)
     return Experiment(settings, mesh, batch_sharding, pipeline, num_classes, total_steps, model, tx, schedules,
-                      shapes, spec)
+                      shapes, spec, teacher)
 
 
 def init_params(model: nn.Module, image_shape: tuple[int, ...], key: jax.Array) -> Any:
@@ -198,14 +239,14 @@ def init_params(model: nn.Module, image_shape: tuple[int, ...], key: jax.Array) 
     return model.init(key, jnp.zeros((1, *image_shape), jnp.float32))["params"]
 
 
-def check_batch_size(batch_size: int, grad_accum_steps: int, sharding: NamedSharding, path: str) -> None:
+def check_batch_size(batch_size: int, grad_accum_steps: int, where: NamedSharding, path: str) -> None:
     """Refuse a global batch that the devices cannot share evenly.
 
     Raises:
         ConfigError: at `path`, with sizes that would do.
     """
-    names = [name for axes in sharding.spec for name in ((axes,) if isinstance(axes, str) else axes or ())]
-    ways = math.prod(sharding.mesh.shape[name] for name in names)
+    names = [name for axes in where.spec for name in ((axes,) if isinstance(axes, str) else axes or ())]
+    ways = math.prod(where.mesh.shape[name] for name in names)
     unit = ways * grad_accum_steps
     if batch_size % unit:
         below = batch_size // unit * unit

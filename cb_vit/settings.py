@@ -2,14 +2,17 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
 from cb_vit import datasets, models, optax, sharding
+from cb_vit.augment import ErasingConfig, MixupConfig
 from cb_vit.checkpoint import KeepBest
 from cb_vit.config import ConfigError, Duration, parse, plain, under
+from cb_vit.distillation import DistillationConfig
 from cb_vit.evaluators.common import EvaluatorConfig, parse_evals
 from cb_vit.input_pipeline import InputConfig
 from cb_vit.losses import LOSSES
@@ -18,6 +21,10 @@ from cb_vit.pp import builder
 from cb_vit.pp.builder import Preprocess
 from cb_vit.profiling import ProfileConfig
 from cb_vit.registry import suggest
+from cb_vit.train_state import EmaConfig
+from cb_vit.weights import LoadConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +36,12 @@ class TrainConfig(optax.OptimiserConfig, LoggingConfig):
         total: length of the run: `total_steps`, `total_epochs` or `total_examples`.
         input: training data and preprocessing.
         num_classes: width of the head; None: as many as the data has.
-        loss: "softmax_xent" or "sigmoid_xent".
-        label_smoothing: share of each target spread evenly over all classes.
+        loss: one of `losses.LOSSES`.
+        label_smoothing: share of each target spread evenly over all classes, before mixup.
+        mixup: mixup and cutmix, on the device; None: neither.
+        random_erasing: on the device; None: none.
+        ema: a moving average of the parameters, which evaluators measure as well, their metrics under "ema/".
+        distillation: learn from a teacher too; the model must be `distilled`.
         model_name: the module of the model.
         model: its settings.
         evals: evaluators by name.
@@ -45,6 +56,9 @@ class TrainConfig(optax.OptimiserConfig, LoggingConfig):
         keep_last: newest checkpoints kept.
         keep_best: also keep the best by a metric.
         resume: another run's workdir to go on from, where this workdir has no checkpoint yet.
+        model_init: a run's workdir whose parameters to begin with, where there is nothing to go on from; WORKDIR@STEP
+            for another checkpoint than its newest.
+        model_load: what is taken from there, and how.
         allow_changed_data: let a resumed run go on with another seed, data, preprocessing or batch size.
         profile: steps to trace.
     """
@@ -55,6 +69,10 @@ class TrainConfig(optax.OptimiserConfig, LoggingConfig):
     num_classes: int | None = None
     loss: str = "softmax_xent"
     label_smoothing: float = 0.0
+    mixup: MixupConfig | None = None
+    random_erasing: ErasingConfig | None = None
+    ema: EmaConfig | None = None
+    distillation: DistillationConfig | None = None
     model_name: str = "vit"
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     evals: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -69,6 +87,8 @@ class TrainConfig(optax.OptimiserConfig, LoggingConfig):
     keep_last: int = 2  # one to fall back to, should the newest turn out damaged
     keep_best: KeepBest | None = None
     resume: str | None = None
+    model_init: str | None = None
+    model_load: LoadConfig | None = None
     allow_changed_data: bool = False
     profile: ProfileConfig | None = None
 
@@ -86,10 +106,24 @@ class TrainConfig(optax.OptimiserConfig, LoggingConfig):
             raise ConfigError("grad_accum_steps", f"{self.grad_accum_steps} does not divide input.batch_size "
                                                   f"{self.input.batch_size}")
         LOSSES.pick(self.loss, "loss")
+        if self.loss == "bce" and self.label_smoothing:
+            raise ConfigError("label_smoothing", f"{self.label_smoothing} would make every class a target of loss "
+                                                 "'bce', which takes what is above 0 as 1; set it to 0")
+        if self.mixup:
+            with under("mixup"):
+                _ = self.mixup_group
+        if self.model_load and not self.model_init:
+            raise ConfigError("model_load", "says how to take parameters, but not from where: set model_init")
         for name in ("log_training", "ckpt", "keep_ckpt"):
             duration = getattr(self, name)
             if duration is not None and duration.value == 0:
                 raise ConfigError(f"{name}_{duration.unit}", "must be more than 0; leave it unset for never")
+
+
+    @property
+    def mixup_group(self) -> int:
+        """Rows that mixup mixes among themselves."""
+        return self.mixup.rows(self.input.batch_size, self.input.batch_size // self.input.virtual_ranks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +156,9 @@ def check(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Settings:
     model = parse(module.Config, cfg.model, "config.model")
     with under("config.model"):
         model = module.resolve(model)
+    if cfg.distillation and not getattr(model, "distilled", False):
+        raise ConfigError("config.distillation", "the student needs the distillation token and its head: set "
+                                                 "config.model.distilled=True")
     datasets.check_source(cfg.input.data, "config.input.data")
     preprocess = builder.build(cfg.input.pp, "config.input.pp")
     evals = parse_evals(cfg.evals)
@@ -130,6 +167,9 @@ def check(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Settings:
             module.check_image_size(model, preprocess.image_size)
     if cfg.num_classes and preprocess.num_classes not in (None, cfg.num_classes):
         raise ConfigError("config.num_classes", f"{cfg.num_classes}, but input.pp has onehot({preprocess.num_classes})")
+    warning = optax.warn_mismatch(cfg, batch_size=cfg.input.batch_size, width=model.width)
+    if warning:
+        logger.warning("%s", warning)
     check_installed(cfg)
     sharding.parse_strategy(cfg.sharding_strategy, "config.sharding_strategy")
     _check_mesh_names(cfg)

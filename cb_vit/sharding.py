@@ -92,7 +92,8 @@ def parse_strategy(strategy: Sequence[tuple[str, str]], path: str) -> list[tuple
             for i, (regex, text) in enumerate(strategy)]
 
 
-def infer(tree: Tree, strategy: Sequence[tuple[str, str]], mesh: Mesh, path: str = "config.sharding_strategy") -> Tree:
+def infer(tree: Tree, strategy: Sequence[tuple[str, str]], mesh: Mesh, path: str = "config.sharding_strategy",
+          partial: bool = False) -> Tree:
     """The sharding of every leaf.
 
     Args:
@@ -100,6 +101,7 @@ def infer(tree: Tree, strategy: Sequence[tuple[str, str]], mesh: Mesh, path: str
         strategy: (regex, rules) pairs; a leaf that none matches is replicated.
         mesh: the run's mesh.
         path: where the strategy stands in the config, for errors.
+        partial: `tree` is part of a state, where some regexes may match nothing.
 
     Returns:
         `NamedSharding`s in the form of `tree`.
@@ -108,7 +110,8 @@ def infer(tree: Tree, strategy: Sequence[tuple[str, str]], mesh: Mesh, path: str
         ConfigError: a regex that matches nothing, or a rule that does not fit its leaf.
     """
     rules = parse_strategy(strategy, path)
-    check_rules(rules, tree, path)
+    if not partial:
+        check_rules(rules, tree, path)
 
     def shard(name: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         spec: Spec = [None] * len(leaf.shape)

@@ -1,23 +1,48 @@
-"""What stands between an experiment and its first step: evaluators, and the state it begins with."""
+"""What stands between a config and the first step: the experiment, its evaluators, and the state it begins with."""
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from etils import epath
 
-from cb_vit import io
+from cb_vit import dist, experiment, io, models
 from cb_vit import workdir as workdir_lib
-from cb_vit.checkpoint import Checkpointer
+from cb_vit.checkpoint import Checkpointer, in_loop_layout
 from cb_vit.config import ConfigError
 from cb_vit.evaluators import common as evaluators
 from cb_vit.experiment import Experiment
+from cb_vit.settings import Settings, TrainConfig
 from cb_vit.train_state import TrainState
+from cb_vit.tree import flatten_with_names, map_with_names
+from cb_vit.weights import LoadConfig, Weights, open_weights
 
 logger = logging.getLogger(__name__)
+
+
+def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
+    """The experiment, and a look at what it would begin from, before anything is written.
+
+    Raises:
+        ConfigError: see `experiment.build`; or there is nothing where `config.resume` or `config.model_init` points to,
+            or parameters of another model.
+    """
+    cfg, weights = settings.train, None
+    if not (io.as_path(workdir) / "checkpoints").exists():
+        if cfg.resume:
+            resume_folder(cfg.resume)
+        elif cfg.model_init:
+            weights = open_init(cfg)
+    run = experiment.build(settings)
+    if weights:
+        _fit(run, weights)
+    return run
 
 
 def build_evaluators(run: Experiment) -> dict[str, Any]:
@@ -36,8 +61,9 @@ def build_evaluators(run: Experiment) -> dict[str, Any]:
             raise ConfigError(f"config.evals.{name}.prefix", f"{evaluator.config.prefix!r} is that of {other} too: "
                                                              "their metrics would have the same names")
     best = run.cfg.keep_best
-    if best and not best.metric.startswith(tuple(owners)):
-        prefixes = ", ".join(map(repr, owners)) or "(config.evals is empty)"
+    known = [*owners, *(f"{evaluators.EMA}{prefix}" for prefix in owners if run.cfg.ema)]
+    if best and not best.metric.startswith(tuple(known)):
+        prefixes = ", ".join(map(repr, known)) or "(config.evals is empty)"
         raise ConfigError("config.keep_best.metric", f"{best.metric!r} is of no evaluator; names of their metrics "
                                                      f"begin with {prefixes}")
     return evals
@@ -46,7 +72,9 @@ def build_evaluators(run: Experiment) -> dict[str, Any]:
 def restore_or_create(
     run: Experiment, workdir: str | os.PathLike, checkpointer: Checkpointer
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state a run begins with, and the notes beside it: own workdir, else `config.resume`, else scratch.
+    """The state a run begins with, and the notes beside it.
+
+    In this order: own workdir, `config.resume`, `config.model_init`, scratch.
 
     Raises:
         ConfigError: where the run should go on, it would do so with other data, with another model, or past its end.
@@ -59,6 +87,8 @@ def restore_or_create(
             if restored := _restore(run, run.cfg.resume, other):
                 return restored
         raise ConfigError("config.resume", f"{directory} holds no checkpoint")
+    if run.cfg.model_init:
+        return begin_from(run, open_init(run.cfg))
     return run.create_state(), {}
 
 
@@ -93,8 +123,52 @@ def resume_folder(workdir: str) -> epath.Path:
     return folder
 
 
-def run_notes(run: Experiment) -> dict[str, Any]:
-    """What `run.json` says: all that one needs beside the parameters to use the model."""
+def open_init(cfg: TrainConfig) -> Weights:
+    """The parameters that `config.model_init` names.
+
+    Raises:
+        ConfigError: there are none, or they cannot be read.
+    """
+    averaged = cfg.model_load and cfg.model_load.params == "ema"
+    return open_weights(cfg.model_init, "config.model_init", "ema" if averaged else "params")
+
+
+def begin_from(run: Experiment, weights: Weights) -> tuple[TrainState, dict[str, Any]]:
+    """The state before the first step, with parameters of another model, and a note of where they are from.
+
+    Raises:
+        ConfigError: they do not fit, or cannot be read.
+    """
+    merge, lines = _fit(run, weights)
+    own, everywhere = dict(flatten_with_names(in_loop_layout(run.shapes.params))[0]), dist.replicated(run.mesh)
+
+    def place(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        fits = name in own and own[name].shape == leaf.shape
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own[name].sharding if fits else everywhere)
+
+    loaded = weights.read(map_with_names(place, weights.shapes))
+    for line in lines:
+        logger.info("parameters of step %d of %s: %s", weights.step, weights.path, line)
+    note = {"path": weights.path, "step": weights.step, "item": weights.item, "report": lines}
+    return run.create_state(merge, loaded), {"model_init": note}
+
+
+def _fit(run: Experiment, weights: Weights) -> tuple[Callable[[Any, Any], Any], list[str]]:
+    """(initial parameters, loaded ones) → parameters, and what became of each; from shapes alone."""
+    module, cfg, load = models.get(run.cfg.model_name), run.settings.model, run.cfg.model_load or LoadConfig()
+    merge = functools.partial(
+        module.merge, config=cfg, dont_load=load.dont_load, posemb_resize=load.posemb_resize,
+        image_size=run.example_spec["image"][0][:2],
+        loaded_grid=module.patch_grid(weights.model.config, weights.image_shape[:2]))
+    try:
+        _, report = jax.eval_shape(merge, run.shapes.params, weights.shapes)
+    except ConfigError as error:
+        raise ConfigError(f"config.{error.path}", f"step {weights.step} of {weights.path}: {error.message}") from None
+    return lambda init, loaded: merge(init, loaded)[0], list(report.lines)
+
+
+def run_notes(run: Experiment, model_init: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What `run.json` says: all that one needs beside the parameters to use the model; and where those began."""
     source = run.pipeline.source
     return {
         "format": 1,
@@ -106,6 +180,7 @@ def run_notes(run: Experiment) -> dict[str, Any]:
         "pp": run.cfg.input.pp,
         "pp_evals": {name: config.pp_fn for name, config in run.settings.evals.items()},
         "total_steps": run.total_steps,
+        "model_init": model_init,
     }
 
 

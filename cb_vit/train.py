@@ -17,10 +17,11 @@ from typing import Any
 import jax
 import ml_collections
 
-from cb_vit import dist, experiment, io, startup
+from cb_vit import dist, experiment, startup
 from cb_vit import workdir as workdir_lib
 from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import Failure
+from cb_vit.evaluators.common import EMA, measure
 from cb_vit.experiment import Experiment
 from cb_vit.input_pipeline import to_device
 from cb_vit.metric_writer import MetricWriter
@@ -57,9 +58,7 @@ def train_and_evaluate(
     """
     settings = check(config)
     workdir_lib.check_writable(workdir)
-    if settings.train.resume and not (io.as_path(workdir) / "checkpoints").exists():
-        startup.resume_folder(settings.train.resume)
-    run = experiment.build(settings)
+    run = startup.build(settings, workdir)
     evals = startup.build_evaluators(run)
     primary = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
@@ -70,16 +69,17 @@ def train_and_evaluate(
         state, meta = startup.restore_or_create(run, workdir, checkpointer)
         first = int(state.step)
         if primary:
-            workdir_lib.write_notes(workdir, settings.raw, startup.run_notes(run))
+            workdir_lib.write_notes(workdir, settings.raw, startup.run_notes(run, meta.get("model_init")))
         writer = stack.enter_context(MetricWriter(
             workdir, settings.train, resume_step=first or None, run_config=settings.raw, primary=primary))
         chrono = Chrono(run.total_steps, run.cfg.input.batch_size, devices=run.mesh.devices.ravel().tolist(),
-                        examples_per_epoch=len(run.pipeline.source))
+                        examples_per_epoch=run.pipeline.examples_per_epoch)
         if "chrono" in meta:
             chrono.restore(meta["chrono"])
         profiler = stack.enter_context(Profiler(run.cfg.profile, workdir, primary))
         stop = stack.enter_context(stop_signal(checkpointer))
-        loop = Loop(run, evals, checkpointer, writer, chrono, profiler, stop, meta.get("examples_skipped", 0))
+        loop = Loop(run, evals, checkpointer, writer, chrono, profiler, stop, meta.get("examples_skipped", 0),
+                    meta.get("model_init"))
         state = loop.run(state)
         return {"step": int(state.step), **{name: float(values[-1]) for name, (_, values) in writer.history().items()}}
 
@@ -97,6 +97,7 @@ class Loop:
         profiler: traces some steps.
         stop: at every step, in turn: whether to save and end there.
         examples_skipped: unreadable examples met since the run began.
+        model_init: where its first parameters came from, as `startup.begin_from` has it.
     """
 
     experiment: Experiment
@@ -107,6 +108,7 @@ class Loop:
     profiler: Profiler
     stop: Callable[[int], bool]
     examples_skipped: int = 0
+    model_init: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         run = self.experiment
@@ -120,6 +122,7 @@ class Loop:
         """Train to the last step, or to where the run is told to stop."""
         first, total = int(state.step), self.experiment.total_steps
         train_step = self._compile() if first < total else None
+        teacher = self.experiment.read_teacher()
         metrics = None  # of the last step, until they are logged
         self.chrono.start(first)
         with contextlib.closing(self._batches(first)) as batches:
@@ -138,7 +141,7 @@ class Loop:
                     break
                 batch = next(batches)
                 with self.profiler.step(step + 1, state):
-                    state, following = train_step(state, batch)
+                    state, following = train_step(state, batch, teacher)
                 if metrics:
                     self._log(step, metrics)
                 metrics = following
@@ -149,7 +152,7 @@ class Loop:
 
     def _compile(self) -> Callable:
         run = self.experiment
-        compiled = run.jit_train_step().lower(run.shapes, run.batch_shapes()).compile()
+        compiled = run.jit_train_step().lower(*run.step_shapes()).compile()
         if peak_flops(run.mesh.devices.flat[0].device_kind):
             self.chrono.flops_per_step = run.flops_per_step()
         return compiled
@@ -175,7 +178,8 @@ class Loop:
     def _judges(self, names: list[str]) -> bool:
         """Whether one of these evaluators measures what `keep_best` goes by: what it finds may be worth keeping."""
         best = self.experiment.cfg.keep_best
-        return best is not None and any(best.metric.startswith(self.evals[name].config.prefix) for name in names)
+        return best is not None and any(
+            best.metric.removeprefix(EMA).startswith(self.evals[name].config.prefix) for name in names)
 
     def _log(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Fetch the metrics of `step`; stop if they are not finite, record them if due."""
@@ -201,7 +205,7 @@ class Loop:
         for name in names:
             evaluator = self.evals[name]
             with self.chrono.paused("evaluate"):
-                found = {f"{evaluator.config.prefix}{metric}": value for metric, value in evaluator.run(state)}
+                found = measure(evaluator, state)
             self.writer.write(step, found)
             logger.info("step %d  %s", step, "  ".join(f"{metric} {value:.4f}" for metric, value in found.items()))
             scores |= found
@@ -213,7 +217,8 @@ class Loop:
             return
         with self.chrono.paused("checkpoint"):
             self.writer.flush()
-            meta = {"chrono": self.chrono.state(), "examples_skipped": self.examples_skipped}
+            meta = {"chrono": self.chrono.state(), "examples_skipped": self.examples_skipped,
+                    "model_init": self.model_init}
             self.checkpointer.save(state, meta, scores)
 
     def _say_goodbye(self, step: int, first: int, stopping: bool) -> None:

@@ -1,6 +1,7 @@
-"""What a checkpoint must hold: step, parameters, optimiser state; born on the devices that keep it."""
+"""What a checkpoint must hold: step, parameters, their average, optimiser state; born on the devices that keep it."""
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from cb_vit import sharding
+from cb_vit.config import ConfigError
 
 Tree = Any
 Leaf = Any  # an array; in a state of shapes or shardings, which has the same form, one of those
@@ -25,44 +27,81 @@ class TrainState:
         params: nested dict of parameters.
         opt: the optimiser's state.
         finite: whether loss, gradients and parameters have been finite at every step so far, bool [].
+        ema: moving average of the parameters, a tree like `params`; None: not kept.
     """
 
     step: Leaf
     params: Tree
     opt: optax.OptState
     finite: Leaf
+    ema: Tree = None
+
+    @property
+    def arrays(self) -> dict[str, Tree]:
+        """The trees of arrays by field, without those that are not kept."""
+        trees = {"params": self.params, "opt": self.opt, "ema": self.ema}
+        return {name: tree for name, tree in trees.items() if tree is not None}
 
 
-def state_shapes(init: Callable[[jax.Array], Tree], tx: optax.GradientTransformation) -> TrainState:
-    """Shapes and dtypes of the state, without making it."""
-    return jax.eval_shape(_creator(init, tx), jax.random.key(0))
+@dataclasses.dataclass(frozen=True)
+class EmaConfig:
+    """The block `config.ema`: an exponential moving average of the parameters, kept and evaluated beside them.
+
+    After each step, e ← d·e + (1 - d)·p, from e = p at the start (Polyak and Juditsky, 1992; timm's ModelEma).
+
+    Attributes:
+        decay: d, in [0, 1). DeiT has 0.99996.
+        warmup: let d rise with the number t of steps done before, min(decay, 1 - (1 + t)^-⅔), so that a short run's
+            average is not mostly its first parameters (timm's ModelEmaV3); DeiT has none.
+    """
+
+    decay: float = 0.99996
+    warmup: bool = False
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ConfigError("decay", f"must be in [0, 1), got {self.decay}")
+
+    def update(self, ema: Tree, params: Tree, step: jax.Array) -> Tree:
+        """The average after `params` has been taken in; `step`: steps done before, int32 []."""
+        rate = jnp.float32(1 - self.decay)
+        if self.warmup:
+            rate = jnp.maximum(rate, (1 + step.astype(jnp.float32)) ** (-2 / 3))
+        return jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
+
+
+def begin(params: Tree, tx: optax.GradientTransformation, ema: bool) -> TrainState:
+    """The state before the first step, from `params`; the average begins as a copy of them."""
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.ones((), bool), average)
+
+
+def state_shapes(
+    init: Callable[[jax.Array], Tree], tx: optax.GradientTransformation, ema: bool = False
+) -> TrainState:
+    """Shapes and dtypes of the state, with an average of the parameters if `ema`, without making it."""
+    return jax.eval_shape(lambda key: begin(init(key), tx, ema), jax.random.key(0))
 
 
 def create(
-    init: Callable[[jax.Array], Tree],
+    init: Callable[..., Tree],
     tx: optax.GradientTransformation,
-    key: jax.Array,
     shardings: TrainState,
+    *args: Tree,
 ) -> TrainState:
     """A fresh state, each leaf computed where `shardings` puts it: no device ever holds a whole copy.
 
     Args:
-        init: key → parameters.
+        init: `args` → parameters.
         tx: the optimiser.
-        key: randomness of the initialisation; the same on all processes.
         shardings: as `state_shardings` gives them.
+        *args: a key, the same on all processes, and any trees of arrays, on the mesh, that `init` makes use of.
     """
-    return jax.jit(_creator(init, tx), out_shardings=shardings)(key)
+    ema = shardings.ema is not None
+    return jax.jit(lambda *args: begin(init(*args), tx, ema), out_shardings=shardings)(*args)
 
 
 def state_shardings(shapes: TrainState, strategy: Sequence[tuple[str, str]], mesh: Mesh) -> TrainState:
     """Where every leaf of the state lives, by `config.sharding_strategy`."""
     return sharding.infer(shapes, strategy, mesh)
 
-
-def _creator(init, tx) -> Callable[[jax.Array], TrainState]:
-    def create(key: jax.Array) -> TrainState:
-        params = init(key)
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.ones((), bool))
-
-    return create

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cb_vit import losses
-from cb_vit.train_state import TrainState
+from cb_vit.train_state import EmaConfig, TrainState
 
 Tree = Any
-STREAMS = {"init": 0, "dropout": 1}
+STREAMS = {"init": 0, "dropout": 1, "augment": 2}
 
 
 def stream_key(seed: int, stream: str, step: int | jax.Array = 0) -> jax.Array:
@@ -24,14 +23,17 @@ def stream_key(seed: int, stream: str, step: int | jax.Array = 0) -> jax.Array:
 def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
+    teacher: Tree = None,
     *,
     model: nn.Module,
     tx: optax.GradientTransformation,
     trainable: Tree,
     loss: Callable[[jax.Array, jax.Array], jax.Array],
     prepare: Callable[[dict], dict],
+    augment: Callable[[jax.Array, dict], dict],
     seed: int,
-    label_smoothing: float = 0.0,
+    distil: Callable[..., jax.Array] | None = None,
+    ema: EmaConfig | None = None,
     grad_accum_steps: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Take one optimiser step.
@@ -40,14 +42,17 @@ def train_step(
         state: the state before it; donate it.
         batch: what the host delivers: "image" uint8 [b y x c], labels, and "_mask" bool [b], False
             where a broken example keeps its row.
+        teacher: parameters of the teacher, for `distil`.
         model: a Linen module, `apply(params, images, train)` → (logits, out).
         tx: the optimiser.
         trainable: for each parameter, whether it is trained; the backward pass leaves the others out, and
             so do the norms of gradients and updates.
         loss: (logits [b c], labels [b c]) → [b].
         prepare: the device side of preprocessing; makes float images and "labels" [b c].
+        augment: (key, batch) → batch: what is done to prepared images and labels, such as mixup.
         seed: the run's seed.
-        label_smoothing: share of each target spread evenly over all classes.
+        distil: (teacher, images, out, label loss [b]) → [b]: the loss with a teacher's share, see `distillation.py`.
+        ema: keeps `state.ema`.
         grad_accum_steps: micro-batches the batch is cut into, one after the other, to save memory;
             the result is that of the whole batch, but for rounding and dropout's draws.
 
@@ -57,18 +62,21 @@ def train_step(
         and have been at all steps before.
     """
     batch = prepare(batch)
-    key = stream_key(seed, "dropout", state.step)
     # A row without any label (-1 on the host) teaches nothing, nor does one that could not be read.
     learnt = batch["_mask"] & jnp.any(batch["labels"] > 0, axis=1)
     skipped = jnp.sum(~batch["_mask"])
-    batch = {**batch, "_mask": learnt}
+    batch = augment(stream_key(seed, "augment", state.step), {**batch, "_mask": learnt})
     count = jnp.maximum(jnp.sum(learnt), 1)
+    key = stream_key(seed, "dropout", state.step)
 
     def loss_fn(params: Tree, micro: dict[str, jax.Array], index: jax.Array) -> jax.Array:
         rngs = {"dropout": jax.random.fold_in(key, index)}
         params = jax.tree.map(lambda p, train: p if train else jax.lax.stop_gradient(p), params, trainable)
-        logits, _ = model.apply({"params": params}, micro["image"], train=True, rngs=rngs)
-        each = loss(logits, losses.smooth_labels(micro["labels"], label_smoothing))
+        logits, out = model.apply({"params": params}, micro["image"], train=True, rngs=rngs)
+        if distil is None:
+            each = loss(logits, micro["labels"])
+        else:
+            each = distil(teacher, micro["image"], out, loss(out["logits_cls"], micro["labels"]))
         return jnp.sum(jnp.where(micro["_mask"], each, 0.0)) / count
 
     value, grads = _accumulate(jax.value_and_grad(loss_fn), state.params, batch, grad_accum_steps)
@@ -82,7 +90,8 @@ def train_step(
         "examples_skipped": skipped,
     }
     finite = state.finite & jnp.all(jnp.isfinite(jnp.stack([value, metrics["l2_grads"], metrics["l2_params"]])))
-    return TrainState(state.step + 1, params, opt, finite), {**metrics, "finite": finite}
+    average = None if ema is None else ema.update(state.ema, params, state.step)
+    return TrainState(state.step + 1, params, opt, finite, average), {**metrics, "finite": finite}
 
 
 def _accumulate(grad_fn: Callable, params: Tree, batch: dict[str, jax.Array], steps: int) -> tuple[jax.Array, Tree]:

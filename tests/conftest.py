@@ -4,8 +4,24 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("cb_vit", "typecheck.checked")
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    """For modules whose tests compile the same few functions over and over, most of what they would spend."""
+    changes = dict(jax_compilation_cache_dir=str(tmp_path_factory.mktemp("compiled")),
+                   jax_persistent_cache_min_compile_time_secs=0.1)
+    before = {name: getattr(jax.config, name) for name in changes}
+    for settings in (changes, before):
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if settings is changes:
+            yield

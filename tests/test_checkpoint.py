@@ -324,6 +324,62 @@ def test_reading_only_changes_nothing(tmp_path, run):
     assert snapshot(tmp_path) == before
 
 
+# --- Parameters alone -------------------------------------------------------------------------------------------
+
+def placed(shapes):
+    """Shapes with shardings: the first axis spread over the devices where they divide it."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def place(leaf):
+        spec = ("data",) if leaf.shape and leaf.shape[0] % 8 == 0 else ()
+        where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map(place, shapes)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_parameters_are_read_without_knowing_the_model(tmp_path, scan):
+    run = build(model=dict(scan=scan), sharding_strategy=FSDP, ema=dict(decay=0.9))
+    save(run, tmp_path, 3, 7)
+    before = snapshot(tmp_path)
+    with opened(tmp_path, read_only=True) as checkpointer:
+        for asked, step in ((None, 7), (3, 3)):
+            for item in ("params", "ema"):
+                found, shapes = checkpointer.params_shapes(asked, item)
+                assert found == step
+                like = placed(shapes)
+                params = checkpointer.restore_params(step, like, item)
+                assert_equal(params, to_loop(getattr(filled(run, step), item)))
+                jax.tree.map(lambda x, wanted: np.testing.assert_equal(x.sharding, wanted.sharding), params, like)
+    assert any(len(leaf.sharding.device_set) == 8 and not leaf.is_fully_replicated for leaf in jax.tree.leaves(params))
+    assert snapshot(tmp_path) == before
+
+
+def test_parameters_that_are_not_there_or_damaged(tmp_path, run, monkeypatch):
+    with opened(tmp_path) as checkpointer, pytest.raises(ConfigError, match=f"{tmp_path}/.* holds no checkpoint"):
+        checkpointer.params_shapes()
+    save(run, tmp_path, 1, 2)
+    with opened(tmp_path, read_only=True) as checkpointer:
+        with pytest.raises(ConfigError, match="holds checkpoints of steps 1, 2, none of step 3"):
+            checkpointer.params_shapes(3)
+        with pytest.raises(ConfigError, match=f"step 2 in {tmp_path}/.* has no 'ema'; its run kept no average"):
+            checkpointer.params_shapes(item="ema")
+        step, shapes = checkpointer.params_shapes()
+        flip(largest(tmp_path / "checkpoints" / "2" / "params"))
+        with pytest.raises(ConfigError, match=f"step 2 in {tmp_path}/checkpoints cannot be read") as error:
+            checkpointer.restore_params(step, placed(shapes))
+        assert "\n" not in str(error.value)
+        from cb_vit import checkpoint
+        checksum = checkpoint._checksum
+        monkeypatch.setattr(checkpoint, "_checksum", lambda leaf: checksum(leaf) ^ 1)
+        with pytest.raises(ConfigError, match="step 1 in .* cannot be read: checksum of params/"):
+            checkpointer.restore_params(1, placed(shapes))
+        truncate(largest(tmp_path / "checkpoints" / "1" / "meta"))
+        with pytest.raises(ConfigError, match="step 1 in .* cannot be read"):
+            checkpointer.params_shapes(1)
+
+
 # --- What is kept -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings, kept, then", [

@@ -147,7 +147,7 @@ def test_a_state_is_born_where_it_lives_and_with_the_same_numbers():
         (".*/Dense_0/kernel", f"shard_dim('model', -1)|{EVERYTHING}"),
         (".*/Dense_1/kernel", f"shard_dim('model', -2)|{EVERYTHING}"),
         (".*", EVERYTHING)]
-    born = [create(init, TX, jax.random.key(0), placements(*where)[1]) for where in (
+    born = [create(init, TX, placements(*where)[1], jax.random.key(0)) for where in (
         ([(".*", "replicate")], 1), (strategy, 8, [("data", 4), ("model", 2)]))]
     kernel = born[1].params["Transformer"]["encoderblock_0"]["MlpBlock_0"]["Dense_0"]["kernel"]
     assert kernel.sharding.spec == P("data", "model")

@@ -13,7 +13,6 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from cb_vit import train, workdir
 from cb_vit.config import ConfigError
@@ -22,7 +21,8 @@ from cb_vit.evaluators.classification import Evaluator
 from cb_vit.metric_writer import MetricWriter
 from cb_vit.train import NonFinite, train_and_evaluate
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")  # of reading a checkpoint as it is
+pytestmark = [pytest.mark.filterwarnings("ignore:Sharding info not provided"),  # of reading a checkpoint as it is
+              pytest.mark.usefixtures("compile_once")]
 TIMES = re.compile(r"uptime|core_hours|img/sec.*|mfu|z/secs/.*|.*_gib")
 PP = "flip_lr|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
 
@@ -103,20 +103,6 @@ class Crash(Exception):
 
 def crash(*_):
     raise Crash
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Nearly all of these runs compile the same three functions, which is most of what they would spend."""
-    changes = dict(jax_compilation_cache_dir=str(tmp_path_factory.mktemp("compiled")),
-                   jax_persistent_cache_min_compile_time_secs=0.1)
-    before = {name: getattr(jax.config, name) for name in changes}
-    for settings in (changes, before):
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if settings is changes:
-            yield
 
 
 @pytest.fixture(scope="module")

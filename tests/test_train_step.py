@@ -20,6 +20,7 @@ TENSOR_RULES = (
     (r".*/MlpBlock_0/Dense_0/kernel", "shard_dim('model', -1)"), (r".*/Dense_1/kernel", "shard_dim('model', -2)"))
 FROZEN = "embedding/.*|.*/encoderblock_0/.*"
 FSDP = dict(sharding_strategy=((".*", "fsdp(axis='data', min_size_to_shard_mb=0)"),))
+AUGMENT = dict(mixup=dict(mixup_alpha=0.8, cutmix_alpha=1.0, mode="elem"), random_erasing=dict(prob=0.5))
 SETTINGS = {
     "one device": dict(devices=1),
     "data parallel": {},
@@ -31,7 +32,12 @@ SETTINGS = {
     "smoothed": dict(devices=1, label_smoothing=0.1),
     "frozen": dict(devices=1, schedule=((FROZEN, None), (".*", dict(decay_type="cosine")))),
     "dropout": dict(devices=1, model=dict(dropout=0.5, drop_path=0.2)),
-    "dropout, data parallel": dict(model=dict(dropout=0.5, drop_path=0.2))}
+    "dropout, data parallel": dict(model=dict(dropout=0.5, drop_path=0.2)),
+    "augmented": dict(devices=1, label_smoothing=0.1, **AUGMENT),
+    "augmented, data parallel": dict(label_smoothing=0.1, **AUGMENT),
+    "augmented, accumulated": dict(label_smoothing=0.1, grad_accum_steps=2, **AUGMENT),
+    "average": dict(devices=1, ema=dict(decay=0.9)),
+    "average, warm": FSDP | dict(ema=dict(decay=0.9, warmup=True), model=dict(scan=True))}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,7 +65,7 @@ def compiled(name):
     """The step of `build(name)`, compiled as the train loop does it."""
     run = build(name)
     with run.context():
-        return run.jit_train_step().lower(run.shapes, run.batch_shapes()).compile()
+        return run.jit_train_step().lower(*run.step_shapes()).compile()
 
 
 @functools.cache
@@ -74,7 +80,7 @@ def begin(name, step=0, **changed):
     run = build(name)
     params = to_scan(parameters()) if run.settings.model.scan else parameters()
     state = TrainState(np.int32(step), params, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), run.shapes.opt),
-                       np.bool_(True)).replace(**changed)
+                       np.bool_(True), run.shapes.ema and params).replace(**changed)
     return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, run.shapes))
 
 
@@ -92,7 +98,7 @@ def train(name, data, state=None):
     state = begin(name) if state is None else state
     for batch in data:
         batch = dist.to_global(batch, np.arange(BATCH), run.batch_sharding, BATCH)
-        state, metrics = compiled(name)(state, batch)
+        state, metrics = compiled(name)(state, batch, None)
         history.append(jax.device_get(metrics))
     return history, state
 
@@ -235,9 +241,34 @@ def test_dropout_is_addressed_by_the_step_and_is_the_same_again_on_any_devices()
     np.testing.assert_allclose(loss_at(1, "dropout, data parallel"), values[1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["augmented, data parallel", "augmented, accumulated"])
+def test_augmentation_is_the_same_on_any_devices(name):
+    assert_close(train(name, batches()), train("augmented", batches()))
+    assert train("augmented", batches(1))[0][0]["training_loss"] != train("smoothed", batches(1))[0][0]["training_loss"]
+
+
+def test_augmentation_is_addressed_by_the_step():
+    losses = [train("augmented", batches(1), begin("augmented", step))[0][0]["training_loss"] for step in (0, 1, 0)]
+    assert losses[0] == losses[2] != losses[1]
+
+
+@pytest.mark.parametrize(("name", "rates"), [
+    ("average", [0.1] * 3), ("average, warm", [1, 2 ** (-2 / 3), 3 ** (-2 / 3)])])
+def test_the_average_follows_its_formula(name, rates):
+    """And leaves the parameters alone. A decay of 0.9 is reached at t = 31, far from here."""
+    start = begin(name)
+    expected = jax.device_get(start.params)
+    state = start.replace(ema=jax.tree.map(jnp.copy, start.params))
+    for batch, rate in zip(batches(), rates, strict=True):
+        _, state = train(name, [batch], state)
+        expected = jax.tree.map(lambda e, p, rate=rate: e + rate * (np.asarray(p) - e), expected, state.params)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), state.ema, expected)
+    assert_close(([], state), ([], train("one device", batches())[1]))
+
+
 def test_streams_of_randomness_share_no_key():
     keys = [jax.random.key_data(stream_key(seed, stream, step)).tobytes()
-            for seed in (0, 1) for stream in ("init", "dropout") for step in range(4)]
+            for seed in (0, 1) for stream in ("init", "dropout", "augment") for step in range(4)]
     assert len(set(keys)) == len(keys)
 
 

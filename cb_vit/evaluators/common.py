@@ -26,6 +26,7 @@ from cb_vit.pp import builder
 from cb_vit.registry import Registry
 from cb_vit.train_state import TrainState
 
+EMA = "ema/"  # stands before the names of metrics of the averaged parameters
 EVALUATORS = Registry("evaluator", {"classification": "cb_vit.evaluators.classification"})
 PredictFn = Callable[[TrainState, jax.Array], tuple[jax.Array, dict[str, Any]]]
 
@@ -114,6 +115,15 @@ def build(
                                             f"input.pp ({str(error).splitlines()[0][:120]})") from None
     return _module(config.type, where).Evaluator(
         predict_fn, config=config, source=source, preprocess=preprocess, sharding=sharding)
+
+
+def measure(evaluator: Any, state: TrainState) -> dict[str, float]:
+    """All metrics of an evaluator, and if an average of the parameters is kept, of that as well, under "ema/"."""
+    found = {f"{evaluator.config.prefix}{metric}": value for metric, value in evaluator.run(state)}
+    if state.ema is None:
+        return found
+    averaged = evaluator.run(state.replace(params=state.ema))
+    return found | {f"{EMA}{evaluator.config.prefix}{metric}": value for metric, value in averaged}
 
 
 def _module(kind: str, path: str) -> ModuleType:

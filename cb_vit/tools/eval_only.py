@@ -13,6 +13,7 @@ import ml_collections
 from cb_vit import dist, experiment, io
 from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import ConfigError
+from cb_vit.evaluators.common import measure
 from cb_vit.settings import check
 from cb_vit.startup import build_evaluators
 from cb_vit.tools import cli
@@ -37,10 +38,10 @@ def main(config: ml_collections.ConfigDict) -> None:
             print(f"step {int(state.step)} of {directory}")
         for name, evaluator in build_evaluators(run).items():
             start = time.monotonic()
-            values = dict(evaluator.run(state))
+            values = measure(evaluator, state)
             if jax.process_index() == 0:
                 for metric, value in values.items():
-                    print(f"{evaluator.config.prefix + metric:<24}{value:.4f}")
+                    print(f"{metric:<24}{value:.4f}")
                 print(f"{name + ' took':<24}{time.monotonic() - start:.1f} s")
 
 

@@ -62,12 +62,12 @@ def _parameters(run: Experiment) -> Iterator[str]:
     rules = {rule.name: rule for rule in optax.describe(run.cfg, run.shapes.params)}
     leaves = flatten_with_names(run.shapes.params)[0]
     width = max(len(name) for name, _ in leaves) + 2
-    yield f"{'name':<{width}}{'shape':<20}{'count':>12}  {'lr ×':>6}{'decay ×':>9}  sharding"
+    yield f"{'name':<{width}}{'shape':<20}{'count':>12}  {'lr ×':>12}{'decay ×':>9}  sharding"
     for name, leaf in leaves:
         rule = rules[name]
         spec = ", ".join("-" if axes is None else str(axes) for axes in leaf.sharding.spec) or "replicated"
-        rate = "frozen" if rule.frozen else f"{rule.lr_mult:g}"
-        yield f"{name:<{width}}{str(leaf.shape):<20}{leaf.size:>12,}  {rate:>6}{rule.wd_mult:>9g}  {spec}"
+        rate = "frozen" if rule.frozen else rule.lr_text
+        yield f"{name:<{width}}{str(leaf.shape):<20}{leaf.size:>12,}  {rate:>12}{rule.wd_mult:>9g}  {spec}"
     yield f"{'all':<{width}}{'':<20}{sum(leaf.size for _, leaf in leaves):>12,}"
 
 
@@ -75,9 +75,9 @@ def _run(run: Experiment) -> Iterator[str]:
     cfg, batch = run.cfg, run.cfg.input.batch_size
     devices = run.mesh.devices.ravel()
     share = run.batch_sharding.shard_shape((batch,))[0]
-    examples = len(run.pipeline.source)
+    examples = run.pipeline.examples_per_epoch
     yield f"{'devices':<24}{len(devices)} × {devices[0].device_kind}, mesh {dict(run.mesh.shape)}"
-    yield f"{'training examples':<24}{examples:,}"
+    yield f"{'training examples':<24}{len(run.pipeline.source):,}"
     yield f"{'steps':<24}{run.total_steps:,} ({run.total_steps * batch / examples:.2f} epochs)"
     yield f"{'batch':<24}{batch} in all, {share} a device" + (
         f", in {cfg.grad_accum_steps} parts" if cfg.grad_accum_steps > 1 else "")
@@ -101,7 +101,7 @@ def _memory(run: Experiment) -> Iterator[str]:
         yield f"{'activations':<24}not counted; --compile asks XLA"
         return
     with run.context():
-        compiled = run.jit_train_step().lower(run.shapes, run.batch_shapes()).compile()
+        compiled = run.jit_train_step().lower(*run.step_shapes()).compile()
     memory = compiled.memory_analysis()
     yield f"{'XLA: arguments':<24}{memory.argument_size_in_bytes / MIB:,.1f} MiB"
     yield f"{'XLA: temporaries':<24}{memory.temp_size_in_bytes / MIB:,.1f} MiB (gradients and activations)"

@@ -1,0 +1,123 @@
+"""DeiT's distillation (arXiv 2012.12877, section 3): a frozen teacher, and its share of the loss.
+
+The student has a distillation token with a head of its own, which learns from the teacher while the class token's
+head learns from the labels; at inference the two heads are averaged. With L the loss on labels, Z the logits,
+
+    hard   (1 - α) L(Z_cls) + α CE(Z_dist, argmax Z_teacher)
+    soft   (1 - α) L(Z_cls) + α τ² KL(softmax(Z_teacher / τ) ‖ softmax(Z_dist / τ)) / C
+
+The teacher sees the student's images, mixed and erased as they are. The soft loss is divided by the number C of
+classes as in DeiT's code, which averages over all elements.
+"""
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from cb_vit.config import ConfigError
+from cb_vit.losses import distill_hard, distill_soft
+from cb_vit.pp.builder import Preprocess
+from cb_vit.weights import Weights
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """The block `config.distillation`; the defaults are DeiT's.
+
+    Attributes:
+        teacher: the run whose model teaches: its workdir.
+        type: learn the teacher's decisions ("hard") or its probabilities ("soft").
+        alpha: the teacher's share of the loss, in (0, 1].
+        tau: temperature of "soft"; above 0.
+    """
+
+    teacher: str
+    type: Literal["hard", "soft"] = "hard"
+    alpha: float = 0.5
+    tau: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.alpha <= 1:
+            raise ConfigError("alpha", f"is the teacher's share of the loss, in (0, 1], got {self.alpha}")
+        if not self.tau > 0:
+            raise ConfigError("tau", f"is a temperature above 0, got {self.tau}")
+        if self.type == "hard" and self.tau != 1:
+            raise ConfigError("tau", "has no effect with type='hard'; it needs 'soft'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A frozen model that is shown the student's images.
+
+    Attributes:
+        config: what is learnt from it.
+        weights: the model, and its parameters on disk.
+        gain, offset: from the student's normalised pixels to the teacher's, float32 [c].
+    """
+
+    config: DistillationConfig
+    weights: Weights
+    gain: np.ndarray
+    offset: np.ndarray
+
+    def logits(self, params: Tree, image: Float[Array, "b y x c"]) -> Float[Array, "b classes"]:
+        """Of images as the student sees them."""
+        image = image * self.gain.reshape(1, 1, 1, -1) + self.offset.reshape(1, 1, 1, -1)
+        return jax.lax.stop_gradient(self.weights.model.apply({"params": params}, image, train=False)[0])
+
+    def loss(
+        self, params: Tree, image: Float[Array, "b y x c"], out: dict[str, Array], label_loss: Float[Array, "b"],
+    ) -> Float[Array, "b"]:
+        """The student's loss.
+
+        Args:
+            params: the teacher's.
+            image: what the student saw.
+            out: the student's named intermediates, "logits_dist" among them.
+            label_loss: of the class token's head.
+        """
+        logits = self.logits(params, image)
+        share = distill_hard(out["logits_dist"], logits) if self.config.type == "hard" else \
+            distill_soft(out["logits_dist"], logits, self.config.tau)
+        return (1 - self.config.alpha) * label_loss + self.config.alpha * share
+
+
+def make_teacher(
+    config: DistillationConfig, weights: Weights, preprocess: Preprocess, image_shape: tuple[int, int, int],
+    num_classes: int, path: str = "config.distillation",
+) -> Teacher:
+    """Fit a teacher to its student.
+
+    Args:
+        config: the block.
+        weights: the teacher's.
+        preprocess: the student's, whose normalisation is converted to the teacher's.
+        image_shape: of the student's images, [y x c].
+        num_classes: of the student.
+        path: where the block stands, for errors.
+
+    Raises:
+        ConfigError: other classes, or images that the teacher cannot take.
+    """
+    channels = image_shape[-1]
+    own_gain, own_offset = preprocess.normalisation(channels)
+    gain, offset = weights.preprocess.normalisation(channels)
+    teacher = Teacher(config, weights, gain / own_gain, offset - gain / own_gain * own_offset)
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    try:
+        logits = jax.eval_shape(teacher.logits, weights.shapes, image)
+    except Exception as error:  # whatever the model says to images it was not made for
+        raise ConfigError(f"{path}.teacher", f"{config.teacher} was trained on images {weights.image_shape} and cannot "
+                                             f"take the student's, {image_shape} ({str(error).splitlines()[0][:120]})"
+                          ) from None
+    if logits.shape[-1] != num_classes:
+        raise ConfigError(f"{path}.teacher", f"{config.teacher} has {logits.shape[-1]} classes, the student has "
+                                             f"{num_classes}")
+    return teacher
