@@ -2,7 +2,7 @@
 
     python main.py --config=configs/debug.py --workdir=runs/debug
 
-The images are made up (`cb_vit/datasets/fake.py`), so the numbers mean nothing.
+The images are made up (`cb_vit/datasets/fake.py`), so the numbers mean nothing. All of the recipe is on.
 """
 import configs.common as c
 
@@ -15,7 +15,13 @@ def get_config(arg=None):
 
     config.input.data = dict(name="fake", split="train", num_examples=256, image_size=arg.size, num_classes=10)
     config.input.batch_size = 32
-    config.input.pp = "flip_lr|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
+    config.input.repeats = 2
+    config.input.pp = "flip_lr|randaug('rand-m9-mstd0.5-inc1')|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
+
+    config.mixup.update(mixup_alpha=0.8, cutmix_alpha=1.0)
+    config.random_erasing.prob = 0.25
+    config.label_smoothing = 0.1
+    config.ema.update(decay=0.99, warmup=True)
 
     config.model_name = "vit"
     config.model.variant = arg.variant

@@ -182,8 +182,10 @@ def test_the_configs_of_the_house_pass_and_fix_the_size_of_what_they_crop(module
 
 def test_what_the_devices_rule_out():
     for change, error in (
-            (dict(input__batch_size=30), r"config\.input\.batch_size: 30 cannot .* by 8 devices; use 24 or 32$"),
-            (dict(input__batch_size=4), r"config\.input\.batch_size: 4 cannot be shared evenly by 8 devices; use 8$"),
+            (dict(input__batch_size=30, input__virtual_ranks=1),
+             r"config\.input\.batch_size: 30 cannot .* by 8 devices; use 24 or 32$"),
+            (dict(input__batch_size=4, input__virtual_ranks=1),
+             r"config\.input\.batch_size: 4 cannot be shared evenly by 8 devices; use 8$"),
             (dict(input__batch_size=24, grad_accum_steps=2),
              r"config\.input\.batch_size: 24 .* by 8 devices × grad_accum_steps 2; use 16 or 32$"),
             (dict(evals__val__batch_size=12), r"config\.evals\.val\.batch_size: 12 cannot be shared"),
@@ -216,7 +218,7 @@ def test_an_impossible_value(tmp_path):
 
 
 def test_a_batch_that_the_devices_cannot_share(tmp_path):
-    assert refused(DEBUG, "--config.input.batch_size=30", workdir=tmp_path / "run",
+    assert refused(DEBUG, "--config.input.batch_size=30", "--config.input.virtual_ranks=1", workdir=tmp_path / "run",
                    XLA_FLAGS="--xla_force_host_platform_device_count=8") == \
         "config.input.batch_size: 30 cannot be shared evenly by 8 devices; use 24 or 32"
 

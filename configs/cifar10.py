@@ -1,0 +1,17 @@
+"""CIFAR-10 from scratch, with DeiT's augmentation at the size of its images.
+
+    python main.py --config=configs/cifar10.py --workdir=runs/cifar10
+    python main.py --config=configs/cifar10.py:context=none,root=/data/cifar10 --workdir=runs/cifar10_plain
+
+Accuracy and hours: unverified.
+"""
+import configs.common as c
+
+
+def get_config(arg=None):
+    """Arguments: variant, context (none, cb, cb_s), epochs, data_dir of TFDS, or root of image folders."""
+    arg = c.parse_arg(arg, variant="Ti/4", context="cb", epochs=200.0, data_dir="", root="")
+    config = c.small(arg, "cifar10", batch_size=256, pp="decode|random_crop(32, padding=4)|flip_lr",
+                     classes=10, test="test")
+    config.model.dtype_mm = "bfloat16"
+    return config

@@ -1,0 +1,19 @@
+"""Fashion-MNIST from scratch, with DeiT's augmentation at the size of its images: minutes on a CPU.
+
+    python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+    python main.py --config=configs/fashion_mnist.py:context=none,root=/data/fashion_mnist --workdir=runs/fashion_plain
+
+Accuracy: see `docs/recipe.md`.
+"""
+import configs.common as c
+
+
+def get_config(arg=None):
+    """Arguments: variant, context (none, cb, cb_s), epochs, data_dir of TFDS, or root of the four files that
+    it is published as."""
+    arg = c.parse_arg(arg, variant="nano/4", context="cb", epochs=30.0, data_dir="", root="")
+    config = c.small(arg, "fashion_mnist", batch_size=256, pp="decode|random_crop(28, padding=2)|flip_lr",
+                     classes=10, test="test")
+    if arg.root:
+        config.input.data.name = config.evals.val.data.name = "idx"
+    return config

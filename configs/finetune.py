@@ -1,0 +1,55 @@
+"""Fine-tuning from an earlier run: at a higher resolution, or on another data set.
+
+    python main.py --config=configs/finetune.py:init=runs/deit_s16,variant=S/16,size=384 --workdir=runs/deit_s16_384
+    python main.py --config=configs/finetune.py:init=runs/deit_s16,variant=S/16,dataset=oxford_flowers102,classes=102,\
+lr=1e-4,decay=cosine,epochs=100 --workdir=runs/flowers
+
+Positions are resampled, a head of another size begins anew, and the log says what was taken and what was not. The
+numbers are DeiT's for 384 pixels on ImageNet (arXiv 2012.12877): learning rate 5e-6 at batch 512, constant since its
+floor is as high, 30 epochs, next to no weight decay. A new head wants more: lr=1e-4,decay=cosine. Accuracy: unverified.
+"""
+import configs.common as c
+
+
+def get_config(arg=None):
+    """Arguments: init (a run's folder; required), variant and context of that run, size in pixels, epochs, lr, decay,
+    layer_decay (1: none), dataset of TFDS, its number of classes and the split to test on, data_dir, or root of
+    image folders."""
+    arg = c.parse_arg(arg, init="", variant="S/16", context="cb", size=384, epochs=30.0, lr=5e-6, decay="constant",
+                      layer_decay=1.0, dataset="imagenet2012", classes=1000, test="", data_dir="", root="")
+    if not arg.init:
+        raise ValueError("argument init is not set: which run to begin from, as in :init=runs/deit_s16")
+    config = c.base()
+    config.total_epochs = arg.epochs
+    config.num_classes = arg.classes
+    config.loss = "softmax_xent"
+    config.label_smoothing = 0.1
+    config.model_init = arg.init
+
+    source = dict(name=arg.dataset, data_dir=arg.data_dir, root=arg.root)
+    config.input.data = c.data(split="train", **source)
+    config.input.batch_size = 512
+    config.input.repeats = 3 if arg.dataset == "imagenet2012" else 1
+    config.input.pp = (f"decode|inception_crop({arg.size})|flip_lr|randaug('rand-m9-mstd0.5-inc1')|"
+                       f"{c.normalise(arg.classes)}")
+    config.mixup.update(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5)
+    config.random_erasing.update(prob=0.25, mode="pixel")
+
+    config.model_name = "vit"
+    config.model.update(variant=arg.variant, context=arg.context, pool_type="tok", drop_path=0.1, gelu="erf",
+                        init="deit", dtype_mm="bfloat16")
+
+    config.lr = arg.lr
+    config.lr_reference_batch = 512
+    config.layer_decay = arg.layer_decay
+    config.weight_decay = 1e-8
+    config.optax_name = "scale_by_adam"
+    config.schedule = c.schedule(decay_type=arg.decay, warmup_epochs=min(5.0, arg.epochs / 6), warmup_lr=1e-6)
+
+    config.log_training_steps = 50
+    config.ckpt_epochs = 1.0
+    test = arg.test or ("val" if arg.root else "validation" if arg.dataset == "imagenet2012" else "test")
+    config.evals.val = c.classification(
+        data=c.data(split=test, **source), log_epochs=1.0,
+        pp_fn=c.evaluation(arg.size, 0.875, c.normalise(arg.classes)))
+    return config

@@ -1,0 +1,19 @@
+"""Imagenette, ten classes of ImageNet, from scratch with DeiT's augmentation.
+
+    python main.py --config=configs/imagenette.py --workdir=runs/imagenette
+    python main.py --config=configs/imagenette.py:root=/data/imagenette2-320 --workdir=runs/imagenette   # as downloaded
+
+Accuracy and hours: unverified.
+"""
+import configs.common as c
+
+
+def get_config(arg=None):
+    """Arguments: variant, context (none, cb, cb_s), epochs, size in pixels, data_dir of TFDS, or root of image folders
+    (train, val)."""
+    arg = c.parse_arg(arg, variant="Ti/16", context="cb", epochs=200.0, size=160, data_dir="", root="")
+    config = c.small(arg, "imagenette/320px-v2", batch_size=256, pp=f"decode|inception_crop({arg.size})|flip_lr",
+                     classes=10, test="val" if arg.root else "validation")
+    config.evals.val.pp_fn = c.evaluation(arg.size, 0.875, c.normalise(10))
+    config.model.dtype_mm = "bfloat16"
+    return config

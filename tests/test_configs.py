@@ -1,0 +1,163 @@
+"""Every config file: it loads, is checked to the last key, and trains two steps of itself made small."""
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from cb_vit import optax
+from cb_vit.config import ConfigError
+from cb_vit.settings import TrainConfig, check
+from cb_vit.tools.cli import list_configs
+from cb_vit.train import train_and_evaluate
+from cb_vit.workdir import flatten
+from configs import (
+    cifar10,
+    common,
+    debug,
+    deit3_i1k,
+    deit_i1k,
+    digits,
+    fashion_mnist,
+    finetune,
+    imagenette,
+    vit_i1k,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+INIT = "init=/runs/some"
+CONFIGS = {  # arguments with which each file is small, and the classes of its data
+    "cifar10": (cifar10, "variant=mu/8", 10),
+    "debug": (debug, "", 10),
+    "deit3_i1k": (deit3_i1k, "variant=mu/16,size=32", 1000),
+    "deit_i1k": (deit_i1k, "variant=mu/16,size=32", 1000),
+    "digits": (digits, "variant=mu/4", 10),
+    "fashion_mnist": (fashion_mnist, "variant=mu/7", 10),
+    "finetune": (finetune, f"{INIT},variant=mu/16,size=32", 1000),
+    "imagenette": (imagenette, "variant=mu/16,size=32", 10),
+    "vit_i1k": (vit_i1k, "variant=mu/16,size=32", 1000)}
+SIZES = {"cifar10": 32, "fashion_mnist": 28, "digits": 8}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_fast():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_no_file_is_forgotten():
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "common"}
+    assert files == set(CONFIGS)
+    listed = list_configs(ROOT / "configs").splitlines()
+    assert len(listed) == len(files) and all(len(line.split(maxsplit=1)[1]) > 10 for line in listed)
+
+
+def small(name):
+    """The config on fake images of its own size, two epochs of one batch; nothing else is changed."""
+    module, arguments, classes = CONFIGS[name]
+    config = module.get_config(arguments)
+    config.input.batch_size = 256  # the least that repeated augmentation makes an epoch of
+    fake = dict(name="fake", num_examples=256, image_size=SIZES.get(name, 40), num_classes=classes, encoded=True)
+    if name != "debug":
+        config.input.data = dict(fake, split="train")
+        for evaluator in config.evals.values():
+            evaluator.data = dict(fake, split="test", num_examples=40)
+    config.total_epochs = None
+    config.total_steps = 2
+    for block in (config, config.schedule, *config.evals.values()):
+        for key in block:
+            if re.fullmatch(r"(warmup|cooldown|log|log_training|ckpt|keep_ckpt)_(steps|epochs|percent)", key):
+                with block.ignore_type():
+                    block[key] = None
+    config.schedule.warmup_steps = 1
+    for evaluator in config.evals.values():
+        evaluator.log_steps = 2
+    config.model.dtype_mm = "float32"  # bfloat16 is emulated here
+    config.plot = False
+    return config
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_trains_and_evaluates(name, tmp_path):
+    config = small(name)
+    if name == "finetune":  # from a run of the config it is meant to follow
+        first = small("deit_i1k")
+        train_and_evaluate(first, tmp_path / "first")
+        config.model_init = str(tmp_path / "first")
+    metrics = train_and_evaluate(config, tmp_path / "run")
+    assert metrics["step"] == 2 and 0 < metrics["training_loss"] < 20
+    assert 0 < metrics["val/loss"] < 20
+    assert ("ema/val/loss" in metrics) == (config.ema.decay is not None)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_key_has_a_reader(name):
+    config = CONFIGS[name][0].get_config(INIT if name == "finetune" else "")
+    check(config)
+    config.unlock()
+    for block in ("", "input", "model", "mixup", "random_erasing", "ema", "schedule", "evals.val"):
+        target = config
+        for part in filter(None, block.split(".")):
+            target = target[part]
+        with target.unlocked():
+            target["nobody_reads_this"] = 1
+        with pytest.raises(ConfigError, match="nobody_reads_this: unknown"):
+            check(config)
+        with target.unlocked():
+            del target["nobody_reads_this"]
+    check(config)
+
+
+def test_what_a_base_declares_is_what_the_settings_take():
+    """A key that people may override on the command line but nobody reads would be an error only for them."""
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    lengths = re.compile(r"(total|log_training|ckpt|keep_ckpt)_(steps|epochs|examples|percent)")
+    assert [key for key in common.base() if key not in known and not lengths.fullmatch(key)] == []
+
+
+def test_deit_is_deit():
+    """Number by number, from the table of its hyper-parameters (reference: arXiv 2012.12877, Table 9, and its code)."""
+    settings = check(deit_i1k.get_config("variant=S/16"))
+    cfg, model = settings.train, settings.model
+    assert optax.peak_lr(cfg, 1024) == pytest.approx(1e-3)
+    given = flatten(settings.raw)
+    for key, value in {
+            "input.batch_size": 1024, "input.repeats": 3, "input.virtual_ranks": 4, "total_epochs": 300,
+            "label_smoothing": 0.1, "weight_decay": 0.05, "loss": "softmax_xent", "optax_name": "scale_by_adam",
+            "mixup.mixup_alpha": 0.8, "mixup.cutmix_alpha": 1.0, "mixup.prob": 1.0, "mixup.switch_prob": 0.5,
+            "random_erasing.prob": 0.25, "random_erasing.mode": "pixel", "ema.decay": 0.99996,
+            "schedule.decay_type": "deit", "schedule.warmup_epochs": 5, "schedule.warmup_lr": 1e-6,
+            "schedule.min_lr": 1e-5}.items():
+        assert given[key] == value, key
+    assert cfg.mixup_group == 256 and cfg.grad_clip_norm is None and not cfg.optax.keys() - {"b1", "b2", "eps"}
+    assert (model.drop_path, model.drop_path_schedule, model.dropout, model.gelu) == (0.1, "linear", 0.0, "erf")
+    assert (model.init, model.pool_type, model.posemb, model.head_zeroinit) == ("deit", "tok", "learn", False)
+    assert "inception_crop(224)|flip_lr|randaug('rand-m9-mstd0.5-inc1')|vgg_value_range" in cfg.input.pp
+    assert "resize_small(256)|central_crop(224)" in cfg.evals["val"]["pp_fn"]
+
+
+def test_deit_with_a_teacher_is_distilled():
+    config = deit_i1k.get_config("teacher=/runs/teacher")
+    settings = check(config)
+    assert settings.model.distilled and settings.train.distillation.type == "hard"
+    assert settings.train.distillation.alpha == 0.5
+
+
+@pytest.mark.parametrize(("variant", "size", "lr", "rate"), [
+    ("S/16", 224, 4e-3, 0.05), ("B/16", 192, 3e-3, 0.2), ("L/16", 192, 3e-3, 0.45), ("H/14", 154, 3e-3, 0.6)])
+def test_deit3_is_deit3(variant, size, lr, rate):
+    settings = check(deit3_i1k.get_config(f"variant={variant}"))
+    cfg, model = settings.train, settings.model
+    assert f"inception_crop({size})|flip_lr|three_augment|color_jitter(0.3, 0.3, 0.3)" in cfg.input.pp
+    assert f"resize_small({size})|central_crop({size})" in cfg.evals["val"]["pp_fn"]
+    assert (optax.peak_lr(cfg, 2048), cfg.weight_decay, cfg.grad_clip_norm) == (lr, 0.05, 1.0)
+    assert (cfg.optax_name, cfg.loss, cfg.label_smoothing, cfg.input.batch_size) == ("scale_by_lamb", "bce", 0.0, 2048)
+    assert (model.drop_path, model.drop_path_schedule, model.layer_scale) == (rate, "constant", 1e-4)
+    assert cfg.random_erasing is None and cfg.mixup_group == 256
+
+
+def test_finetuning_needs_something_to_begin_with():
+    with pytest.raises(ValueError, match="argument init is not set"):
+        finetune.get_config()
