@@ -7,7 +7,7 @@ import pytest
 from cb_vit.config import ConfigError
 from cb_vit.models import vit
 from cb_vit.models.common import merge_params, to_loop
-from cb_vit.models.resample import METHODS, resample_posemb
+from cb_vit.models.resample import METHODS, resample_patch, resample_posemb
 from cb_vit.tree import flatten_with_names
 
 SIZES = dict(patch_size=4, width=16, depth=2, mlp_dim=32, num_heads=2)
@@ -47,6 +47,16 @@ def test_the_same_model_is_taken_whole():
     found, lines = merged(ours, theirs)
     assert_from(found, flat(theirs), found)
     assert lines == (f"{len(found)} of the model's {len(found)} parameter arrays are loaded",)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_patches_of_another_size_are_resampled(method):
+    ours, theirs = params(0, patch_size=8, image=(32, 32)), params(1)
+    found, lines = merged(ours, theirs, posemb_resize=method, settings=dict(patch_size=8))
+    assert_from(found, flat(theirs), found.keys() - {"embedding/kernel"})
+    expected = resample_patch(theirs["embedding"]["kernel"], (8, 8), method)
+    np.testing.assert_allclose(found["embedding/kernel"], expected, atol=1e-6)
+    assert f"embedding/kernel: resampled from 4×4 to 8×8 pixels, {method}" in lines
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -140,7 +150,7 @@ def test_a_position_embedding_in_dont_load_is_not_said_to_be_resampled():
     ({}, dict(pool_type="tok"), "has besides cls"), (dict(pool_type="map"), {}, "lacks MAPHead_0/"),
     (dict(layer_scale=0.1), {}, "lacks Transformer/encoderblock_0/LayerScale_0/gamma"),
     ({}, dict(context="cb_s"), "has besides .*context_scale"), ({}, dict(posemb="sincos2d"), "lacks pos_embedding"),
-    ({}, dict(patch_size=2, image=(8, 8)), r"has another shape of embedding/kernel \(\[2, 2, 3, 16\], here \[4,")])
+    ({}, dict(mlp_dim=64), r"has another shape of .*Dense_0/bias \(\[64\], here \[32\]\)")])
 def test_another_model_is_refused(here, there, message):
     with pytest.raises(ConfigError, match=f"^model_init: it {message}") as error:
         merged(params(0, **here), params(1, **there), settings=here)

@@ -8,7 +8,7 @@ import pytest
 import scipy.ndimage
 
 from cb_vit.config import ConfigError
-from cb_vit.models.resample import METHODS, resample_posemb
+from cb_vit.models.resample import METHODS, resample_patch, resample_posemb
 
 GRIDS = [((4, 4), (7, 7)), ((7, 7), (4, 4)), ((3, 5), (8, 2)), ((2, 6), (6, 2)), ((14, 14), (24, 24)), ((1, 3), (2, 1))]
 
@@ -75,3 +75,24 @@ def test_what_cannot_be():
         resample_posemb(embedding((4, 4)), (6, 6), "bicubc")
     with pytest.raises(ConfigError, match="^pos_embedding: its 12 patches are no square"):
         resample_posemb(embedding((3, 4)), (6, 6))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("before, after", [((4, 4), (8, 8)), ((3, 5), (7, 6)), ((16, 16), (32, 32))])
+def test_a_larger_patch_resized_gives_the_same_token(method, before, after):
+    rng = np.random.default_rng(0)
+    kernel, patch = rng.normal(size=(*before, 3, 6)), rng.normal(size=(*before, 3))
+    # Resizing an image is what resampling does to positions: channels stand for the width.
+    resized = resample_posemb(jnp.asarray(patch.reshape(1, -1, 3), jnp.float32), after, method, before)
+    got = np.einsum("yxc,yxcd->d", np.asarray(resized).reshape(*after, 3),
+                    np.asarray(resample_patch(jnp.asarray(kernel, jnp.float32), after, method)))
+    np.testing.assert_allclose(got, np.einsum("yxc,yxcd->d", patch, kernel), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_smaller_patch_is_as_near_as_can_be(method):
+    """Least squares over the pixels of a patch, solved by numpy for the two axes at once."""
+    kernel = np.random.default_rng(0).normal(size=(6, 5, 1, 1))
+    resize = np.kron(METHODS[method](6, 3), METHODS[method](5, 4))
+    expected = np.linalg.lstsq(resize.T, kernel.ravel(), rcond=None)[0].reshape(3, 4, 1, 1)
+    np.testing.assert_allclose(resample_patch(jnp.asarray(kernel, jnp.float32), (3, 4), method), expected, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Position embeddings for another grid of patches.
+"""Position embeddings for another grid of patches, and patch embeddings for another size of patch.
 
 Checkpoints are fine-tuned at resolutions that they were not trained at, and every codebase has its own way
 to stretch the grid, none of which gives the numbers of another (torch's cubic and timm's differ by tenths of the
@@ -40,11 +40,39 @@ def resample_posemb(
     """
     weights = METHODS.pick(method, "posemb_resize")
     rows, columns = source or square(posemb.shape[1])
-    x = posemb.astype(jnp.float32).reshape(rows, columns, -1)
-    for axis, (before, after) in enumerate(zip((rows, columns), grid, strict=True)):
-        matrix = jnp.asarray(weights(before, after), jnp.float32)
-        x = jnp.moveaxis(jnp.tensordot(matrix, x, (1, axis), precision=jax.lax.Precision.HIGHEST), 0, axis)
+    matrices = [weights(before, after) for before, after in zip((rows, columns), grid, strict=True)]
+    x = _apply(matrices, posemb.astype(jnp.float32).reshape(rows, columns, -1))
     return x.reshape(1, math.prod(grid), -1).astype(posemb.dtype)
+
+
+def resample_patch(
+    kernel: Float[Array, "p q c d"], patch: Grid, method: str = "bicubic_antialias"
+) -> Float[Array, "r s c d"]:
+    """The kernel of a patch embedding for patches of another size: FlexiViT's pseudo-inverse resize.
+
+    With B the map that resizes a patch, the new kernel w' is such that ⟨w', B x⟩ is ⟨w, x⟩, for every x where patches
+    grow and else as nearly as can be: w' = (Bᵀ)⁺ w (arXiv 2212.08013, section 3.4; timm's `resample_patch_embed`).
+
+    Args:
+        kernel: of patches of p × q pixels.
+        patch: height and width of the new patches, in pixels.
+        method: one of `METHODS`: how patches are thought to be resized.
+
+    Raises:
+        ConfigError: unknown method.
+    """
+    weights = METHODS.pick(method, "posemb_resize")
+    # The pseudo-inverse of a Kronecker product is that of pseudo-inverses: each axis has its own.
+    matrices = [np.linalg.pinv(weights(before, after).T) for before, after in zip(kernel.shape[:2], patch, strict=True)]
+    return _apply(matrices, kernel.astype(jnp.float32)).astype(kernel.dtype)
+
+
+def _apply(matrices: list[np.ndarray], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """One matrix [after, before] for each of the first axes of `x`."""
+    for axis, matrix in enumerate(matrices):
+        matrix = jnp.asarray(matrix, jnp.float32)
+        x = jnp.moveaxis(jnp.tensordot(matrix, x, (1, axis), precision=jax.lax.Precision.HIGHEST), 0, axis)
+    return x
 
 
 def square(patches: int) -> Grid:

@@ -31,7 +31,7 @@ from cb_vit.models.layers import (
     layer_scale,
     posemb_sincos_2d,
 )
-from cb_vit.models.resample import Grid, resample_posemb, square
+from cb_vit.models.resample import Grid, resample_patch, resample_posemb, square
 from cb_vit.models.vit_config import VARIANTS, Config, check_image_size, patch_grid, resolve
 
 __all__ = ["VARIANTS", "Config", "Model", "ViT", "check_image_size", "merge", "patch_grid", "resolve"]
@@ -61,9 +61,10 @@ def merge(
 ) -> tuple[Any, Report]:
     """Begin from the parameters of another model: big_vision's `vit.load`, which tells what it did.
 
-    Position embeddings are resampled onto the model's grid; a head of another size keeps its initial value. All else
-    must fit. A model may have what its file has not: heads, the distillation token, and λ of CB_S, which begins as
-    the CB of the paper. LayerScale is not among them: its small γ would silence every block that was loaded.
+    Position embeddings are resampled onto the model's grid, and the patch embedding to the size of its patches; a head
+    of another size keeps its initial value. All else must fit. A model may have what its file has not: heads, the
+    distillation token, and λ of CB_S, which begins as the CB of the paper. LayerScale is not among them: its small γ
+    would silence every block that was loaded.
 
     Args:
         init_params: initial parameters, in the model's own layout.
@@ -91,9 +92,16 @@ def merge(
         note = f"resampled from {before[0]}×{before[1]} to {grid[0]}×{grid[1]}, {posemb_resize}"
         return resample_posemb(theirs, grid, posemb_resize, before), note
 
+    def fit_patch(theirs: Array, ours: Array) -> tuple[Array, str | None]:
+        if theirs.shape[:2] == ours.shape[:2]:
+            return theirs, None
+        before, patch = (f"{leaf.shape[0]}×{leaf.shape[1]}" for leaf in (theirs, ours))
+        return (resample_patch(theirs, ours.shape[:2], posemb_resize),
+                f"resampled from {before} to {patch} pixels, {posemb_resize}")
+
     params, report = merge_params(
         to_loop(init_params), loaded, dont_load, heads=("head", "head_dist"), fresh=r"dist|.*/context_scale",
-        fit={"pos_embedding": fit_posemb})
+        fit={"pos_embedding": fit_posemb, "embedding/kernel": fit_patch})
     return to_scan(params) if config.scan else params, report
 
 

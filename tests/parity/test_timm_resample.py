@@ -1,11 +1,11 @@
-"""Position embeddings on another grid, against torch and timm themselves."""
+"""Position embeddings on another grid, and patches of another size, against torch and timm themselves."""
 import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cb_vit.models.resample import resample_posemb
+from cb_vit.models.resample import resample_patch, resample_posemb
 
 torch = pytest.importorskip("torch")
 timm_layers = pytest.importorskip("timm.layers")
@@ -33,3 +33,12 @@ def test_bicubic_antialias_is_timms(source, grid):
     expected = timm_layers.resample_abs_pos_embed(
         torch.from_numpy(x), new_size=list(grid), old_size=list(source), num_prefix_tokens=0).numpy()
     np.testing.assert_allclose(resample_posemb(jnp.asarray(x), grid, "bicubic_antialias", source), expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("before, after", [(16, 32), (16, 8), (14, 16), (32, 16)])
+def test_patches_of_another_size_are_timms(before, after):
+    kernel = np.random.default_rng(0).normal(size=(before, before, 3, 8)).astype(np.float32)
+    expected = timm_layers.resample_patch_embed(
+        torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy()), [after, after]).numpy().transpose(2, 3, 1, 0)
+    got = resample_patch(jnp.asarray(kernel), (after, after))
+    np.testing.assert_allclose(got, expected, atol=1e-3 * np.abs(expected).max())
