@@ -3,7 +3,7 @@
     python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
     python main.py --config=configs/fashion_mnist.py:context=none,root=/data/fashion_mnist --workdir=runs/fashion_plain
 
-Accuracy: see `docs/recipe.md`.
+Accuracy: 83.2 % top-1 after 30 epochs with CB, on two CPU cores (`docs/recipe.md`).
 """
 import configs.common as c
 
