@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 # Imported on first use, so that `import cb_vit` stays light.
 _HOMES = {
     "Model": "cb_vit.models.vit",
+    "load": "cb_vit.weights",
+    "merge": "cb_vit.weights",
     "broadcast_context": "cb_vit.models.context",
     "train_and_evaluate": "cb_vit.train",
 }

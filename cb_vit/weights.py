@@ -1,4 +1,9 @@
-"""Trained models on disk: what a run's folder says of its model, and reading the parameters."""
+"""Trained models from anywhere: what a file or a run's folder says of its model, and its parameters.
+
+    model, params = cb_vit.load("runs/digits")                              # a run of this project
+    model, params = cb_vit.load("hf://timm/deit_tiny_patch16_224.fb_in1k")  # the hub, or its cache without a network
+    logits, out = model.apply({"params": params}, images)
+"""
 from __future__ import annotations
 
 import contextlib
@@ -6,18 +11,30 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
 
-from cb_vit import io, models
+from cb_vit import formats, hub, io, models
 from cb_vit.checkpoint import Checkpointer, Item
 from cb_vit.config import ConfigError
+from cb_vit.formats.conversion import convert
+from cb_vit.formats.names import Normalisation
+from cb_vit.formats.opening import IN_FOLDER
+from cb_vit.models.common import Report
 from cb_vit.models.resample import METHODS
 from cb_vit.pp import builder
 from cb_vit.pp.builder import Preprocess
+from cb_vit.registry import parse_calls
+from cb_vit.tree import map_with_names, unflatten_names
 
 Tree = Any
+LABEL_OPS = ("onehot", "keep", "drop", "copy")  # of a preprocessing string, what is not about pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,58 +61,236 @@ class Weights:
     """A trained model whose parameters have not been read yet.
 
     Attributes:
-        path: the run's folder.
-        step: of its checkpoint.
-        item: the parameters, or their moving average.
+        path: the file or the run's folder, as given.
+        format: "run", "timm", "deit", "huggingface", "big_vision" or "augreg".
+        step: of a run's checkpoint; None for a file.
         model: the Linen module, its blocks in loop layout.
         shapes: shapes and dtypes of its parameters.
-        image_shape: of the images it was trained on, [y x c].
-        preprocess: what was done to them.
+        grid: rows and columns of patches that the positions are for; None: they are fixed, for any.
+        normalisation: (mean, std), each [c], of pixels from 0 to 1, that the model was trained with; None: not known.
+        pp: preprocessing for evaluation, from a file's bytes to the model's images; None: not known.
+        class_names: None: not known.
+        notes: what was folded or assumed in reading, one line each.
+        fetch: reads the parameters, each leaf where the given shapes with shardings put it.
     """
 
     path: str
-    step: int
-    item: Item
+    format: str
+    step: int | None
     model: nn.Module
     shapes: Tree
-    image_shape: tuple[int, int, int]
-    preprocess: Preprocess
+    grid: tuple[int, int] | None
+    normalisation: Normalisation | None
+    pp: str | None
+    class_names: tuple[str, ...] | None
+    notes: tuple[str, ...]
+    fetch: Callable[[Tree], Tree]
 
-    def read(self, like: Tree) -> Tree:
-        """The parameters, each leaf straight onto its devices; `like`: `shapes` with shardings."""
-        with contextlib.closing(_checkpoints(self.path)) as checkpointer:
-            return checkpointer.restore_params(self.step, like, self.item)
+    def __str__(self) -> str:
+        return self.path if self.step is None else f"step {self.step} of {self.path}"
+
+    def read(self, like: Tree = None) -> Tree:
+        """The parameters, float32, each leaf straight onto its devices.
+
+        Args:
+            like: `shapes` with shardings; None: all on the first device.
+        """
+        if like is None:
+            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), self.shapes)
+        return self.fetch(like)
+
+    def adapter(self, preprocess: Preprocess) -> Callable[[Float[Array, "b y x c"]], Float[Array, "b y x c"]]:
+        """From images as `preprocess` normalises them to images as the model knows them.
+
+        Raises:
+            ConfigError: it is not known how the model's images were normalised.
+        """
+        if self.normalisation is None:
+            raise ConfigError("normalisation", f"{self.path} does not say how its pixels were normalised; write that "
+                              "down with `python -m cb_vit.tools.convert SRC DST.safetensors --mean=… --std=…`")
+        own = preprocess.normalisation(len(self.normalisation[0]))
+        if same_normalisation(own, self.normalisation):
+            return lambda image: image
+        scale, shift = (values.reshape(1, 1, 1, -1) for values in _between(self.normalisation, own))
+        return lambda image: image * scale + shift
 
 
-def open_weights(path: str | os.PathLike, field: str, item: Item = "params") -> Weights:
-    """Look into the folder of a run; its parameters are read later.
+def load(
+    path: str | os.PathLike, *, params: Literal["raw", "ema"] = "raw", key: str | None = None,
+    normalisation: Normalisation | None = None, place: Callable[[Tree], Tree] | None = None, **model: Any,
+) -> tuple[nn.Module, Tree]:
+    """A model and its parameters, ready for `model.apply({"params": params}, images)`.
 
     Args:
-        path: the workdir, or the folder of checkpoints in it; FOLDER@STEP for another checkpoint than the newest.
-        field: the setting that names it, for errors.
-        item: the parameters, or their moving average.
+        path: a run's workdir (`WORKDIR@STEP`: that checkpoint), a `.safetensors`, `.pth`, `.bin` or `.npz` file of
+            timm, DeiT, Hugging Face, big_vision or AugReg (`FILE.npz:PART`: part of it), a folder of Hugging Face's, or
+            `hf://ORG/NAME[@REVISION][/FILE]`.
+        params: of a run: the parameters, or their moving average.
+        key: of a PyTorch file: the entry that holds the weights, e.g. "model_ema".
+        normalisation: (mean, std) of pixels from 0 to 1 that your images have: what the model was trained with is
+            folded into its patch embedding. None: images must be normalised as in training.
+        place: shapes of the parameters → the same with shardings, to read them straight into shards.
+        **model: keywords of `Model`, for what a file does not say, such as `context="cb"` or `num_heads=4`.
 
     Raises:
-        ConfigError: at `field`, what is missing or cannot be read.
+        ConfigError: a folder that holds no run, or a keyword that fits no model.
+        FormatError: a file that cannot be read, is of another architecture, or contradicts `model`.
     """
-    folder, step = re.fullmatch(r"(.*?)(?:/checkpoints)?(?:@(\d+))?/*", os.fspath(path), re.DOTALL).groups()
+    weights = open_weights(path, "path", "params" if params == "raw" else params, key=key, **model)
+    tree = weights.read(None if place is None else place(weights.shapes))
+    if normalisation is not None:
+        if weights.normalisation is None:
+            raise ConfigError("normalisation", f"{path} does not say how its pixels were normalised: nothing to fold")
+        tree = fold_normalisation(tree, weights.normalisation, normalisation)
+    return weights.model, tree
+
+
+def merge(
+    init_params: Tree, path: str | os.PathLike, config: Any, dont_load: Sequence[str] = (),
+    posemb_resize: str = "bicubic_antialias", *, image_size: tuple[int, int] | None = None,
+) -> tuple[Tree, Report]:
+    """Begin from the parameters of a file or run; see `models.vit.merge`, which has the rules.
+
+    Args:
+        init_params: initial parameters, in the model's own layout.
+        path: as for `load`.
+        config: the model's, `model.config`.
+        dont_load: regexes of names that keep their initial value, or that are left in the file.
+        posemb_resize: one of `models.resample.METHODS`.
+        image_size: (height, width) in pixels that the model is for; None: square.
+
+    Returns:
+        Parameters like `init_params`, and the report, whose `lines` say what became of every array.
+
+    Raises:
+        ConfigError: the file is of another model.
+        FormatError: a file that cannot be read.
+    """
+    weights = open_weights(path, "init_file")
+    return models.get("vit").merge(init_params, weights.read(), config, dont_load, posemb_resize,
+                                   image_size=image_size, loaded_grid=weights.grid)
+
+
+def fold_normalisation(params: Tree, trained: Normalisation, given: Normalisation) -> Tree:
+    """Parameters of the same model for images of another normalisation, changed in the patch embedding alone.
+
+    A model that takes x = (v - mean) / std of v from 0 to 1 computes W x + b of each patch; of x' = (v - mean') / std'
+    that is W (std' / std) x' + b + Σ W (mean' - mean) / std.
+
+    Args:
+        params: our names.
+        trained: (mean, std) of pixels from 0 to 1 in training, each [c].
+        given: the same of the images there will be; (-1, 1) is mean = std = 0.5.
+    """
+    kernel, bias = params["embedding"]["kernel"], params["embedding"]["bias"]
+    scale, shift = (values.reshape(1, 1, -1, 1) for values in _between(trained, given))
+    folded = {"kernel": kernel * scale, "bias": bias + jnp.sum(kernel * shift, axis=(0, 1, 2))}
+    return {**params, "embedding": folded}
+
+
+def same_normalisation(one: Normalisation, other: Normalisation) -> bool:
+    """Whether two normalisations are equal but for rounding."""
+    return np.shape(one) == np.shape(other) and np.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def _between(trained: Normalisation, given: Normalisation) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, shift), float32 [c] each: pixels normalised as `given`, times scale, plus shift, are as in training."""
+    (mean, std), (new_mean, new_std) = (np.asarray(pair, np.float64) for pair in (trained, given))
+    return (new_std / std).astype(np.float32), ((new_mean - mean) / std).astype(np.float32)
+
+
+def open_weights(
+    path: str | os.PathLike, field: str, item: Item = "params", *, key: str | None = None, **model: Any
+) -> Weights:
+    """Look into a file or the folder of a run; its parameters are read later.
+
+    Args:
+        path: as for `load`; of a run also the folder of checkpoints in it.
+        field: the setting that names it, for errors.
+        item: of a run: the parameters, or their moving average.
+        key: of a PyTorch file: the entry that holds the weights.
+        **model: keywords of `Model`, for what a file does not say.
+
+    Raises:
+        ConfigError: at `field`, what is missing or cannot be read of a run.
+        FormatError: a file that cannot be read.
+    """
+    path = os.fspath(path)
+    folder, step = re.fullmatch(r"(.*?)(?:/checkpoints)?(?:@(\d+))?/*", path, re.DOTALL).groups()
+    if not path.startswith("hf://") and (io.as_path(folder) / "run.json").exists():
+        if key or model:
+            given = ", ".join(["key"] * bool(key) + list(model))
+            raise ConfigError(field, f"{path} is a run, which knows its model; leave out {given}")
+        return _open_run(folder, step and int(step), field, item)
+    if item != "params":
+        raise ConfigError(field, f"{path} is no run of this project: only those keep an average ({item!r})")
+    file, subtree = formats.split_subtree(path)
+    if io.is_local(file) and not file.startswith("hf://"):
+        _check_local(path, os.path.expanduser(file), field)
+    return _open_file(path, file, subtree, key, model)
+
+
+def _check_local(path: str, file: str, field: str) -> None:
+    if not os.path.exists(file):
+        raise ConfigError(field, f"{path} does not exist; give a run's workdir, a file of weights or hf://ORG/NAME")
+    if os.path.isdir(file) and not any(os.path.exists(os.path.join(file, name)) for name in IN_FOLDER):
+        raise ConfigError(field, f"{path} is not the workdir of a run: it has no run.json; nor has it a file of "
+                                 f"weights, {', '.join(IN_FOLDER)}")
+
+
+def _open_run(folder: str, step: int | None, field: str, item: Item) -> Weights:
     notes_file = io.as_path(folder) / "run.json"
-    if not notes_file.exists():
-        raise ConfigError(field, f"{path} is not the workdir of a run: it has no run.json")
     try:
         notes = json.loads(notes_file.read_text())
-        model = models.get(notes["model_name"]).Model(notes["num_classes"], **{**notes["model"], "scan": False})
-        preprocess = builder.build(notes["pp"], "pp")
-        shape = tuple(notes["image_shape"])
+        module = models.get(notes["model_name"])
+        model = module.Model(notes["num_classes"], **{**notes["model"], "scan": False})
+        *size, channels = notes["image_shape"]
+        normalisation = builder.build(notes["pp"], "pp").normalisation(channels)
+        pp = next(iter(notes.get("pp_evals", {}).values()), None)
+        names = notes.get("class_names")
+        grid = module.patch_grid(model.config, tuple(size))
     except (ValueError, TypeError, KeyError, ConfigError) as error:
         raise ConfigError(field, f"{notes_file} does not describe a model: {error!r}") from None
     try:
         with contextlib.closing(_checkpoints(folder)) as checkpointer:
-            found, shapes = checkpointer.params_shapes(step and int(step), item)
+            found, shapes = checkpointer.params_shapes(step, item)
     except ConfigError as error:
         raise ConfigError(field, error.message) from None
-    return Weights(folder, found, item, model, shapes, shape, preprocess)
+
+    def fetch(like: Tree) -> Tree:
+        with contextlib.closing(_checkpoints(folder)) as checkpointer:
+            return checkpointer.restore_params(found, like, item)
+
+    return Weights(folder, "run", found, model, shapes, grid, normalisation, pp and _pixels_only(pp),
+                   names and tuple(names), (), fetch)
 
 
-def _checkpoints(path: str | os.PathLike) -> Checkpointer:
-    return Checkpointer(io.as_path(path) / "checkpoints", read_only=True)
+def _open_file(path: str, file: str, subtree: str | None, key: str | None, model: Mapping[str, Any]) -> Weights:
+    file, card = hub.resolve(file)
+    opened = formats.open_file(file, subtree, key)
+    found = convert(formats.parameters(opened), path=path, config=card,
+                    metadata={k: v for k, v in opened.metadata.items() if isinstance(v, str)}, **model)
+    module = models.get("vit").Model(found.num_classes, **{**found.model, "scan": False})
+    shapes = unflatten_names({name: jax.ShapeDtypeStruct(tensor.shape, jnp.float32)
+                              for name, tensor in found.params.items()})
+
+    def fetch(like: Tree) -> Tree:
+        def one(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            array = found.params[name].read()  # one at a time: the whole is never in memory twice
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
+
+        return map_with_names(one, like)
+
+    return Weights(path, found.format, None, module, shapes, found.grid, found.normalisation,
+                   hub.evaluation(card, found.normalisation, found.grid, module.config.patch_size),
+                   found.class_names, found.notes, fetch)
+
+
+def _pixels_only(pp: str) -> str:
+    """A preprocessing string without what it does to labels."""
+    return "|".join(call.text for call in parse_calls(pp, "pp") if call.name not in LABEL_OPS)
+
+
+def _checkpoints(folder: str) -> Checkpointer:
+    return Checkpointer(io.as_path(folder) / "checkpoints", read_only=True)

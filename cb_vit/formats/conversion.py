@@ -1,0 +1,215 @@
+"""From a file of anybody's to parameters under our names, and the model they belong to.
+
+What a file says is taken from it: sizes, tokens, heads. What it cannot say is an argument, and what is assumed is
+noted. Every array is accounted for: what the model has no place for, or lacks, is an error that lists it.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from cb_vit.config import ConfigError
+from cb_vit.formats import big_vision, huggingface, timm
+from cb_vit.formats.files import FormatError, Tensor, show
+from cb_vit.formats.keywords import agree, seen_in, spell_out
+from cb_vit.formats.names import Normalisation, Reading, listed, view
+from cb_vit.models.resample import square
+from cb_vit.models.vit import Config, Model
+from cb_vit.tree import flatten_with_names
+
+# What no file of parameters says; `describe` writes it beside them.
+UNSEEN = ("num_heads", "gelu", "pool_type", "context", "context_at", "context_layers")
+# Names that give away what is not a plain ViT; the telling ones first: many have a norm before the head as well.
+_FOREIGN = (
+    (r"layers\.\d+\.blocks\..*", "a Swin Transformer"),
+    (r"stages\.\d+\..*|downsample_layers\..*", "a ConvNeXt or another network of stages"),
+    (r"layer[1-4]\.\d+\..*", "a ResNet"),
+    (r"conv_root/.*|.*patch_embed\.backbone\..*", "a hybrid of ResNet and ViT"),
+    (r"MixerBlock_\d+/.*|blocks\.\d+\.mlp_tokens\..*", "an MLP-Mixer"),
+    (r".*\battn\.q_bias|.*rel(ative)?_pos.*|rope\..*", "a BEiT or EVA, or another ViT with relative positions"),
+    (r"decoder_.*|.*mask_token", "a masked autoencoder with its decoder"),
+    (r".*\.mlp\.(w12|w1|w3|fc1_g|fc1_x)\..*", "a ViT with gated MLPs (SwiGLU)"),
+    (r".*\battn\.[qk]_norm\..*", "a ViT with norms on queries and keys"),
+    (r".*reg_tokens?|.*register_tokens", "a ViT with register tokens"),
+    (r"norm_pre\..*|.*pre_?layrnorm.*", "the image tower of a CLIP, with a norm before the blocks"),
+    (r"fc_norm\..*", "a ViT that pools its patches before the last norm (timm: global_pool='avg' with fc_norm)"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A file, understood.
+
+    Attributes:
+        format: "timm", "deit" (DeiT-III's own names), "huggingface", "big_vision" or "augreg".
+        params: our name → tensor, float32 and lazy, in loop layout.
+        model: keywords of `Model`, sizes spelt out.
+        num_classes: width of the head; None: no head.
+        grid: rows and columns of patches that the positions are for; None: they are fixed, for any.
+        normalisation: (mean, std) of pixels from 0 to 1 that the model was trained with; None: not known.
+        class_names: None: not known.
+        notes: what was folded or assumed, one line each.
+    """
+
+    format: str
+    params: dict[str, Tensor]
+    model: dict[str, Any]
+    num_classes: int | None
+    grid: tuple[int, int] | None
+    normalisation: Normalisation | None
+    class_names: tuple[str, ...] | None
+    notes: tuple[str, ...]
+
+
+def convert(
+    tensors: Mapping[str, Tensor], *, path: str, config: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None, grid: tuple[int, int] | None = None, **overrides: Any,
+) -> Converted:
+    """Understand a file.
+
+    Args:
+        tensors: by name, as `files.parameters` gives them.
+        path: of the file, for errors.
+        config: the `config.json` beside a file from the Hugging Face hub.
+        metadata: of a `.safetensors` file; what `describe` wrote there is used.
+        grid: rows and columns of patches; needed where they are no square.
+        **overrides: keywords of `Model`, for what a file does not say (`context="cb"`, `num_heads=4`), or as a check.
+
+    Raises:
+        FormatError: it is no ViT of ours, something is missing or left over, or an override contradicts it.
+        ConfigError: an override that `Model` does not take.
+    """
+    described, normalisation = _described(metadata or {}, path)
+    overrides = spell_out({**described, **overrides})
+    tensors, notes = _unwrap(tensors)
+    reading = _read(tensors, path, overrides.get("num_heads"), config or {})
+    params = {name: _float32(tensor) for name, tensor in reading.params.items()}
+    other = {str(tensor.dtype) for tensor in reading.params.values()} - {"float32"}
+    notes += reading.notes + [f"stored as {', '.join(sorted(other))}, read as float32"] * bool(other)
+
+    told = {**reading.model, **agree(seen_in(params, reading, path), overrides, path)}
+    assumed = {name: value for name, value in {"gelu": reading.gelu, "context": "none"}.items() if name not in told}
+    if assumed:
+        words = " and ".join(f"{name}={value!r}" for name, value in assumed.items())
+        notes.append(f"{words} assumed: parameters do not show it")
+    model = {"pool_type": "gap", **assumed, **told}
+    params, grid = _fold(params, grid or reading.grid, path, notes)
+    num_classes = math.prod(params["head/bias"].shape) if "head/bias" in params else None
+    _check(params, reading, model, num_classes, grid, path)
+
+    normalisation = normalisation or reading.normalisation
+    if normalisation is None:
+        notes.append("how pixels were normalised is not known: Google's ViTs have mean = std = 0.5, DeiTs ImageNet's")
+    return Converted(reading.format, params, model, num_classes, grid, normalisation, reading.class_names,
+                     tuple(notes))
+
+
+def describe(config: Config, normalisation: Normalisation | None = None) -> dict[str, str]:
+    """Metadata of an exported `.safetensors` file that lets `convert` know what parameters do not say.
+
+    Args:
+        config: of the model; resolved.
+        normalisation: (mean, std) of pixels from 0 to 1.
+    """
+    model = {name: getattr(config, name) for name in UNSEEN if getattr(config, name) is not None}
+    return {"format": "pt", "cb_vit": json.dumps({"model": model, "normalisation": normalisation})}
+
+
+def _described(metadata: Mapping[str, Any], path: str) -> tuple[dict[str, Any], Normalisation | None]:
+    """What `describe` wrote: keywords of `Model`, and the normalisation."""
+    if "cb_vit" not in metadata:
+        return {}, None
+    try:
+        said = json.loads(metadata["cb_vit"])
+        return dict(said["model"]), said["normalisation"] and tuple(map(tuple, said["normalisation"]))
+    except (ValueError, TypeError, KeyError):
+        raise FormatError(f"{path}: what its metadata say under 'cb_vit' is not what was once written there") from None
+
+
+def _unwrap(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Without what torch's data parallelism and compilation put in front of every name."""
+    for prefix in ("module.", "_orig_mod."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return ({name.removeprefix(prefix): tensor for name, tensor in tensors.items()},
+                    [f"{prefix!r} in front of all names is taken off"])
+    return dict(tensors), []
+
+
+def _read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config: Mapping[str, Any]) -> Reading:
+    """What the reader of its format makes of a file.
+
+    Raises:
+        FormatError: there is none, or it does not know all names and one of them gives away why.
+    """
+    reader = next((module for module in (timm, huggingface, big_vision) if module.recognise(tensors)), None)
+    reading = reader and reader.read(tensors, path, num_heads, config)
+    unknown = reading.unknown if reading else list(tensors)
+    for regex, what in _FOREIGN:
+        if any(re.fullmatch(regex, name) for name in unknown):
+            raise FormatError(f"{path}: it seems to be {what}, which is not supported")
+    if reading is None:
+        raise FormatError(f"{path}: no ViT of timm, DeiT, Hugging Face, big_vision or AugReg; it holds "
+                          f"{listed(tensors) or 'nothing'}")
+    return reading
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return Tensor(tensor.shape, np.dtype(np.float32), lambda: np.asarray(tensor.read()).astype(np.float32, copy=False))
+
+
+def _fold(
+    params: dict[str, Tensor], grid: tuple[int, int] | None, path: str, notes: list[str]
+) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
+    """Positions of tokens are added to the tokens themselves, so that what remains is a grid: the sums are the same."""
+    if "pos_embedding" not in params:
+        notes.append("it has no position embedding; a fixed one (sincos2d) is taken")
+        return params, grid
+    positions, tokens = params["pos_embedding"], [name for name in ("cls", "dist") if name in params]
+    entries = positions.shape[1] if len(positions.shape) == 3 else 0
+    fits = lambda n: n > 0 and n == (math.prod(grid) if grid else math.isqrt(n)**2)  # noqa: E731
+    extra = next((n for n in (0, len(tokens)) if fits(entries - n)), None)
+    if extra is None:
+        raise FormatError(
+            f"{path}: the position embedding is {list(positions.shape)}, and the file has {len(tokens)} class tokens; "
+            + (f"a grid of {grid[0]}×{grid[1]} has {math.prod(grid)}" if grid else "that is no square: give grid"))
+    if extra:
+        params = {**params, "pos_embedding": view(positions, lambda a: a[:, extra:])}
+        for i, name in enumerate(tokens):
+            params[name] = params[name].map(lambda a, i=i: a + positions.read()[:, i:i + 1], params[name].shape)
+        notes.append(f"the positions of {' and '.join(tokens)} are added to the tokens themselves")
+    return params, grid or square(entries - extra)
+
+
+def _check(
+    params: Mapping[str, Tensor], reading: Reading, model: dict[str, Any], num_classes: int | None,
+    grid: tuple[int, int] | None, path: str,
+) -> None:
+    """Hold the file against the leaves of the model itself.
+
+    Raises:
+        FormatError: a leaf is missing, left over, or of another shape.
+    """
+    try:
+        module = Model(num_classes, **{**model, "scan": False})
+    except ConfigError as error:
+        raise FormatError(f"{path}: {error}") from None
+    (rows, columns), (height, width) = grid or (1, 1), model["patch_size"]
+    image = jax.ShapeDtypeStruct((1, rows * height, columns * width, params["embedding/kernel"].shape[2]), np.float32)
+    tree = jax.eval_shape(lambda image: module.init(jax.random.key(0), image)["params"], image)
+    leaves = {name: leaf.shape for name, leaf in flatten_with_names(tree)[0]}
+
+    missing = [reading.spell(name) for name in leaves if name not in params]
+    surplus = reading.unknown + [reading.spell(name) for name in params if name not in leaves]
+    wrong = [f"{what} {listed(dict.fromkeys(found))}" for what, found in (
+        ("lacks", missing), ("has besides", surplus)) if found]
+    wrong += [f"has {show(reading.spell(name))} of {list(params[name].shape)} and not {list(shape)}"
+              for name, shape in leaves.items() if name in params and params[name].shape != shape][:3]
+    if wrong:
+        raise FormatError(f"{path}: read as {reading.format}, the file {'; it '.join(wrong)}")

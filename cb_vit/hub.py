@@ -1,0 +1,116 @@
+"""The Hugging Face hub, and the cards that lie beside weights: what they say of a model's images.
+
+Needs `pip install huggingface_hub` for `hf://` only. Without a network its cache is used.
+"""
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cb_vit.formats import FormatError
+from cb_vit.formats.names import Normalisation
+from cb_vit.formats.opening import IN_FOLDER
+
+CARDS = ("config.json", "preprocessor_config.json")
+# Of a Hugging Face `preprocessor_config.json`, numbered as Pillow's filters are.
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+
+
+def resolve(path: str) -> tuple[str, dict[str, Any]]:
+    """The local file or folder of `path`, fetched if it is on the hub, and the cards beside it as one dict.
+
+    Args:
+        path: a path, or `hf://ORG/NAME[@REVISION][/FILE]`.
+
+    Raises:
+        FormatError: a path that is no such address, or what is not there or not allowed.
+    """
+    if not path.startswith("hf://"):
+        local = os.path.expanduser(path)
+        folder = Path(local) if os.path.isdir(local) else Path(local).parent
+        return path, _cards({name: folder / name for name in CARDS})
+    match = re.fullmatch(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>[^@]+))?", path)
+    if match is None:
+        raise FormatError(f"{path}: write hf://ORG/NAME, hf://ORG/NAME@REVISION or hf://ORG/NAME/FILE")
+    download = functools.partial(_download, path, match["repo"], match["revision"])
+    names = [match["file"]] if match["file"] else list(IN_FOLDER)
+    found = next((file for file in map(download, names) if isinstance(file, str)), None)
+    if found is None:
+        raise FormatError(f"{path}: has no file {' or '.join(names)} (in the cache, if there is no network); name the "
+                          f"file, as in hf://{match['repo']}/FILE")
+    if found.endswith(".index.json"):
+        for shard in sorted(set(map(str, _json(Path(found)).get("weight_map", {}).values()))):
+            download(shard)
+    cards = {name: Path(card) for name in CARDS if (card := download(name))}
+    return found, _cards(cards)
+
+
+def evaluation(
+    card: Mapping[str, Any], normalisation: Normalisation | None, grid: tuple[int, int] | None, patch: tuple[int, int]
+) -> str | None:
+    """Preprocessing for evaluation as the cards say, else at the size of the positions, cropped as DeiT does (0.875).
+
+    Args:
+        card: as `resolve` gives it.
+        normalisation: (mean, std) of pixels from 0 to 1; None: not known.
+        grid: rows and columns of patches that the positions are for; None: not known.
+        patch: height and width of a patch in pixels.
+
+    Returns:
+        A string for `pp.builder`; None: not enough is known.
+    """
+    if normalisation is None:
+        return None
+    timm = card.get("pretrained_cfg", card)
+    size = tuple(timm["input_size"][1:]) if "input_size" in timm else grid and tuple(
+        rows * side for rows, side in zip(grid, patch, strict=True))
+    if not size:
+        return None
+    method = timm.get("interpolation") or RESAMPLE.get(card.get("resample"), "bicubic")
+    crop = "" if "resample" in card and "crop_pct" not in timm else \
+        f"resize_small({int(min(size) / timm.get('crop_pct', 0.875))}, {method!r})|central_crop({size})|"
+    mean, std = (tuple(round(255 * value, 6) for value in values) for values in normalisation)
+    crop = crop or f"resize({size}, {method!r})|"  # transformers' own: to the size itself
+    return f"decode|{crop}vgg_value_range({mean}, {std})"
+
+
+def _download(path: str, repo: str, revision: str | None, name: str) -> str | None:
+    """The file in the hub's cache, fetched if need be; None if it is neither there nor in the cache."""
+    try:
+        library = importlib.import_module("huggingface_hub")
+    except ImportError:
+        raise FormatError(f"{path}: the hub needs a library: pip install huggingface_hub") from None
+    errors = importlib.import_module("huggingface_hub.errors")
+    try:
+        return library.hf_hub_download(repo, name, revision=revision)
+    except errors.EntryNotFoundError:  # LocalEntryNotFoundError, without a network, is one of them
+        return None
+    except errors.GatedRepoError:
+        raise FormatError(f"{path}: asks for its terms to be accepted; do so on its page and set HF_TOKEN") from None
+    except errors.RepositoryNotFoundError:
+        raise FormatError(f"{path}: no such repository, or a private one; for that set HF_TOKEN") from None
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+        raise FormatError(f"{path}: {str(error).splitlines()[0][:200]}") from None
+
+
+def _cards(files: Mapping[str, Path]) -> dict[str, Any]:
+    """What the cards say together; a folder may hold other files of these names, which say nothing of weights."""
+    cards = [_json(file) for file in files.values() if file.exists()]
+    known = ("architecture", "architectures", "model_type", "pretrained_cfg", "image_mean")
+    return {key: value for card in cards if any(name in card for name in known) for key, value in card.items()}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{file}: {error}") from None
+    if not isinstance(content, dict):
+        raise FormatError(f"{file}: is not a JSON object")
+    return content

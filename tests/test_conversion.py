@@ -1,0 +1,648 @@
+"""Weights of other codebases: what their names and shapes mean, against arrays worked out by hand."""
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from cb_vit import formats
+from cb_vit.config import ConfigError
+from cb_vit.formats import FormatError, Tensor, big_vision, huggingface, timm
+from cb_vit.formats.conversion import convert, describe
+from cb_vit.models.vit import Config, Model, resolve
+from cb_vit.tree import flatten_with_names
+
+D, F, H, P, GRID, DEPTH, CLASSES = 32, 64, 4, 4, 3, 2, 5
+SIZES = dict(patch_size=P, width=D, depth=DEPTH, mlp_dim=F, num_heads=H)
+
+
+def tensors(arrays):
+    return {name: Tensor(array.shape, array.dtype, lambda array=array: array) for name, array in arrays.items()}
+
+
+def understand(arrays, **kw):
+    return convert(tensors(arrays), path="file", **kw)
+
+
+def read(converted):
+    return {name: tensor.read() for name, tensor in converted.params.items()}
+
+
+def random(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def ours(seed=0, num_classes=CLASSES, grid=(GRID, GRID), **kw):
+    """Random parameters of a model of ours by name, and its config."""
+    config = resolve(Config(**SIZES | kw))
+    model, image = Model(num_classes, **SIZES | kw), jnp.zeros((1, grid[0] * P, grid[1] * P, 3))
+    tree = jax.eval_shape(lambda: model.init(jax.random.key(0), image)["params"])
+    return random({name: leaf.shape for name, leaf in flatten_with_names(tree)[0]}, seed), config
+
+
+def nested(flat):
+    tree = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def timm_shapes(tokens=1, depth=DEPTH, entries=None, **more):
+    entries = tokens if entries is None else entries
+    block = {"norm1.weight": (D,), "norm1.bias": (D,), "attn.qkv.weight": (3 * D, D), "attn.qkv.bias": (3 * D,),
+             "attn.proj.weight": (D, D), "attn.proj.bias": (D,), "norm2.weight": (D,), "norm2.bias": (D,),
+             "mlp.fc1.weight": (F, D), "mlp.fc1.bias": (F,), "mlp.fc2.weight": (D, F), "mlp.fc2.bias": (D,)}
+    shapes = {"pos_embed": (1, GRID**2 + entries, D), "patch_embed.proj.weight": (D, 3, P, P),
+              "patch_embed.proj.bias": (D,), "norm.weight": (D,), "norm.bias": (D,), "head.weight": (CLASSES, D),
+              "head.bias": (CLASSES,), **{f"blocks.{i}.{k}": v for i in range(depth) for k, v in block.items()}}
+    shapes |= {"cls_token": (1, 1, D)} if tokens else {}
+    if tokens == 2:
+        shapes |= {"dist_token": (1, 1, D), "head_dist.weight": (CLASSES, D), "head_dist.bias": (CLASSES,)}
+    return shapes | more
+
+
+def hf_shapes(prefix="vit.", distilled=False, head=True, **more):
+    block = {"layernorm_before": (D,), "layernorm_after": (D,), "attention.attention.query": (D, D),
+             "attention.attention.key": (D, D), "attention.attention.value": (D, D), "attention.output.dense": (D, D),
+             "intermediate.dense": (F, D), "output.dense": (D, F)}
+    modules = {"embeddings.patch_embeddings.projection": (D, 3, P, P), "layernorm": (D,),
+               **{f"encoder.layer.{i}.{k}": v for i in range(DEPTH) for k, v in block.items()}}
+    tokens = ["cls_token"] + ["distillation_token"] * distilled
+    shapes = {"embeddings.position_embeddings": (1, GRID**2 + len(tokens), D),
+              **{f"embeddings.{token}": (1, 1, D) for token in tokens},
+              **{f"{k}.weight": v for k, v in modules.items()}, **{f"{k}.bias": v[:1] for k, v in modules.items()}}
+    shapes = {prefix + k: v for k, v in shapes.items()}
+    heads = (["cls_classifier", "distillation_classifier"] if distilled else ["classifier"]) if head else []
+    return shapes | {f"{h}.weight": (CLASSES, D) for h in heads} | {f"{h}.bias": (CLASSES,) for h in heads} | more
+
+
+def flax_shapes(attention="MultiHeadDotProductAttention_0", norm="LayerNorm_1", mlp="MlpBlock_0", **more):
+    block = {"LayerNorm_0/scale": (D,), "LayerNorm_0/bias": (D,), f"{norm}/scale": (D,), f"{norm}/bias": (D,),
+             **{f"{attention}/{part}/kernel": (D, H, D // H) for part in ("query", "key", "value")},
+             **{f"{attention}/{part}/bias": (H, D // H) for part in ("query", "key", "value")},
+             f"{attention}/out/kernel": (H, D // H, D), f"{attention}/out/bias": (D,),
+             f"{mlp}/Dense_0/kernel": (D, F), f"{mlp}/Dense_0/bias": (F,),
+             f"{mlp}/Dense_1/kernel": (F, D), f"{mlp}/Dense_1/bias": (D,)}
+    return {"embedding/kernel": (P, P, 3, D), "embedding/bias": (D,), "Transformer/encoder_norm/scale": (D,),
+            "Transformer/encoder_norm/bias": (D,), "head/kernel": (D, CLASSES), "head/bias": (CLASSES,),
+            **{f"Transformer/encoderblock_{i}/{k}": v for i in range(DEPTH) for k, v in block.items()}} | more
+
+
+AUGREG = dict(attention="MultiHeadDotProductAttention_1", norm="LayerNorm_2", mlp="MlpBlock_3")
+POSITIONS = {"pos_embedding": (1, GRID**2, D)}
+
+
+def layer_norm(x, scale, bias):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * scale + bias
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def gelu(x, kind):
+    if kind == "erf":
+        return 0.5 * x * (1 + erf(x / np.sqrt(2)))
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def torch_reference(get, images, layers, tokens, heads=H, kind="erf"):
+    """The tokens that a ViT with PyTorch's layout ends with, in float64; `get(role, i)` gives weight and bias."""
+    weight, bias = get("patch")
+    b, height, width, _ = images.shape
+    patches = images.reshape(b, height // P, P, width // P, P, 3)
+    x = np.einsum("bypxqc,dcpq->byxd", patches, weight).reshape(b, -1, len(bias)) + bias
+    x = np.concatenate([np.repeat(t, b, 0) for t in tokens] + [x], 1) + get("positions")
+    for i in range(layers):
+        y = layer_norm(x, *get("norm1", i))
+        split = lambda z: z.reshape(b, -1, heads, z.shape[-1] // heads)  # noqa: E731
+        q, k, v = (split(y @ w.T + c) for w, c in (get(part, i) for part in "qkv"))
+        p = softmax(np.einsum("bnhk,bmhk->bhnm", q, k) / np.sqrt(q.shape[-1]))
+        w, c = get("proj", i)
+        x = x + np.einsum("bhnm,bmhk->bnhk", p, v).reshape(x.shape) @ w.T + c
+        (w1, c1), (w2, c2) = get("fc1", i), get("fc2", i)
+        x = x + gelu(layer_norm(x, *get("norm2", i)) @ w1.T + c1, kind) @ w2.T + c2
+    return layer_norm(x, *get("norm"))
+
+
+IMAGES = np.random.default_rng(7).normal(size=(2, GRID * P, GRID * P, 3)).astype(np.float32)
+
+
+def run(converted, images=IMAGES):
+    model = Model(converted.num_classes, **converted.model)
+    params = jax.tree.map(jnp.asarray, nested(read(converted)))
+    logits, out = model.apply({"params": params}, jnp.asarray(images))
+    return np.asarray(logits), out
+
+
+HF_ROLES = {"norm1": "layernorm_before", "q": "attention.attention.query", "k": "attention.attention.key",
+            "v": "attention.attention.value", "proj": "attention.output.dense", "norm2": "layernorm_after",
+            "fc1": "intermediate.dense", "fc2": "output.dense"}
+
+
+def hf_getter(arrays, prefix):
+    def get(role, i=None):
+        if role == "positions":
+            return arrays[f"{prefix}embeddings.position_embeddings"]
+        name = {"patch": "embeddings.patch_embeddings.projection", "norm": "layernorm"}.get(role)
+        name = prefix + (name or f"encoder.layer.{i}.{HF_ROLES[role]}")
+        return arrays[f"{name}.weight"], arrays[f"{name}.bias"]
+    return get
+
+
+@pytest.mark.parametrize("activation, kind", [("gelu", "erf"), ("gelu_new", "tanh")])
+def test_huggingface_vit_computes_what_its_layers_say(activation, kind):
+    arrays = random(hf_shapes())
+    found = understand(arrays, config={"num_attention_heads": H, "hidden_act": activation})
+    tokens = torch_reference(hf_getter(arrays, "vit."), IMAGES, DEPTH, [arrays["vit.embeddings.cls_token"]], kind=kind)
+    logits = tokens[:, 0] @ arrays["classifier.weight"].T + arrays["classifier.bias"]
+    np.testing.assert_allclose(run(found)[0], logits, rtol=1e-4, atol=1e-5)
+    assert found.format == "huggingface" and found.model["gelu"] == kind and found.num_classes == CLASSES
+    assert found.normalisation is None and any("normalised is not known" in note for note in found.notes)
+    assert any("1e-12" in note for note in found.notes)
+
+
+def test_huggingface_distilled_deit_computes_what_its_layers_say():
+    arrays = random(hf_shapes("deit.", distilled=True))
+    found = understand(arrays, num_heads=H)
+    cls = [arrays["deit.embeddings.cls_token"], arrays["deit.embeddings.distillation_token"]]
+    tokens = torch_reference(hf_getter(arrays, "deit."), IMAGES, DEPTH, cls)
+    heads = [tokens[:, i] @ arrays[f"{name}_classifier.weight"].T + arrays[f"{name}_classifier.bias"]
+             for i, name in enumerate(("cls", "distillation"))]
+    logits, out = run(found)
+    np.testing.assert_allclose(out["logits_cls"], heads[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out["logits_dist"], heads[1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logits, sum(heads) / 2, rtol=1e-4, atol=1e-5)
+    assert found.normalisation[0][0] == 0.485
+
+
+def test_huggingface_pooler_is_pre_logits():
+    arrays = random(hf_shapes("", head=False, **{"pooler.dense.weight": (D, D), "pooler.dense.bias": (D,)}))
+    found = understand(arrays, num_heads=H)
+    tokens = torch_reference(hf_getter(arrays, ""), IMAGES, DEPTH, [arrays["embeddings.cls_token"]])
+    expected = np.tanh(tokens[:, 0] @ arrays["pooler.dense.weight"].T + arrays["pooler.dense.bias"])
+    np.testing.assert_allclose(run(found)[0], expected, rtol=1e-4, atol=1e-5)
+    assert found.num_classes is None and found.model["rep_size"] == D
+
+
+def test_what_config_json_says():
+    arrays = random(hf_shapes() | {"vit.embeddings.position_embeddings": (1, 2 * 6 + 1, D)})
+    config = {"num_attention_heads": 8, "image_size": [2 * P, 6 * P], "patch_size": P, "layer_norm_eps": 1e-6,
+              "id2label": {"1": "cat", "10": "dog", "2": "emu"}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    found = understand(arrays, config=config | {"hidden_act": "gelu"}, context="none")
+    assert found.grid == (2, 6) and found.model["num_heads"] == 8
+    assert found.class_names == ("cat", "emu", "dog")
+    assert found.normalisation == ((0.5,) * 3, (0.25,) * 3)
+    assert not any("1e-12" in note or "assumed" in note for note in found.notes)
+    assert understand(arrays, config=config | {"id2label": {"0": "LABEL_0"}}).class_names is None
+    assert understand(arrays, config=config, num_heads=2).model["num_heads"] == 2
+    with pytest.raises(FormatError, match="activation 'quick_gelu'; supported .*gelu_pytorch_tanh"):
+        understand(arrays, config=config | {"hidden_act": "quick_gelu"})
+
+
+def by_hand(arrays, i, heads=H):
+    """A timm block under our names, written out with einsum."""
+    name, e, k = f"blocks.{i}.", np.eye(D, dtype=np.float32), D // heads
+    block, attention = f"Transformer/encoderblock_{i}/", f"Transformer/encoderblock_{i}/MultiHeadDotProductAttention_0/"
+    split = e.reshape(heads, k, D)  # [h k d]: where head and channel lie in the width
+    found = {}
+    for j, part in enumerate(("query", "key", "value")):
+        rows = slice(j * D, (j + 1) * D)
+        found[f"{attention}{part}/kernel"] = np.einsum("hko,od->dhk", split, arrays[name + "attn.qkv.weight"][rows])
+        found[f"{attention}{part}/bias"] = np.einsum("hko,o->hk", split, arrays[name + "attn.qkv.bias"][rows])
+    found[f"{attention}out/kernel"] = np.einsum("hki,di->hkd", split, arrays[name + "attn.proj.weight"])
+    found[f"{attention}out/bias"] = arrays[name + "attn.proj.bias"]
+    for j in (0, 1):
+        found[f"{block}LayerNorm_{j}/scale"] = arrays[f"{name}norm{j + 1}.weight"]
+        found[f"{block}LayerNorm_{j}/bias"] = arrays[f"{name}norm{j + 1}.bias"]
+        found[f"{block}MlpBlock_0/Dense_{j}/kernel"] = np.einsum("oi->io", arrays[f"{name}mlp.fc{j + 1}.weight"])
+        found[f"{block}MlpBlock_0/Dense_{j}/bias"] = arrays[f"{name}mlp.fc{j + 1}.bias"]
+    return found
+
+
+@pytest.mark.parametrize("tokens, entries", [(1, 1), (1, 0), (2, 2)])
+def test_timm_by_hand(tokens, entries):
+    arrays = random(timm_shapes(tokens, entries=entries))
+    found = understand(arrays, num_heads=H)
+    positions = arrays["pos_embed"]
+    expected = {
+        "embedding/kernel": np.einsum("dcyx->yxcd", arrays["patch_embed.proj.weight"]),
+        "embedding/bias": arrays["patch_embed.proj.bias"], "pos_embedding": positions[:, entries:],
+        "Transformer/encoder_norm/scale": arrays["norm.weight"], "Transformer/encoder_norm/bias": arrays["norm.bias"],
+        "head/kernel": arrays["head.weight"].T, "head/bias": arrays["head.bias"]}
+    for i, (token, name) in enumerate((("cls_token", "cls"), ("dist_token", "dist"))[:tokens]):
+        expected[name] = arrays[token] + (positions[:, i:i + 1] if entries else 0)
+    if tokens == 2:
+        expected |= {"head_dist/kernel": arrays["head_dist.weight"].T, "head_dist/bias": arrays["head_dist.bias"]}
+    assert_same(read(found), expected | by_hand(arrays, 0) | by_hand(arrays, 1))
+    assert found.format == "timm" and found.grid == (GRID, GRID) and found.num_classes == CLASSES
+    assert found.model == dict(SIZES, patch_size=(P, P), pool_type="tok", gelu="erf", context="none",
+                               distilled=tokens == 2)
+    assert any("gelu='erf' and context='none' assumed" in note for note in found.notes)
+    assert any("added to the tokens" in note for note in found.notes) == bool(entries)
+
+
+def test_deit_3s_own_names():
+    scales = {f"blocks.{i}.gamma_{j}": (D,) for i in range(DEPTH) for j in (1, 2)}
+    arrays = random(timm_shapes(entries=0, **scales))
+    found = understand(arrays, num_heads=H)
+    params = read(found)
+    for i in range(DEPTH):
+        for j in (1, 2):
+            np.testing.assert_array_equal(params[f"Transformer/encoderblock_{i}/LayerScale_{j - 1}/gamma"],
+                                          arrays[f"blocks.{i}.gamma_{j}"])
+    assert found.format == "deit" and found.model["layer_scale"] == 1e-4 and found.normalisation[1][2] == 0.225
+    renamed = {re.sub(r"gamma_(\d)", r"ls\1.gamma", name): array for name, array in arrays.items()}
+    assert understand(renamed, num_heads=H).format == "timm"
+    assert_same(read(understand(renamed, num_heads=H)), params)
+
+
+def test_timms_variants_of_a_file():
+    arrays = random(timm_shapes())
+    plain = read(understand(arrays, num_heads=H))
+    old = arrays | {"patch_embed.proj.weight": arrays["patch_embed.proj.weight"].reshape(D, -1)}
+    assert_same(read(understand(old, num_heads=H)), plain)
+    wrapped = understand({f"module.{name}": array for name, array in arrays.items()}, num_heads=H)
+    assert_same(read(wrapped), plain)
+    assert any("module." in note for note in wrapped.notes)
+    headless = {name: array for name, array in arrays.items() if not name.startswith("head")}
+    assert understand(headless, num_heads=H).num_classes is None
+    logits = arrays | random({"pre_logits.fc.weight": (D, D), "pre_logits.fc.bias": (D,)})
+    found = understand(logits, num_heads=H)
+    assert found.model["rep_size"] == D
+    np.testing.assert_array_equal(read(found)["pre_logits/kernel"], logits["pre_logits.fc.weight"].T)
+    config = {"model_args": {"act_layer": "gelu_tanh", "num_heads": 8}, "pretrained_cfg": {"mean": [1.0], "std": [2.0]}}
+    found = understand(arrays, config=config)
+    assert (found.model["gelu"], found.model["num_heads"], found.normalisation) == ("tanh", 8, ((1.0,), (2.0,)))
+    with pytest.raises(FormatError, match="activation 'silu'; supported are gelu, gelu_tanh"):
+        understand(arrays, config={"model_args": {"act_layer": "silu"}}, num_heads=H)
+
+
+def test_heads_that_a_file_does_not_tell():
+    shapes = lambda width: {  # noqa: E731
+        name: tuple(width * size // D if size % D == 0 else size for size in shape)
+        for name, shape in timm_shapes(depth=1).items()}
+    for width, heads in ((192, 3), (1280, 16), (320, 5)):
+        arrays = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes(width).items()}
+        found = understand(arrays)
+        assert found.model["num_heads"] == heads and any("num_heads" in note for note in found.notes)
+    with pytest.raises(FormatError, match="file: the file does not say how many heads its width of 96 has; give num_h"):
+        understand({name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes(96).items()})
+    with pytest.raises(FormatError, match="num_heads=7 does not divide the width of the file, 32"):
+        understand(random(timm_shapes()), num_heads=7)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_augreg_by_hand(tokens):
+    positions = {"Transformer/posembed_input/pos_embedding": (1, GRID**2 + tokens, D)}
+    arrays = random(flax_shapes(**AUGREG, **positions, **{"pre_logits/kernel": (D, 6), "pre_logits/bias": (6,)}) |
+                    {"head/kernel": (6, CLASSES)} | ({"cls": (1, 1, D)} if tokens else {}))
+    found = understand(arrays)
+    whole = arrays["Transformer/posembed_input/pos_embedding"]
+    new = {"MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0", "LayerNorm_2": "LayerNorm_1",
+           "MlpBlock_3": "MlpBlock_0"}
+    expected = {}
+    for name, array in arrays.items():
+        parts = [new.get(part, part) for part in name.split("/")]
+        expected["/".join(parts)] = array
+    del expected["Transformer/posembed_input/pos_embedding"]
+    expected["pos_embedding"] = whole[:, tokens:]
+    if tokens:
+        expected["cls"] = arrays["cls"] + whole[:, :1]
+    assert_same(read(found), expected)
+    assert found.format == "augreg" and found.normalisation == ((0.5,) * 3, (0.5,) * 3)
+    assert found.model == dict(SIZES, patch_size=(P, P), pool_type="tok" if tokens else "gap", rep_size=6, gelu="tanh",
+                               context="none", distilled=False)
+
+
+def test_big_vision_is_ours_already(tmp_path):
+    attention = {f"MAPHead_0/MultiHeadDotProductAttention_0/{part}/kernel": (D, H, D // H)
+                 for part in ("query", "key", "value")}
+    attention |= {name.replace("kernel", "bias"): (H, D // H) for name in attention}
+    pool = {"MAPHead_0/probe": (1, 1, D), **attention, "MAPHead_0/MultiHeadDotProductAttention_0/out/kernel": (
+        H, D // H, D), "MAPHead_0/MultiHeadDotProductAttention_0/out/bias": (D,), "MAPHead_0/LayerNorm_0/scale": (D,),
+        "MAPHead_0/LayerNorm_0/bias": (D,), "MAPHead_0/MlpBlock_0/Dense_0/kernel": (D, F),
+        "MAPHead_0/MlpBlock_0/Dense_0/bias": (F,), "MAPHead_0/MlpBlock_0/Dense_1/kernel": (F, D),
+        "MAPHead_0/MlpBlock_0/Dense_1/bias": (D,)}
+    arrays = random(flax_shapes(**POSITIONS, **pool))
+    found = understand(arrays)
+    assert_same(read(found), arrays)
+    assert found.format == "big_vision" and found.model["pool_type"] == "map" and found.model["num_heads"] == H
+
+    path = tmp_path / "two_towers.npz"
+    formats.write_npz(path, {f"params/img/{k}": v for k, v in arrays.items()} | {"params/t": np.zeros(1, np.float32)})
+    assert_same(read(convert(formats.parameters(formats.open_file(path, "img")), path=str(path))), arrays)
+
+
+def test_scanned_blocks_are_taken_apart_and_read_once():
+    arrays = random(flax_shapes(**POSITIONS))
+    block = re.compile(r"Transformer/encoderblock_\d+/(.*)")
+    scanned = {k: v for k, v in arrays.items() if not block.match(k)}
+    names = {match[1] for match in map(block.match, arrays) if match}
+    scanned |= {f"Transformer/encoderblock/{name}": np.stack(
+        [arrays[f"Transformer/encoderblock_{i}/{name}"] for i in range(DEPTH)]) for name in names}
+    reads = []
+    counted = {name: Tensor(a.shape, a.dtype, lambda a=a, name=name: (reads.append(name), a)[1])
+               for name, a in scanned.items()}
+    found = convert(counted, path="file")
+    assert not reads  # shapes are enough to understand a file
+    assert_same(read(found), arrays)
+    assert sorted(reads) == sorted(scanned)
+    assert_same(read(found), arrays)
+    assert found.model["depth"] == DEPTH and any("taken apart" in note for note in found.notes)
+    del scanned["Transformer/encoderblock/LayerNorm_0/bias"]
+    with pytest.raises(FormatError, match="lacks 'Transformer/encoderblock_0/LayerNorm_0/bias'"):
+        understand(scanned)
+    with pytest.raises(FormatError, match=r"hold \[\(2,\), \(3,\)\] blocks"):
+        understand(scanned | {"Transformer/encoderblock/LayerNorm_0/bias": np.zeros((3, D), np.float32)})
+    with pytest.raises(FormatError, match=r"hold \[\(1000000000,\)\] blocks"):
+        understand({"Transformer/encoderblock/LayerNorm_0/scale": np.zeros((10**9, 0), np.float32)})
+
+
+def test_bfloat16_is_read_as_float32():
+    arrays = random(flax_shapes(**POSITIONS))
+    half = {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays.items()}
+    found = understand(half)
+    assert_same(read(found), {name: array.astype(np.float32) for name, array in half.items()})
+    assert {tensor.dtype for tensor in found.params.values()} == {np.dtype(np.float32)}
+    assert any("bfloat16" in note for note in found.notes)
+
+
+def test_a_fixed_position_embedding():
+    found = understand(random(flax_shapes()))
+    assert found.model["posemb"] == "sincos2d" and found.grid is None
+    assert any("sincos2d" in note for note in found.notes)
+    assert understand(random(flax_shapes()), grid=(2, 4)).grid == (2, 4)
+
+
+MODELS = [
+    dict(pool_type="tok", gelu="erf"), dict(pool_type="tok", gelu="erf", distilled=True),
+    dict(pool_type="tok", gelu="erf", layer_scale=1e-4), dict(pool_type="gap", gelu="tanh"),
+    dict(pool_type="map", gelu="erf"), dict(pool_type="none", gelu="erf"),
+    dict(pool_type="tok", context="cb", context_at="msa_end", context_layers=(1,)),
+    dict(pool_type="tok", context="cb_s", layer_scale=1e-4, distilled=True),
+    dict(pool_type="gap", context="cb_s", context_layers=(0,))]
+SEEN = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "gelu", "pool_type", "distilled", "layer_scale",
+        "context", "context_at", "context_layers", "posemb", "rep_size")
+
+
+def assert_same_model(found, config):
+    config_found = resolve(Config(**found.model))
+    assert {name: getattr(config_found, name) for name in SEEN} == {name: getattr(config, name) for name in SEEN}
+
+
+@pytest.mark.parametrize("kw", MODELS)
+@pytest.mark.parametrize("tree", [False, True])
+def test_to_timm_and_back_is_the_same_bits(kw, tree, tmp_path):
+    params, config = ours(**kw)
+    path, statistics = tmp_path / "model.safetensors", ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    formats.write_safetensors(path, timm.to_timm(nested(params) if tree else params, config),
+                              describe(config, statistics))
+    file = formats.open_file(path)
+    found = convert(formats.parameters(file), path=str(path), metadata=file.metadata)
+    assert_same(read(found), params)
+    assert_same_model(found, config)
+    assert found.normalisation == statistics and found.num_classes == CLASSES
+    assert not any("assumed" in note for note in found.notes)
+
+
+def test_positions_in_a_timm_file():
+    for kw, entries in ((dict(), 1), (dict(distilled=True), 2), (dict(layer_scale=1e-4), 0),
+                        (dict(layer_scale=1e-4, distilled=True), 2), (dict(pool_type="gap"), 0)):
+        params, config = ours(**{"pool_type": "tok", **kw})
+        positions = timm.to_timm(params, config)["pos_embed"]
+        np.testing.assert_array_equal(positions[:, :entries], 0)
+        np.testing.assert_array_equal(positions[:, entries:], params["pos_embedding"])
+    params, config = ours(pool_type="tok")
+    assert timm.to_timm(params, config, no_embed_class=True)["pos_embed"].shape == (1, GRID**2, D)
+    params, config = ours(pool_type="tok", distilled=True)
+    with pytest.raises(ConfigError, match="no_embed_class"):
+        timm.to_timm(params, config, no_embed_class=True)
+
+
+def test_a_fixed_position_embedding_is_written_out():
+    params, config = ours(pool_type="gap", posemb="sincos2d")
+    with pytest.raises(ConfigError, match="^grid: .*rows, columns"):
+        timm.to_timm(params, config)
+    found = understand(timm.to_timm(params, config, grid=(2, 3)), num_heads=H, grid=(2, 3), gelu="tanh")
+    images = np.random.default_rng(0).normal(size=(2, 2 * P, 3 * P, 3)).astype(np.float32)
+    expected, _ = Model(CLASSES, **SIZES, pool_type="gap", posemb="sincos2d").apply(
+        {"params": jax.tree.map(jnp.asarray, nested(params))}, jnp.asarray(images))
+    np.testing.assert_array_equal(run(found, images)[0], expected)
+
+
+@pytest.mark.parametrize("kw, match", [
+    (dict(pool_type="0"), "pool_type: .*'0'"), (dict(pool_type="tok", rep_size=8), "rep_size"),
+    (dict(context="cb_s", context_at="mlp_mid"), "context_at.*'mlp_mid'")])
+def test_what_timm_cannot_express(kw, match):
+    params, config = ours(**kw)
+    for call in (lambda: timm.to_timm(params, config), lambda: timm.arguments(config, CLASSES, (12, 12))):
+        with pytest.raises(ConfigError, match=match):
+            call()
+
+
+def test_arguments_of_timms_class():
+    config = resolve(Config(**SIZES, pool_type="tok", gelu="erf"))
+    assert timm.arguments(config, None, (12, 24)) == dict(
+        img_size=(12, 24), patch_size=(P, P), embed_dim=D, depth=DEPTH, num_heads=H, mlp_ratio=2.0, num_classes=0)
+    for mlp_dim, width in ((4304, 1152), (61, 36), (7, 28), (15360, 1792)):
+        config = resolve(Config(**SIZES | dict(width=width, mlp_dim=mlp_dim)))
+        assert int(width * timm.arguments(config, None, (12, 12))["mlp_ratio"]) == mlp_dim
+
+
+@pytest.mark.parametrize("kw", [*MODELS, dict(pool_type="tok", context="cb_s", context_at="msa_end"),
+                                dict(pool_type="0", rep_size=D), dict(posemb="sincos2d"),
+                                dict(context="cb_s", context_at="mlp_mid")])
+def test_to_big_vision_and_back_is_the_same_bits(kw, tmp_path):
+    params, config = ours(**kw)
+    path = tmp_path / "model.npz"
+    formats.write_npz(path, big_vision.to_big_vision(nested(params)))
+    file = formats.open_file(path)
+    assert set(file.tensors) == {f"params/{name}" for name in params}
+    found = convert(formats.parameters(file), path=str(path), **json.loads(describe(config)["cb_vit"])["model"])
+    assert_same(read(found), params)
+    assert_same_model(found, config)
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(distilled=True), dict(num_classes=0), dict(num_classes=0, rep_size=D),
+                                dict(num_classes=0, distilled=True), dict(gelu="tanh", grid=(2, 3))])
+def test_to_huggingface_and_back_is_the_same_bits(kw):
+    kw = {"num_classes": CLASSES, "gelu": "erf", "pool_type": "tok", **kw}
+    params, config = ours(**kw)
+    rows, columns = kw.get("grid", (GRID, GRID))
+    arrays = huggingface.to_huggingface(nested(params), config)
+    names = [f"class {i}" for i in range(kw["num_classes"])]
+    sidecar = json.loads(json.dumps(
+        huggingface.config_json(config, kw["num_classes"], (rows * P, columns * P), names)))
+    found = understand(arrays, config=sidecar)
+    assert_same(read(found), params)
+    assert_same_model(found, config)
+    assert found.class_names == (tuple(names) or None) and found.grid == (rows, columns)
+    if kw["num_classes"]:
+        assert arrays.keys() == hf_shapes("deit." if config.distilled else "vit.", config.distilled).keys()
+        assert {name: array.shape for name, array in arrays.items() if "position" not in name} == {
+            name: shape for name, shape in hf_shapes("deit." if config.distilled else "vit.", config.distilled).items()
+            if "position" not in name}
+
+
+@pytest.mark.parametrize("kw, match", [
+    (dict(pool_type="gap"), "pool_type"), (dict(layer_scale=1e-4), "layer_scale"), (dict(context="cb"), "context"),
+    (dict(rep_size=True), "rep_size"), (dict(num_classes=0, rep_size=8), "rep_size")])
+def test_what_transformers_cannot_express(kw, match):
+    params, config = ours(**{"pool_type": "tok", "num_classes": CLASSES, **kw})
+    with pytest.raises(ConfigError, match=f"^{match}"):
+        huggingface.to_huggingface(params, config)
+
+
+def test_an_array_without_a_place_is_not_dropped():
+    params, config = ours(pool_type="tok")
+    with pytest.raises(ConfigError, match="timm has no place for 'extra/kernel'"):
+        timm.to_timm(params | {"extra/kernel": np.zeros(1)}, config)
+
+
+@pytest.mark.parametrize("more, seems", [
+    ({"reg_token": (1, 4, D)}, "register tokens"), ({"blocks.0.attn.q_norm.weight": (8,)}, "norms on queries and keys"),
+    ({"blocks.0.mlp.w12.weight": (F, D)}, "SwiGLU"), ({"fc_norm.weight": (D,)}, "before the last norm"),
+    ({"norm_pre.weight": (D,)}, "CLIP"), ({"decoder_embed.weight": (D, D)}, "masked autoencoder"),
+    ({"blocks.0.attn.relative_position_bias_table": (9, H)}, "relative positions"),
+    ({"rope.freqs": (2, 4)}, "relative positions")])
+def test_what_is_no_plain_vit_is_called_by_its_name(more, seems):
+    with pytest.raises(FormatError, match=f"file: it seems to be .*{seems}.*not supported"):
+        understand(random(timm_shapes(**more)), num_heads=H)
+
+
+@pytest.mark.parametrize("names, match", [
+    (["stages.0.blocks.0.conv_dw.weight", "head.fc.weight"], "a ConvNeXt"), (["layer1.0.conv1.weight"], "a ResNet"),
+    (["layers.0.blocks.0.attn.qkv.weight"], "a Swin"), (["MixerBlock_0/LayerNorm_0/scale"], "an MLP-Mixer"),
+    (["conv_root/kernel"], "a hybrid"), (["a", "b", "c", "d", "e", "f", "g"], "no ViT .*'a', 'b', .*and 2 more"),
+    ([], "holds nothing")])
+def test_what_is_something_else(names, match):
+    with pytest.raises(FormatError, match=match):
+        understand({name: np.zeros((3, 3), np.float32) for name in names})
+
+
+def test_packed_gates_and_fused_rows():
+    shapes = timm_shapes(**{f"blocks.{i}.mlp.fc1.weight": (2 * F, D) for i in range(DEPTH)})
+    with pytest.raises(FormatError, match="SwiGLU"):
+        understand(random(shapes), num_heads=H)
+    with pytest.raises(FormatError, match=r"'blocks.0.attn.qkv.weight' is \[95, 32\], not the rows of query, key"):
+        understand(random(timm_shapes(**{"blocks.0.attn.qkv.weight": (3 * D - 1, D)})), num_heads=H)
+
+
+def without(shapes, *names):
+    return {name: shape for name, shape in shapes.items() if name not in names}
+
+
+@pytest.mark.parametrize("shapes, match", [
+    (without(timm_shapes(), "blocks.1.attn.qkv.bias"), "read as timm, the file lacks 'blocks.1.attn.qkv.bias'$"),
+    (without(timm_shapes(), "patch_embed.proj.weight"), "it lacks 'patch_embed.proj.weight'"),
+    (without(timm_shapes(), "cls_token"), r"position embedding is \[1, 10, 32\].*0 class tokens.*give grid"),
+    (without(timm_shapes(), "head.bias"), "has besides 'head.weight'"),
+    (timm_shapes(surprise=(1,)), "has besides 'surprise'$"),
+    (timm_shapes(**{"norm.bias": (D + 1,)}), r"has 'norm.bias' of \[33\] and not \[32\]$"),
+    (timm_shapes(**{"head.weight": (CLASSES, D, 1, 1)}), r"'head.weight' is \[5, 32, 1, 1\], which does not go"),
+    (timm_shapes(**{"patch_embed.proj.weight": (D, 47)}), "'patch_embed.proj.weight' is"),
+    (timm_shapes(**{"blocks.0.ls1.gamma": (D,)}), "lacks 'blocks.0.ls2.gamma', 'blocks.1.ls1.gamma'"),
+    (without(hf_shapes(), "vit.layernorm.weight"), "read as huggingface, the file lacks 'vit.layernorm.weight'$"),
+    (hf_shapes(**{"vit.embeddings.surprise": (1,)}), "has besides 'vit.embeddings.surprise'$"),
+    (flax_shapes(**AUGREG, **{"Transformer/posembed_input/pos_embedding": (1, 9, D), "Transformer/x": (1,)}),
+     "read as augreg, the file has besides 'Transformer/x'$"),
+    (without(flax_shapes(**AUGREG, **{"Transformer/posembed_input/pos_embedding": (1, 9, D)}),
+             "Transformer/encoderblock_1/MlpBlock_3/Dense_1/bias"), "lacks 'Transformer/encoderblock_1/MlpBlock_"),
+    (flax_shapes(**POSITIONS, **{"pre_logits/kernel": (D, 6)}), "has besides 'pre_logits/kernel'")])
+def test_every_array_is_accounted_for(shapes, match):
+    with pytest.raises(FormatError, match=match):
+        understand(random(shapes), num_heads=H)
+
+
+@pytest.mark.parametrize("shapes", [
+    timm_shapes(2), hf_shapes(), flax_shapes(**POSITIONS),
+    flax_shapes(**AUGREG, **{"Transformer/posembed_input/pos_embedding": (1, 9, D)})])
+def test_absurd_shapes_are_errors_of_the_file(shapes):
+    arrays = random(shapes)
+    for name in (name for name in arrays if not re.search(r"(blocks|layer|encoderblock)[._]1", name)):
+        with pytest.raises(FormatError):
+            understand(arrays | {name: np.zeros((), np.float32)}, num_heads=H)
+
+
+@pytest.mark.parametrize("shapes, name", [
+    (timm_shapes(**{f"blocks.0.{gamma}": (D,) for gamma in ("gamma_1", "ls1.gamma")}), "blocks.0.ls1.gamma"),
+    (timm_shapes(**{"blocks.1.attn.key.bias": (D,)}), "blocks.1.attn.key.bias"),
+    (hf_shapes(**{"deit.layernorm.bias": (D,)}), "layernorm.bias"),
+    (flax_shapes(**POSITIONS, **{"Transformer/posembed_input/pos_embedding": (1, 9, D)}), "pos_embedding"),
+    (flax_shapes(**POSITIONS, **{"Transformer/encoderblock/LayerNorm_0/scale": (DEPTH, D)}),
+     "Transformer/encoderblock_0/LayerNorm_0/scale")])
+def test_two_names_for_one_array(shapes, name):
+    with pytest.raises(FormatError, match=f"'{name}' is in it twice"):
+        understand(random(shapes), num_heads=H)
+
+
+def test_missing_blocks():
+    arrays = random(timm_shapes())
+    far = {name.replace("blocks.1.", "blocks.9999."): array for name, array in arrays.items()}
+    with pytest.raises(FormatError, match="not numbered from 0 to 1"):
+        understand(far, num_heads=H)
+
+
+@pytest.mark.parametrize("overrides, match", [
+    (dict(num_heads=8), "num_heads=8 is asked for, but the file has 4"),
+    (dict(variant="S/16"), "width=384 is asked for, but the file has 32"), (dict(depth=3), "depth=3.*file has 2"),
+    (dict(patch_size=8), r"patch_size=\(8, 8\) .*\(4, 4\)"), (dict(pool_type="gap"), "pool_type='gap' .*'tok'"),
+    (dict(distilled=True), "distilled=True .*False"), (dict(rep_size=True), "lacks.*'pre_logits/bias'"),
+    (dict(context="cb_s"), "lacks.*context_scale"), (dict(layer_scale=0.1), "lacks.*gamma"),
+    (dict(posemb="sincos2d"), "has besides 'pos_embedding'")])
+def test_an_override_that_the_file_contradicts(overrides, match):
+    arrays = random(flax_shapes(**POSITIONS, cls=(1, 1, D)))
+    with pytest.raises(FormatError, match=match):
+        understand(arrays, **overrides)
+
+
+def test_overrides():
+    arrays = random(flax_shapes(**POSITIONS))
+    found = understand(arrays, context="cb", context_layers=[1], gelu="erf", pool_type="0", patch_size=P, depth=None)
+    assert found.model == dict(SIZES, patch_size=(P, P), pool_type="0", context="cb", context_layers=(1,), gelu="erf",
+                               distilled=False)
+    scale = {f"blocks.{i}.ls{j}.gamma": (D,) for i in range(DEPTH) for j in (1, 2)}
+    assert understand(random(timm_shapes(**scale)), num_heads=H, layer_scale=0.5).model["layer_scale"] == 0.5
+    with pytest.raises(ConfigError, match="^model.contxt: unknown; did you mean context"):
+        understand(arrays, contxt="cb")
+    with pytest.raises(ConfigError, match="^model.num_heads: expected a whole number"):
+        understand(arrays, num_heads="four")
+    with pytest.raises(ConfigError, match="^model.variant: unknown"):
+        understand(arrays, variant="XS/16")
+
+
+def test_metadata():
+    arrays = random(timm_shapes())
+    config = resolve(Config(**SIZES, pool_type="tok", context="cb"))
+    found = understand(arrays, metadata=describe(config))
+    assert found.model["num_heads"] == H and found.model["context"] == "cb" and found.normalisation is None
+    assert understand(arrays, metadata=describe(config), context="none").model["context"] == "none"
+    for damaged in ("{", "[]", '{"model": 3}'):
+        with pytest.raises(FormatError, match="metadata"):
+            understand(arrays, metadata={"cb_vit": damaged})
+
+
+def test_grids_that_are_no_squares():
+    arrays = random(timm_shapes() | {"pos_embed": (1, 2 * 5 + 1, D)})
+    assert understand(arrays, num_heads=H, grid=(2, 5)).grid == (2, 5)
+    for grid, match in ((None, "no square: give grid"), ((3, 5), "a grid of 3×5 has 15")):
+        with pytest.raises(FormatError, match=match):
+            understand(arrays, num_heads=H, grid=grid)
