@@ -1,7 +1,7 @@
 """Checkpoints, with Orbax behind this one door.
 
-A checkpoint of step k is a folder `checkpoints/k` with the items `params`, `opt`, `ema` if kept, and `meta`. Arrays
-are stored in loop layout (one entry a block) whatever the model runs. `meta` lists their names, shapes,
+A checkpoint of step k is a folder `checkpoints/k` with the items `params`, `opt` unless empty, `ema` if kept, and
+`meta`. Arrays are stored in loop layout (one entry a block) whatever the model runs. `meta` lists their names, shapes,
 dtypes and checksums: names, shapes and dtypes tell a checkpoint of another model from a damaged one before
 anything is read, and checksums are verified afterwards. Saving is asynchronous and atomic.
 """
@@ -152,7 +152,7 @@ class Checkpointer:
         if scan:
             arrays = jax.jit(to_scan, out_shardings=_shardings(wanted))(arrays)
         scalar = lambda value, leaf: jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding)  # noqa: E731
-        return TrainState(scalar(step, like.step), arrays["params"], arrays["opt"],
+        return TrainState(scalar(step, like.step), arrays["params"], arrays.get("opt", like.opt),
                           scalar(True, like.finite), arrays.get("ema")), meta
 
     def params_shapes(self, step: int | None = None, item: Item = "params") -> tuple[int, Tree]:

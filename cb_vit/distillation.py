@@ -12,14 +12,14 @@ classes as in DeiT's code, which averages over all elements.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from cb_vit.config import ConfigError
+from cb_vit.config import ConfigError, under
 from cb_vit.losses import distill_hard, distill_soft
 from cb_vit.pp.builder import Preprocess
 from cb_vit.weights import Weights
@@ -32,7 +32,7 @@ class DistillationConfig:
     """The block `config.distillation`; the defaults are DeiT's.
 
     Attributes:
-        teacher: the run whose model teaches: its workdir.
+        teacher: the model that teaches: a run's workdir, or a file of weights, as `cb_vit.load` takes them.
         type: learn the teacher's decisions ("hard") or its probabilities ("soft").
         alpha: the teacher's share of the loss, in (0, 1].
         tau: temperature of "soft"; above 0.
@@ -59,18 +59,17 @@ class Teacher:
     Attributes:
         config: what is learnt from it.
         weights: the model, and its parameters on disk.
-        gain, offset: from the student's normalised pixels to the teacher's, float32 [c].
+        adapt: from the student's normalised images to the teacher's.
     """
 
     config: DistillationConfig
     weights: Weights
-    gain: np.ndarray
-    offset: np.ndarray
+    adapt: Callable[[Array], Array]
 
     def logits(self, params: Tree, image: Float[Array, "b y x c"]) -> Float[Array, "b classes"]:
         """Of images as the student sees them."""
-        image = image * self.gain.reshape(1, 1, 1, -1) + self.offset.reshape(1, 1, 1, -1)
-        return jax.lax.stop_gradient(self.weights.model.apply({"params": params}, image, train=False)[0])
+        logits, _ = self.weights.model.apply({"params": params}, self.adapt(image), train=False)
+        return jax.lax.stop_gradient(logits)
 
     def loss(
         self, params: Tree, image: Float[Array, "b y x c"], out: dict[str, Array], label_loss: Float[Array, "b"],
@@ -106,17 +105,15 @@ def make_teacher(
     Raises:
         ConfigError: other classes, or images that the teacher cannot take.
     """
-    channels = image_shape[-1]
-    own_gain, own_offset = preprocess.normalisation(channels)
-    gain, offset = weights.preprocess.normalisation(channels)
-    teacher = Teacher(config, weights, gain / own_gain, offset - gain / own_gain * own_offset)
+    with under(path):
+        teacher = Teacher(config, weights, weights.adapter(preprocess))
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     try:
         logits = jax.eval_shape(teacher.logits, weights.shapes, image)
     except Exception as error:  # whatever the model says to images it was not made for
-        raise ConfigError(f"{path}.teacher", f"{config.teacher} was trained on images {weights.image_shape} and cannot "
-                                             f"take the student's, {image_shape} ({str(error).splitlines()[0][:120]})"
-                          ) from None
+        reason = str(error).splitlines()[0][:120]
+        raise ConfigError(f"{path}.teacher", f"{config.teacher} has positions for {weights.grid} patches and cannot "
+                                             f"take images {image_shape} ({reason})") from None
     if logits.shape[-1] != num_classes:
         raise ConfigError(f"{path}.teacher", f"{config.teacher} has {logits.shape[-1]} classes, the student has "
                                              f"{num_classes}")

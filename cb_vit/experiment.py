@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -80,11 +80,9 @@ class Experiment:
         """Whether the model keeps its blocks in scan layout."""
         return getattr(self.settings.model, "scan", False)
 
-    @contextlib.contextmanager
-    def context(self) -> Iterator[None]:
-        """Trace and run jitted functions in this: it gives names of activation axes their mesh axes."""
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.cfg.sharding_rules):
-            yield
+    def context(self) -> contextlib.AbstractContextManager[None]:
+        """Trace and run jitted functions in this."""
+        return sharding.context(self.mesh, self.cfg.sharding_rules)
 
     def init(self, key: jax.Array) -> Any:
         """Parameters from a key."""
@@ -126,12 +124,7 @@ class Experiment:
 
     def teacher_shapes(self) -> Any:
         """Shapes, dtypes and shardings of the teacher's parameters; None without one."""
-        if self.teacher is None:
-            return None
-        # Named as in the student's state, so that the same rules serve; those of the optimiser find nothing here.
-        shapes = {"params": self.teacher.weights.shapes}
-        where = sharding.infer(shapes, self.cfg.sharding_strategy, self.mesh, partial=True)
-        return jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)["params"]
+        return self.teacher and sharding.place(self.teacher.weights.shapes, self.cfg.sharding_strategy, self.mesh)
 
     def read_teacher(self) -> Any:
         """The teacher's parameters, where `teacher_shapes` puts them."""
@@ -194,13 +187,8 @@ def build(
         DataError: when not even the first example can be read.
     """
     cfg = settings.train
-    mesh = dist.create_mesh(cfg.mesh, cfg.mesh_allow_split_physical_axes, devices)
-    batch_sharding = dist.batch_sharding(mesh, dict(cfg.sharding_rules).get("act_batch", ()))
+    mesh, batch_sharding = lay_out(settings, devices)
     check_batch_size(cfg.input.batch_size, cfg.grad_accum_steps, batch_sharding, "config.input.batch_size")
-    for name, evaluator in settings.evals.items():
-        if evaluator.batch_size:
-            check_batch_size(evaluator.batch_size, 1, batch_sharding, f"config.evals.{name}.batch_size")
-
     source = source or datasets.open_source(cfg.input.data, "config.input.data")
     num_classes = _num_classes(cfg, settings.preprocess, source.num_classes)
     pipeline = Pipeline(cfg.input, source, settings.preprocess, dist.local_rows(batch_sharding, cfg.input.batch_size))
@@ -232,6 +220,21 @@ def build(
         spec["image"][0], num_classes)
     return Experiment(settings, mesh, batch_sharding, pipeline, num_classes, total_steps, model, tx, schedules,
                       shapes, spec, teacher)
+
+
+def lay_out(settings: Settings, devices: Sequence[jax.Device] | None = None) -> tuple[Mesh, NamedSharding]:
+    """The mesh that a config describes, and the sharding of a batch, which those of evaluators are checked against.
+
+    Raises:
+        ConfigError: what the number of devices rules out.
+    """
+    cfg = settings.train
+    mesh = dist.create_mesh(cfg.mesh, cfg.mesh_allow_split_physical_axes, devices)
+    batch_sharding = dist.batch_sharding(mesh, dict(cfg.sharding_rules).get("act_batch", ()))
+    for name, evaluator in settings.evals.items():
+        if evaluator.batch_size:
+            check_batch_size(evaluator.batch_size, 1, batch_sharding, f"config.evals.{name}.batch_size")
+    return mesh, batch_sharding
 
 
 def init_params(model: nn.Module, image_shape: tuple[int, ...], key: jax.Array) -> Any:

@@ -7,9 +7,11 @@ and tensor parallel are rules, not code paths.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -128,3 +130,26 @@ def infer(tree: Tree, strategy: Sequence[tuple[str, str]], mesh: Mesh, path: str
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return map_with_names(shard, tree)
+
+
+def place(params: Tree, strategy: Sequence[tuple[str, str]], mesh: Mesh) -> Tree:
+    """Where the rules of a run put parameters alone, of whatever model: their shapes, with shardings.
+
+    Args:
+        params: shapes of parameters, without the "params/" that names in a state have.
+        strategy, mesh: as for `infer`.
+
+    Raises:
+        ConfigError: a rule that does not fit its leaf.
+    """
+    # Named as in a state, so that its rules serve; those of the optimiser find nothing here.
+    where = infer({"params": params}, strategy, mesh, partial=True)["params"]
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                        params, where)
+
+
+@contextlib.contextmanager
+def context(mesh: Mesh, rules: Sequence[tuple[str, str | tuple[str, ...]]]) -> Iterator[None]:
+    """Trace and run jitted functions in this: names of activation axes get their mesh axes from `rules`."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        yield

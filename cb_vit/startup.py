@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -11,17 +9,19 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import NamedSharding
 
 from cb_vit import dist, experiment, io, models
 from cb_vit import workdir as workdir_lib
 from cb_vit.checkpoint import Checkpointer, in_loop_layout
 from cb_vit.config import ConfigError
 from cb_vit.evaluators import common as evaluators
+from cb_vit.evaluators.common import EvaluatorConfig, PredictFn
 from cb_vit.experiment import Experiment
 from cb_vit.settings import Settings, TrainConfig
 from cb_vit.train_state import TrainState
 from cb_vit.tree import flatten_with_names, map_with_names
-from cb_vit.weights import LoadConfig, Weights, open_weights
+from cb_vit.weights import LoadConfig, Weights, fold_normalisation, open_weights, same_normalisation
 
 logger = logging.getLogger(__name__)
 
@@ -51,21 +51,42 @@ def build_evaluators(run: Experiment) -> dict[str, Any]:
     Raises:
         ConfigError: an evaluator that cannot work.
     """
-    evals = {name: evaluators.build(name, config, predict_fn=run.predict, state_shapes=run.shapes,
-                                    sharding=run.batch_sharding, batch_size=run.cfg.input.batch_size,
-                                    num_classes=run.num_classes)
-             for name, config in run.settings.evals.items()}
+    evals = open_evaluators(run.settings, lambda config: run.predict, run.shapes, run.batch_sharding, run.num_classes)
+    prefixes = [evaluator.config.prefix for evaluator in evals.values()]
+    best = run.cfg.keep_best
+    known = [*prefixes, *(f"{evaluators.EMA}{prefix}" for prefix in prefixes if run.cfg.ema)]
+    if best and not best.metric.startswith(tuple(known)):
+        listed = ", ".join(map(repr, known)) or "(config.evals is empty)"
+        raise ConfigError("config.keep_best.metric", f"{best.metric!r} is of no evaluator; names of their metrics "
+                                                     f"begin with {listed}")
+    return evals
+
+
+def open_evaluators(
+    settings: Settings, predict_fn: Callable[[EvaluatorConfig], PredictFn], state_shapes: TrainState,
+    sharding: NamedSharding, num_classes: int,
+) -> dict[str, Any]:
+    """The evaluators of any model, by name, their data opened.
+
+    Args:
+        settings: whose `evals` they are.
+        predict_fn: settings of an evaluator → its (train_state, images) → (logits, out).
+        state_shapes: of the train state.
+        sharding: of a batch.
+        num_classes: of the model.
+
+    Raises:
+        ConfigError: an evaluator that cannot work.
+    """
+    evals = {name: evaluators.build(name, config, predict_fn=predict_fn(config), state_shapes=state_shapes,
+                                    sharding=sharding, batch_size=settings.train.input.batch_size,
+                                    num_classes=num_classes)
+             for name, config in settings.evals.items()}
     owners: dict[str, str] = {}
     for name, evaluator in evals.items():
         if (other := owners.setdefault(evaluator.config.prefix, name)) != name:
             raise ConfigError(f"config.evals.{name}.prefix", f"{evaluator.config.prefix!r} is that of {other} too: "
                                                              "their metrics would have the same names")
-    best = run.cfg.keep_best
-    known = [*owners, *(f"{evaluators.EMA}{prefix}" for prefix in owners if run.cfg.ema)]
-    if best and not best.metric.startswith(tuple(known)):
-        prefixes = ", ".join(map(repr, known)) or "(config.evals is empty)"
-        raise ConfigError("config.keep_best.metric", f"{best.metric!r} is of no evaluator; names of their metrics "
-                                                     f"begin with {prefixes}")
     return evals
 
 
@@ -148,40 +169,39 @@ def begin_from(run: Experiment, weights: Weights) -> tuple[TrainState, dict[str,
 
     loaded = weights.read(map_with_names(place, weights.shapes))
     for line in lines:
-        logger.info("parameters of step %d of %s: %s", weights.step, weights.path, line)
-    note = {"path": weights.path, "step": weights.step, "item": weights.item, "report": lines}
+        logger.info("parameters of %s: %s", weights, line)
+    taken = (run.cfg.model_load or LoadConfig()).params
+    note = {"path": weights.path, "step": weights.step, "params": taken, "report": [*weights.notes, *lines]}
     return run.create_state(merge, loaded), {"model_init": note}
 
 
 def _fit(run: Experiment, weights: Weights) -> tuple[Callable[[Any, Any], Any], list[str]]:
     """(initial parameters, loaded ones) → parameters, and what became of each; from shapes alone."""
     module, cfg, load = models.get(run.cfg.model_name), run.settings.model, run.cfg.model_load or LoadConfig()
-    merge = functools.partial(
-        module.merge, config=cfg, dont_load=load.dont_load, posemb_resize=load.posemb_resize,
-        image_size=run.example_spec["image"][0][:2],
-        loaded_grid=module.patch_grid(weights.model.config, weights.image_shape[:2]))
+    own, trained = run.settings.preprocess.normalisation(run.example_spec["image"][0][-1]), weights.normalisation
+    folds = trained is not None and len(trained[0]) == len(own[0]) and not same_normalisation(trained, own)
+    lines = ["embedding: normalised pixels mean something else here, which is folded into it"] * folds
+    lines += ["how its pixels were normalised is not known; taken to be as they are here"] * (trained is None)
+
+    def merge(init: Any, loaded: Any) -> tuple[Any, Any]:
+        return module.merge(
+            init, fold_normalisation(loaded, trained, own) if folds else loaded, cfg, load.dont_load,
+            load.posemb_resize, image_size=run.example_spec["image"][0][:2], loaded_grid=weights.grid)
+
     try:
         _, report = jax.eval_shape(merge, run.shapes.params, weights.shapes)
     except ConfigError as error:
-        raise ConfigError(f"config.{error.path}", f"step {weights.step} of {weights.path}: {error.message}") from None
-    return lambda init, loaded: merge(init, loaded)[0], list(report.lines)
+        raise ConfigError(f"config.{error.path}", f"{weights}: {error.message}") from None
+    return lambda init, loaded: merge(init, loaded)[0], [*report.lines, *lines]
 
 
 def run_notes(run: Experiment, model_init: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What `run.json` says: all that one needs beside the parameters to use the model; and where those began."""
+    """What `run.json` says of a run; `model_init`: where its first parameters came from."""
     source = run.pipeline.source
-    return {
-        "format": 1,
-        "model_name": run.cfg.model_name,
-        "model": dataclasses.asdict(run.settings.model),
-        "num_classes": run.num_classes,
-        "class_names": list(source.class_names) if source.class_names else None,
-        "image_shape": list(run.example_spec["image"][0]),
-        "pp": run.cfg.input.pp,
-        "pp_evals": {name: config.pp_fn for name, config in run.settings.evals.items()},
-        "total_steps": run.total_steps,
-        "model_init": model_init,
-    }
+    return workdir_lib.run_notes(
+        run.cfg.model_name, run.settings.model, run.num_classes, source.class_names, run.example_spec["image"][0],
+        run.cfg.input.pp, pp_evals={name: config.pp_fn for name, config in run.settings.evals.items()},
+        total_steps=run.total_steps, model_init=model_init)
 
 
 def open_checkpoints(run: Experiment, workdir: str | os.PathLike) -> Checkpointer:

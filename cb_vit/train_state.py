@@ -38,9 +38,9 @@ class TrainState:
 
     @property
     def arrays(self) -> dict[str, Tree]:
-        """The trees of arrays by field, without those that are not kept."""
+        """The trees of arrays by field, without those that are not kept or empty."""
         trees = {"params": self.params, "opt": self.opt, "ema": self.ema}
-        return {name: tree for name, tree in trees.items() if tree is not None}
+        return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
 
 @dataclasses.dataclass(frozen=True)

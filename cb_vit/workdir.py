@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cb_vit import io
@@ -92,12 +93,38 @@ def check_changes(old: Mapping[str, Any], new: Mapping[str, Any], allow_changed_
     return lines
 
 
-def write_notes(workdir: str | os.PathLike, config: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    """Write `config.json`, and `run.json`: what one needs beside the parameters to use the model."""
+def run_notes(
+    model_name: str, model: Any, num_classes: int | None, class_names: Sequence[str] | None,
+    image_shape: Sequence[int], pp: str, *, pp_evals: Mapping[str, str], total_steps: int,
+    model_init: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What `run.json` says: all that one needs beside the parameters to use the model; and where those began.
+
+    Args:
+        model_name: the module of the model.
+        model: its resolved settings, a dataclass.
+        num_classes: width of the head; None: no head.
+        class_names: None: not known.
+        image_shape: of the images in training, [y x c].
+        pp: preprocessing in training.
+        pp_evals: preprocessing of each evaluator.
+        total_steps: length of the run.
+        model_init: where its first parameters came from; None: drawn.
+    """
+    return {
+        "format": 1, "model_name": model_name, "model": dataclasses.asdict(model), "num_classes": num_classes,
+        "class_names": list(class_names) if class_names else None, "image_shape": list(image_shape), "pp": pp,
+        "pp_evals": dict(pp_evals), "total_steps": total_steps, "model_init": model_init,
+    }
+
+
+def write_notes(workdir: str | os.PathLike, config: Mapping[str, Any] | None, run: Mapping[str, Any]) -> None:
+    """Write `config.json`, where a config made the run, and `run.json`, as `run_notes` gives it."""
     path = io.as_path(workdir)
     path.mkdir(parents=True, exist_ok=True)
-    io.write_atomic(path / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    io.write_atomic(path / "run.json", json.dumps(run, indent=2, sort_keys=True) + "\n")
+    for name, content in (("config.json", config), ("run.json", run)):
+        if content is not None:
+            io.write_atomic(path / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

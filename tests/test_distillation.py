@@ -123,7 +123,7 @@ def test_what_cannot_work_is_named(teacher, tmp_path):
 
     source, pp = weights.open_weights(teacher, "teacher"), builder.build(STUDENT_PP, "pp")
     settings = DistillationConfig(teacher=str(teacher))
-    with pytest.raises(ConfigError, match=r"teacher: .* trained on images \(8, 8, 3\) and cannot .* \(16, 16, 3\)"):
+    with pytest.raises(ConfigError, match=r"teacher: .* positions for \(2, 2\) patches and cannot .* \(16, 16, 3\)"):
         make_teacher(settings, source, pp, (16, 16, 3), CLASSES)
     with pytest.raises(ConfigError, match="has 5 classes, the student has 7"):
         make_teacher(settings, source, pp, (8, 8, 3), 7)

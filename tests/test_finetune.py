@@ -135,7 +135,7 @@ def test_fine_tuning_part_of_the_parameters_and_a_stop_changes_nothing(source, t
     np.testing.assert_allclose(found["pos_embedding"], expected, atol=1e-6)
 
     notes = json.loads((tmp_path / "whole" / "run.json").read_text())["model_init"]
-    assert (notes["path"], notes["step"], notes["item"]) == (str(earlier), 3, "params")
+    assert (notes["path"], notes["step"], notes["params"]) == (str(earlier), 3, "raw")
     assert notes["report"][1:] == ["pos_embedding: resampled from 2×2 to 3×3, bicubic_antialias",
                                    "begun anew, the file's being of another size: head/bias, head/kernel"]
     assert all(f"parameters of step 3 of {earlier}: {line}" in caplog.text for line in notes["report"])
@@ -156,7 +156,7 @@ def test_fine_tuning_part_of_the_parameters_and_a_stop_changes_nothing(source, t
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(model_init="/nowhere"), "config.model_init: /nowhere is not the workdir of a run"),
+    (dict(model_init="/nowhere"), "config.model_init: /nowhere does not exist; give a run's workdir"),
     (dict(model_init="{source}@7"), "config.model_init: {source}/.* holds checkpoints of steps 2, 3, none of step 7"),
     (dict(model_init="{empty}"), "config.model_init: {empty}/checkpoints holds no checkpoint"),
     (dict(model=dict(width=32)), r"config.model_init: step 3 of {source}: .* another shape of .*\(\[16\], here \[32\]"),

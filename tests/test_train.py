@@ -409,3 +409,14 @@ def test_profile_tensorboard_and_curves(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert list((tmp_path / "tensorboard").glob("events.out.*"))
     assert (tmp_path / "training_curves.png").stat().st_size > 1000
+
+
+def test_the_average_is_measured_too_and_the_best_may_go_by_it(tmp_path):
+    best = {"ema": dict(decay=0.5), "keep_best": dict(metric="ema/val/loss", mode="min"), "ckpt_steps": None}
+    train_and_evaluate(tiny(**best), tmp_path / "run")
+    assert steps_with(tmp_path / "run", "ema/val/loss") == steps_with(tmp_path / "run", "val/loss") == [4, 8]
+    judged = [record for record in records(tmp_path / "run") if "val/loss" in record]
+    assert min(judged, key=lambda record: record["ema/val/loss"])["step"] in saved_steps(tmp_path / "run")
+    assert all(record["ema/val/loss"] != record["val/loss"] for record in judged)
+    with pytest.raises(ConfigError, match="keep_best.metric: 'ema/val/loss' is of no evaluator; .* begin with 'val/'$"):
+        train_and_evaluate(tiny(**best | {"ema": None}), tmp_path / "other")

@@ -111,8 +111,8 @@ def build(
     try:
         jax.eval_shape(predict_fn, state_shapes, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
     except Exception as error:  # whatever the model says to images it was not made for
-        raise ConfigError(f"{where}.pp_fn", f"the model cannot take its images, {shape}: they are not like those of "
-                                            f"input.pp ({str(error).splitlines()[0][:120]})") from None
+        raise ConfigError(f"{where}.pp_fn", f"the model cannot take its images, {shape}: they are not like those it "
+                                            f"was trained on ({str(error).splitlines()[0][:120]})") from None
     return _module(config.type, where).Evaluator(
         predict_fn, config=config, source=source, preprocess=preprocess, sharding=sharding)
 

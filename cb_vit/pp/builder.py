@@ -98,15 +98,16 @@ class Preprocess:
             batch = op(batch)
         return batch
 
-    def normalisation(self, channels: int) -> tuple[np.ndarray, np.ndarray]:
-        """What the device makes of a pixel: `gain · pixel + offset`, float32 [channels] each, for pixels 0 … 255."""
+    def normalisation(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, std), one value a channel each: the device makes (v - mean) / std of a pixel v from 0 to 1."""
         import jax.numpy as jnp
         batch = {"image": jnp.broadcast_to(jnp.array([0, 255], jnp.uint8)[:, None, None, None], (2, 1, 1, channels))}
         for _, op in self.device_ops:
             if isinstance(op, ValueRange | VggValueRange):
                 batch = op(batch)
-        low, high = np.asarray(batch["image"], np.float32).reshape(2, channels)
-        return (high - low) / 255, low
+        low, high = np.asarray(batch["image"], np.float64).reshape(2, channels)
+        std = 1 / (high - low)
+        return tuple((-low * std).tolist()), tuple(std.tolist())
 
     def _refuse_encoded(self, features: Features) -> None:
         if is_encoded(features.get("image")):

@@ -1,4 +1,4 @@
-"""What every program shares: the flags `--config` and `--workdir`, and errors in one line."""
+"""What every program shares: its command line, the flags `--config` and `--workdir`, and errors in one line."""
 from __future__ import annotations
 
 import ast
@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import ml_collections
 from absl import app, flags
@@ -44,26 +45,55 @@ def run(main: Callable[[ml_collections.ConfigDict], None], usage: str) -> None:
         main: the program.
         usage: its docstring, shown by `--help`.
     """
+    def with_config(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            raise ConfigError(argv[1], "not an argument of this program; settings are written --config.key=value")
+        if FLAGS.config is None:
+            raise _no_config()
+        overridden = list(config_flags.get_override_values(FLAGS["config"]))
+        config_lib.prefer_overrides(FLAGS.config, overridden)
+        main(FLAGS.config)
+
+    _start(with_config, functools.partial(_parse_config, usage=usage), news=sys.stdout)
+
+
+def run_plain(main: Callable[..., None], usage: str, *arguments: str) -> None:
+    """The same for a program without a config: `main(*arguments)`.
+
+    Args:
+        main: the program.
+        usage: its docstring, shown by `--help`.
+        *arguments: names of what it takes beside flags, all required; of a last "NAME…", one or more.
+    """
+    def with_arguments(argv: Sequence[str]) -> None:
+        _, *given = argv
+        if len(given) < len(arguments) or (len(given) > len(arguments) and not arguments[-1].endswith("…")):
+            listed = f", got {' '.join(given)}" if given else ""
+            raise ConfigError("arguments", f"this program takes {' '.join(arguments)}{listed}; --help says more")
+        main(*given)
+
+    _start(with_arguments, functools.partial(_parse, usage=usage), news=sys.stderr)  # stdout is for what was asked
+
+
+def _start(program: Callable[..., None], parse: Callable[..., list[str]], news: TextIO) -> None:
     def guarded(argv: Sequence[str]) -> None:
         # absl has put its own handler in place by now; Orbax and JAX tell their news through it.
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=news, force=True)
         absl_logging.set_verbosity(absl_logging.ERROR)
         for chatty in ("jax", "matplotlib"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         try:
-            if len(argv) > 1:
-                raise ConfigError(argv[1], "not an argument of this program; settings are written --config.key=value")
-            if FLAGS.config is None:
-                raise _no_config()
-            overridden = list(config_flags.get_override_values(FLAGS["config"]))
-            config_lib.prefer_overrides(FLAGS.config, overridden)
-            main(FLAGS.config)
+            program(argv)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written nowhere
+            sys.exit(1)
         except (ConfigError, Failure) as error:  # anything else is a fault of the program and keeps its traceback
             _fail(error)
         except KeyboardInterrupt:
             _fail("interrupted", status=130)
 
-    app.run(guarded, flags_parser=functools.partial(_parse, usage=usage))
+    app.run(guarded, flags_parser=parse)
 
 
 def require_workdir() -> str:
@@ -77,24 +107,30 @@ def require_workdir() -> str:
     return FLAGS.workdir
 
 
-def _parse(argv: list[str], usage: str) -> list[str]:
-    """absl's parsing, with its errors and ml_collections' turned into one line."""
+def _parse(argv: list[str], usage: str, explain: Callable[[Exception], Exception] = lambda error: error) -> list[str]:
+    """absl's parsing, with its errors, `explain`ed, in one line, and its help cut down to the program's own flags."""
+    if {"--help", "-h", "--helpshort"}.intersection(argv):
+        print(f"{usage.rstrip()}\n{FLAGS.main_module_help()}")
+        sys.exit(0)
+    absl_logging.set_verbosity(absl_logging.ERROR)  # what ml_collections would warn of is told in the error
+    try:
+        return FLAGS(argv)
+    except Exception as error:
+        _fail(explain(error))
+
+
+def _parse_config(argv: list[str], usage: str) -> list[str]:
     given, overrides = _given(argv)
     if given == "list":
         print(list_configs(_configs()))
         sys.exit(0)
-    if {"--help", "-h", "--helpshort"}.intersection(argv):
-        print(f"{usage.rstrip()}\n{FLAGS.main_module_help()}")
-        sys.exit(0)
     sys.path.insert(0, os.getcwd())  # `configs.common`, for a config file of the user's own folder too
-    absl_logging.set_verbosity(absl_logging.ERROR)  # what ml_collections would warn of is told below
-    try:
-        rest = FLAGS(argv)
-        if given is not None and not isinstance(FLAGS.config, ml_collections.ConfigDict):
-            raise TypeError(f"--config={given} is not a config")  # a file that cannot be read comes back as an object
-        return rest
-    except Exception as error:
-        _fail(_explain(error, given, overrides))
+    explain = functools.partial(_explain, given=given, overrides=overrides)
+    rest = _parse(argv, usage, explain)
+    if given is not None and not isinstance(FLAGS.config, ml_collections.ConfigDict):
+        # a file that cannot be read comes back as an object
+        _fail(explain(TypeError(f"--config={given} is not a config")))
+    return rest
 
 
 def _given(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str | None]]]:

@@ -1,22 +1,37 @@
-"""The evaluators of a config on the last checkpoint of a run. Writes nothing.
+"""The evaluators of a config on a trained model. Writes nothing.
 
     python -m cb_vit.tools.eval_only --config=configs/digits.py --workdir=runs/digits
+    python -m cb_vit.tools.eval_only --config=configs/vit_i1k.py --weights=hf://timm/deit_tiny_patch16_224.fb_in1k
+
+`--workdir` takes the last checkpoint of a run of that very config. `--weights` takes whatever `cb_vit.load` does, with
+its own model: of the config, only evaluators, mesh and sharding count, and training data need not be there.
 """
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
+from absl import flags
 
-from cb_vit import dist, experiment, io
+from cb_vit import dist, experiment, io, sharding, startup
 from cb_vit.checkpoint import Checkpointer
-from cb_vit.config import ConfigError
-from cb_vit.evaluators.common import measure
-from cb_vit.settings import check
-from cb_vit.startup import build_evaluators
-from cb_vit.tools import cli
+from cb_vit.config import ConfigError, under
+from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, measure
+from cb_vit.pp import builder
+from cb_vit.settings import Settings, check
+from cb_vit.tools import cli, source
+from cb_vit.train_state import TrainState
+from cb_vit.weights import Weights, same_normalisation
+
+FLAGS = flags.FLAGS
+WEIGHTS = flags.DEFINE_string("weights", None, "In place of --workdir: a run, a file of weights, or hf://ORG/NAME.")
+flags.adopt_module_key_flags(source)  # for --help
 
 
 def main(config: ml_collections.ConfigDict) -> None:
@@ -24,7 +39,18 @@ def main(config: ml_collections.ConfigDict) -> None:
     settings = check(config)
     if not settings.evals:
         raise ConfigError("config.evals", "has no evaluator")
-    directory = io.as_path(cli.require_workdir()) / "checkpoints"
+    if WEIGHTS.value is not None:
+        if FLAGS.workdir:
+            raise ConfigError("--weights", "takes the place of --workdir; give one of them")
+        _evaluate_weights(settings)
+        return
+    if source.given():
+        raise ConfigError("--weights", "not given, and --ema, --key and --model are about it")
+    _evaluate_run(settings, cli.require_workdir())
+
+
+def _evaluate_run(settings: Settings, workdir: str) -> None:
+    directory = io.as_path(workdir) / "checkpoints"
     if not directory.exists():
         raise ConfigError("--workdir", f"{directory} does not exist; give the workdir of a run")
     dist.initialize()
@@ -34,15 +60,51 @@ def main(config: ml_collections.ConfigDict) -> None:
         if restored is None:
             raise ConfigError("--workdir", f"{directory} holds no checkpoint")
         state, _ = restored
-        if jax.process_index() == 0:
-            print(f"step {int(state.step)} of {directory}")
-        for name, evaluator in build_evaluators(run).items():
-            start = time.monotonic()
-            values = measure(evaluator, state)
-            if jax.process_index() == 0:
-                for metric, value in values.items():
-                    print(f"{metric:<24}{value:.4f}")
-                print(f"{name + ' took':<24}{time.monotonic() - start:.1f} s")
+        _tell(f"step {int(state.step)} of {directory}")
+        _measure(startup.build_evaluators(run), state)
+
+
+def _evaluate_weights(settings: Settings) -> None:
+    weights = source.open_source(WEIGHTS.value, "--weights")
+    if not weights.model.num_classes:
+        raise ConfigError("--weights", f"{weights} has no head, and so no classes to score")
+    dist.initialize()
+    mesh, batch_sharding = experiment.lay_out(settings)
+    shapes = sharding.place(weights.shapes, settings.train.sharding_strategy, mesh)
+    state = TrainState(jnp.int32(weights.step or 0), shapes, (), jnp.bool_(True))
+    with sharding.context(mesh, settings.train.sharding_rules):
+        evaluators = startup.open_evaluators(settings, functools.partial(_predictor, weights), state, batch_sharding,
+                                             weights.model.num_classes)
+        _tell(f"{weights}: {weights.format}", *weights.notes)
+        _measure(evaluators, state.replace(params=weights.read(shapes)))
+
+
+def _predictor(weights: Weights, config: EvaluatorConfig) -> PredictFn:
+    """What an evaluator gets, its images brought to the model's normalisation."""
+    preprocess = builder.build(config.pp_fn, "pp_fn")
+    with under("--weights"):
+        adapt = weights.adapter(preprocess)
+    own = preprocess.normalisation(len(weights.normalisation[0]))
+    if not same_normalisation(own, weights.normalisation):
+        _tell(f"normalised pixels of {config.pp_fn} are brought to the model's own mean and std")
+
+    def predict(state: TrainState, images: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        return weights.model.apply({"params": state.params}, adapt(images), train=False)
+
+    return predict
+
+
+def _measure(evaluators: Mapping[str, Any], state: TrainState) -> None:
+    for name, evaluator in evaluators.items():
+        start = time.monotonic()
+        values = measure(evaluator, state)
+        _tell(*(f"{metric:<24}{value:.4f}" for metric, value in values.items()),
+              f"{name + ' took':<24}{time.monotonic() - start:.1f} s")
+
+
+def _tell(*lines: str) -> None:
+    if jax.process_index() == 0:
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":

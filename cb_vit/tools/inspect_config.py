@@ -93,10 +93,11 @@ def _memory(run: Experiment) -> Iterator[str]:
     """Parameters, gradients and optimiser state by arithmetic; activations only from the compiler."""
     held = lambda tree: sum(  # noqa: E731
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    params, opt = held(run.shapes.params), held(run.shapes.opt)
-    for name, size in (("parameters", params), ("gradients", params), ("optimiser state", opt),
-                       ("batch", held(run.batch_shapes()))):
-        yield f"{name:<24}{size / MIB:,.1f} MiB"
+    for name, tree in (
+            ("parameters", run.shapes.params), ("gradients", run.shapes.params),
+            ("optimiser state", run.shapes.opt), ("average of parameters", run.shapes.ema), ("teacher", run.teacher_shapes()), ("batch", run.batch_shapes())):
+        if tree is not None:
+            yield f"{name:<24}{held(tree) / MIB:,.1f} MiB"
     if not COMPILE.value:
         yield f"{'activations':<24}not counted; --compile asks XLA"
         return

@@ -1,0 +1,204 @@
+"""From image files to classes: which files, decoded ahead by threads, in batches of one size."""
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from cb_vit.attention_maps import View
+from cb_vit.config import ConfigError, Failure
+from cb_vit.models.vit import patch_grid
+from cb_vit.pp import builder
+from cb_vit.pp.builder import Preprocess
+from cb_vit.registry import parse_calls
+from cb_vit.weights import LABEL_OPS, Weights
+
+T, U = TypeVar("T"), TypeVar("U")
+THREADS = min(16, os.cpu_count() or 1)
+EXAMPLE = "decode|resize_small(256)|central_crop(224)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a model says of one file.
+
+    Attributes:
+        path: of the file.
+        error: why it could not be read; None: it was, and the rest is there.
+        image: as the model saw it, before its pixels were normalised.
+        classes: the most probable first.
+        probabilities: softmax over all classes, of these.
+        maps: where it looked, as `View.maps` has it.
+    """
+
+    path: str
+    error: str | None = None
+    image: UInt8[np.ndarray, "y x c"] | None = None
+    classes: tuple[int, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    maps: Float[np.ndarray, "maps gy gx"] | None = None
+
+
+class Predictor:
+    """A model that takes image files.
+
+    Args:
+        weights: the model's; its parameters are read when prediction begins.
+        preprocess: from `preprocessing`.
+        top: how many classes to name, at most all.
+        layers: blocks (from 0) whose attention is looked at; None: no attention maps.
+        rollout: look at attention rollout too.
+
+    Attributes:
+        image_shape: of the images that the model is given, [y x c].
+        view: the attention maps that are made; None: none.
+
+    Raises:
+        ConfigError: the model does not classify, or cannot take the images that `preprocess` makes.
+    """
+
+    def __init__(self, weights: Weights, preprocess: Preprocess, top: int = 5, layers: tuple[int, ...] | None = None,
+                 rollout: bool = False):
+        config, classes = weights.model.config, weights.model.num_classes
+        if not classes or config.pool_type == "none":
+            what = "classifies every token on its own" if classes else "has no head, so it has no classes"
+            raise ConfigError("--weights", f"{weights} {what}; fine-tune it first (config.model_init)")
+        self.weights, self.preprocess, self.top = weights, preprocess, min(top, classes)
+        self.image_shape = _image_shape(weights, preprocess)
+        self.view = None if layers is None else View(config, patch_grid(config, self.image_shape[:2]), layers, rollout)
+        self._apply = jax.jit(self._forward)
+
+    def __call__(self, paths: Sequence[str], batch_size: int) -> Iterator[Prediction]:
+        """One prediction for each file, in their order; what cannot be read has an `error`.
+
+        Args:
+            paths: of image files.
+            batch_size: images at once; the last batch is filled up, so that one size is compiled.
+
+        Raises:
+            Failure: the model's output is not finite.
+        """
+        params = self.weights.read()
+        read = ahead(self._read, paths, THREADS, 2 * batch_size)
+        running: collections.deque[tuple[list[Prediction], Any]] = collections.deque()
+        while batch := list(itertools.islice(read, batch_size)):
+            images = np.zeros((batch_size, *self.image_shape), np.uint8)
+            for row, found in enumerate(batch):
+                if not found.error:
+                    images[row] = found.image
+            running.append((batch, self._apply(params, images)))
+            if len(running) > 1:  # the device works on while results are fetched
+                yield from _finish(*running.popleft())
+        for batch, outputs in running:
+            yield from _finish(batch, outputs)
+
+    def _forward(
+        self, params: Any, images: UInt8[Array, "b y x c"]
+    ) -> tuple[Float[Array, "b k"], Int[Array, "b k"], Float[Array, "b maps gy gx"] | None]:
+        images = self.preprocess.device({"image": images})["image"]
+        logits, out = self.weights.model.apply({"params": params}, images, attention=self.view is not None)
+        probabilities, classes = jax.lax.top_k(jax.nn.softmax(logits), self.top)
+        return probabilities, classes, self.view and self.view.maps(out["encoder"])
+
+    def _read(self, path: str) -> Prediction:
+        try:
+            # The same draws for every file, should there be a random op.
+            image = self.preprocess.host({"image": Path(path).read_bytes()}, np.random.default_rng(0))["image"]
+        except OSError as error:
+            return Prediction(path, error=error.strerror or str(error))
+        except ValueError as error:
+            return Prediction(path, error=str(error))
+        if image.shape != self.image_shape:
+            (height, width, _), wanted = image.shape, self.image_shape[:2]
+            return Prediction(path, error=f"{height}×{width} pixels, where the model takes {wanted[0]}×{wanted[1]}; "
+                                          f"to resize, give --pp='{_resizing(self.preprocess, wanted)}'")
+        return Prediction(path, image=image)
+
+
+def _finish(batch: list[Prediction], outputs: Any) -> Iterator[Prediction]:
+    probabilities, classes, maps = jax.device_get(outputs)
+    for row, found in enumerate(batch):
+        if found.error:
+            yield found
+            continue
+        if not np.isfinite(probabilities[row]).all():
+            raise Failure(f"{found.path}: the model's output is not finite; are these weights whole?")
+        yield dataclasses.replace(found, classes=tuple(classes[row].tolist()), maps=None if maps is None else maps[row],
+                                  probabilities=tuple(probabilities[row].tolist()))
+
+
+def preprocessing(weights: Weights, pp: str | None = None) -> Preprocess:
+    """From a file's bytes to the model's images.
+
+    Args:
+        weights: whose model it is for.
+        pp: what is to be done instead of what the weights say. It may leave out to decode; if it leaves out to
+            normalise, that is done as in training.
+
+    Raises:
+        ConfigError: the string is wrong, or something is not known of the model.
+    """
+    text = weights.pp if pp is None else pp
+    if text is None and weights.normalisation is not None:
+        raise ConfigError("--pp", f"{weights} does not say what is done to its images; give --pp='{EXAMPLE}'")
+    calls = [call for call in parse_calls(text or "", "--pp") if call.name not in LABEL_OPS]
+    if not calls or calls[0].name != "decode":
+        calls[:0] = parse_calls(f"decode({_channels(weights)})", "--pp")
+    text = "|".join(call.text for call in calls)
+    preprocess = builder.build(text, "--pp")
+    if preprocess.device_ops:
+        return preprocess
+    if weights.normalisation is None:
+        raise ConfigError("--pp", f"{weights} does not say how its pixels were normalised; end --pp in "
+                                  "value_range(-1, 1) for Google's ViTs, in vgg_value_range for DeiT's: "
+                                  f"--pp='{EXAMPLE}|vgg_value_range'")
+    mean, std = (tuple(round(255 * value, 6) for value in values) for values in weights.normalisation)
+    return builder.build(f"{text}|vgg_value_range({mean}, {std})", "--pp")
+
+
+def ahead(function: Callable[[T], U], items: Iterable[T], threads: int, most: int) -> Iterator[U]:
+    """`function` of each item, in order, worked out by threads, at most so many items ahead."""
+    pool, waiting = ThreadPoolExecutor(threads), collections.deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _image_shape(weights: Weights, preprocess: Preprocess) -> tuple[int, int, int]:
+    """What images are like, [y x c], checked to be what the model takes."""
+    config, patch, channels = weights.model.config, weights.model.config.patch_size, _channels(weights)
+    own = weights.grid and tuple(count * side for count, side in zip(weights.grid, patch, strict=True))
+    size = preprocess.image_size or own
+    if size is None:
+        raise ConfigError("--pp", f"{preprocess.text!r} leaves the size of the images open, and {weights} takes any; "
+                                  f"give --pp='{EXAMPLE}'")
+    divides = not any(side % p for side, p in zip(size, patch, strict=True))
+    if not divides or preprocess.channels != channels or (config.posemb == "learn" and size != own):
+        sizes = "multiples of {}×{}".format(*patch) if config.posemb != "learn" else "{}×{}".format(*own)
+        raise ConfigError("--pp", f"{preprocess.text!r} makes images of {size[0]}×{size[1]} with {preprocess.channels} "
+                                  f"channels; {weights} takes {sizes} with {channels}")
+    return (*size, channels)
+
+
+def _channels(weights: Weights) -> int:
+    return weights.shapes["embedding"]["kernel"].shape[2]
+
+
+def _resizing(preprocess: Preprocess, size: tuple[int, int]) -> str:
+    decode, *rest = (call.text for call in parse_calls(preprocess.text, "--pp"))
+    return "|".join([decode, f"resize({size})", *rest])

@@ -1,0 +1,233 @@
+"""What a model says of images, and where it looks.
+
+    python -m cb_vit.tools.predict --weights=runs/digits scan.png
+    python -m cb_vit.tools.predict --weights=hf://timm/deit_tiny_patch16_224.fb_in1k --classes=names.txt photos/ cat.jpg
+    python -m cb_vit.tools.predict --weights=runs/digits --format=json scans/ > predictions.jsonl
+    python -m cb_vit.tools.predict --weights=runs/digits --attention=looks --rollout scans/
+
+WEIGHTS is whatever `cb_vit.load` takes. Of a folder, every image in it and below is taken. What cannot be read is named
+on stderr; the rest goes on, and the exit status is 1.
+"""
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+from absl import flags
+
+from cb_vit import attention_maps, io
+from cb_vit.config import ConfigError, Failure
+from cb_vit.datasets.folder import EXTENSIONS
+from cb_vit.prediction import Prediction, Predictor, preprocessing
+from cb_vit.timing import Chrono
+from cb_vit.tools import cli, source
+from cb_vit.weights import Weights
+
+FLAGS = flags.FLAGS
+QUIET = 10.0  # seconds before the first word on progress, and between two
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The flags of the same names; see `define`."""
+
+    top: int = 5
+    format: str = "table"
+    classes: str | None = None
+    pp: str | None = None
+    batch_size: int = 32
+    attention: str | None = None
+    layers: str = "last"
+    rollout: bool = False
+    overwrite: bool = False
+
+
+def define() -> None:
+    """Define the flags."""
+    own = Options()
+    flags.DEFINE_string("weights", None, "The model: a run's workdir, a file of weights, or hf://ORG/NAME.")
+    flags.DEFINE_integer("top", own.top, "How many classes to name.", lower_bound=1)
+    flags.DEFINE_enum("format", own.format, ["table", "json"], "For people, or one JSON object a line: path, top.")
+    flags.DEFINE_string("classes", own.classes, "Names of the classes: a file with one a line, or JSON of names.")
+    flags.DEFINE_string("pp", own.pp, "Preprocessing in place of the model's, e.g. 'resize(256)|central_crop(224)'.")
+    flags.DEFINE_integer("batch_size", own.batch_size, "Images at once.", lower_bound=1)
+    flags.DEFINE_string("attention", own.attention, "Folder for pictures of the attention, a PNG for each image.")
+    flags.DEFINE_string("layers", own.layers, "Blocks in those pictures: last, all, or numbers from 0, e.g. 3,7.")
+    flags.DEFINE_bool("rollout", own.rollout, "Attention rollout in those pictures too.")
+    flags.DEFINE_bool("overwrite", own.overwrite, "Replace pictures that are there.")
+    flags.adopt_module_key_flags(source)  # --help shows them too
+
+
+def main(*paths: str) -> None:
+    """What the command line asks for."""
+    if FLAGS.weights is None:
+        raise ConfigError("--weights", "not given; for example --weights=runs/digits")
+    files = find_images(paths)  # before weights are fetched
+    weights = source.open_source(FLAGS.weights, "--weights")
+    predict(files, weights, Options(**{field.name: FLAGS[field.name].value for field in dataclasses.fields(Options)}))
+
+
+def predict(files: Sequence[str], weights: Weights, options: Options) -> None:
+    """Print what the model says of each file, and draw where it looks.
+
+    Raises:
+        ConfigError: options that cannot work, before parameters are read.
+        Failure: at the end, where some files could not be read.
+    """
+    preprocess = preprocessing(weights, options.pp)
+    pictures = _pictures(files, options)
+    layers = pick_layers(options.layers, weights.model.config.depth) if pictures else None
+    predictor = Predictor(weights, preprocess, options.top, layers, options.rollout)
+    number = weights.model.num_classes
+    names = read_names(options.classes, number) if options.classes else weights.class_names or [None] * number
+    for line in (f"{weights}: {weights.format}, {number} classes", *weights.notes, f"images: {preprocess.text}"):
+        print(line, file=sys.stderr)
+
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    width, broken = max(map(len, files)), 0
+    for found in _progress(predictor(files, min(options.batch_size, len(files))), len(files)):
+        if found.error:
+            broken += 1
+            print(f"{found.path}: {found.error}", file=sys.stderr)
+            continue
+        lines = [json.dumps(as_json(found, names))] if options.format == "json" else as_table(found, names, width)
+        print("\n".join(lines))
+        if pictures:
+            _draw(pictures[found.path], found, predictor.view, names)
+    if broken:
+        raise Failure(f"{broken} of {len(files)} images could not be read")
+
+
+def find_images(paths: Sequence[str]) -> list[str]:
+    """Files as given, and those in folders by their extension; each once.
+
+    They are sorted by name, those of a folder itself before those of the folders in it.
+
+    Raises:
+        ConfigError: at "arguments": a path that does not exist, or no image at all.
+    """
+    found: list[str] = []
+    for path in paths:
+        if not os.path.exists(path):
+            raise ConfigError("arguments", f"{path} does not exist; give images, or folders of them")
+        if not os.path.isdir(path):
+            found.append(path)
+            continue
+        for folder, below, files in os.walk(path):
+            below[:] = sorted(name for name in below if name[0] != ".")
+            found += [os.path.join(folder, name) for name in sorted(files)
+                      if name.lower().endswith(EXTENSIONS) and name[0] != "."]
+    if not found:
+        raise ConfigError("arguments", f"no images in {', '.join(paths)}; they end in {', '.join(EXTENSIONS)}")
+    return list(dict.fromkeys(found))
+
+
+def as_json(found: Prediction, names: Sequence[str | None]) -> dict:
+    """`{"path": …, "top": [{"class": 3, "name": "cat", "probability": 0.93}, …]}`; a name that is not known is null."""
+    return {"path": found.path, "top": [
+        {"class": number, "name": names[number], "probability": round(probability, 6)}
+        for number, probability in zip(found.classes, found.probabilities, strict=True)]}
+
+
+def as_table(found: Prediction, names: Sequence[str | None], width: int) -> Iterator[str]:
+    """A line for each class: path (in the first alone), probability, name; `width` is that of the longest path."""
+    for row, (number, probability) in enumerate(zip(found.classes, found.probabilities, strict=True)):
+        yield f"{'' if row else found.path:<{width}}  {100 * probability:6.2f} %  {_label(names, number)}"
+
+
+def read_names(path: str, num_classes: int) -> list[str]:
+    """The names of the classes, in their order.
+
+    Args:
+        path: of a file with one name a line, or JSON: a list, {"0": name, …} or {name: 0, …}; where an entry is a list,
+            as in Keras' index of ImageNet, its last part is the name.
+        num_classes: how many there must be.
+
+    Raises:
+        ConfigError: at "--classes".
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        content = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
+        if isinstance(content, dict):
+            pairs = [pair[::-1] if isinstance(pair[1], int) else pair for pair in content.items()]
+            numbered = {int(number): name for number, name in pairs}
+            content = [numbered[number] for number in range(len(pairs))]
+        names = [name[-1] if isinstance(name, list) else name for name in content]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("an entry is no text")
+    except OSError as error:
+        raise ConfigError("--classes", f"{path}: {error.strerror}") from None
+    except (ValueError, LookupError) as error:
+        raise ConfigError("--classes", f"{path} holds neither one name a line nor JSON of names ({error!r})") from None
+    if len(names) != num_classes:
+        raise ConfigError("--classes", f"{path} has {len(names)} names, the model {num_classes} classes")
+    return [name.strip() for name in names]
+
+
+def _label(names: Sequence[str | None], number: int) -> str:
+    return f"class {number}" if names[number] is None else names[number]
+
+
+def pick_layers(text: str, depth: int) -> tuple[int, ...]:
+    """The blocks that `--layers` names, of a model with so many.
+
+    Raises:
+        ConfigError: at "--layers".
+    """
+    if text in ("last", "all"):
+        return tuple(range(depth)) if text == "all" else (depth - 1,)
+    numbers = [int(part) if part.strip().isdecimal() else depth for part in text.split(",")]
+    if max(numbers) >= depth:
+        raise ConfigError("--layers", f"expected last, all, or numbers from 0 to {depth - 1} divided by commas, "
+                                      f"got {text!r}")
+    return tuple(dict.fromkeys(numbers))
+
+
+def _pictures(files: Sequence[str], options: Options) -> dict[str, str]:
+    """By image, where the picture of its attention goes: the folders that differ, and the name, so that none meet."""
+    if options.attention is None:
+        if options.layers != "last" or options.rollout or options.overwrite:
+            raise ConfigError("--attention", "not given, and --layers, --rollout and --overwrite are about its "
+                                             "pictures; for example --attention=looks")
+        return {}
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    pictures = {file: f"{os.path.join(options.attention, os.path.relpath(file, common))}.png" for file in files}
+    there = next(filter(os.path.lexists, pictures.values()), None)
+    if there and not options.overwrite:
+        raise ConfigError("--attention", f"{there} is already there; choose another folder, or give --overwrite")
+    return pictures
+
+
+def _draw(picture: str, found: Prediction, view: attention_maps.View, names: Sequence[str | None]) -> None:
+    title = f"{_label(names, found.classes[0])}   {found.probabilities[0]:.1%}"
+    png = attention_maps.draw_maps(found.image, dict(zip(view.titles, found.maps, strict=True)), title,
+                                   f"attention of {view.who}  \u00b7  {os.path.basename(found.path)}")
+    try:
+        os.makedirs(os.path.dirname(picture), exist_ok=True)
+        io.write_atomic(picture, png)
+    except OSError as error:
+        raise Failure(f"{picture} cannot be written: {error.strerror}") from None
+
+
+def _progress(predictions: Iterable[Prediction], total: int) -> Iterator[Prediction]:
+    """The predictions; where they take long, stderr hears how far they are."""
+    chrono, said = Chrono(total, 1), time.monotonic()
+    for done, found in enumerate(predictions, 1):
+        chrono.tick(done)
+        yield found
+        if time.monotonic() - said > QUIET and done < total:
+            said, speed = time.monotonic(), chrono.measure(done).get("img/sec", 0)
+            left = datetime.timedelta(seconds=round(chrono.eta(done) or 0))
+            print(f"{done:,} of {total:,} images | {speed:.3g} img/s | ETA {left}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    define()
+    cli.run_plain(main, __doc__, "IMAGE…")

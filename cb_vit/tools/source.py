@@ -1,0 +1,47 @@
+"""The flags `--ema`, `--key` and `--model` of tools that read weights: what a path alone does not say."""
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from absl import flags
+
+from cb_vit.config import ConfigError
+from cb_vit.weights import Weights, open_weights
+
+EMA = flags.DEFINE_bool("ema", False, "Of a run: the moving average of the parameters.")
+KEY = flags.DEFINE_string("key", None, "Of a PyTorch file: the entry that holds the weights, e.g. model_ema.")
+MODEL = flags.DEFINE_multi_string("model", [], "NAME=VALUE, what a file does not say of its model; may be repeated: "
+                                               "--model=context=cb --model=num_heads=3")
+
+
+def given() -> bool:
+    """Whether any of them was given."""
+    return bool(EMA.value or KEY.value or MODEL.value)
+
+
+def open_source(path: str, field: str) -> Weights:
+    """Look into a file or run, with what those flags say.
+
+    Args:
+        path: as for `cb_vit.load`.
+        field: the flag or argument that names it, for errors.
+
+    Raises:
+        ConfigError: what is missing or cannot be read of a run, or a flag that does not fit.
+        FormatError: a file that cannot be read.
+    """
+    return open_weights(path, field, "ema" if EMA.value else "params", key=KEY.value, **_keywords(MODEL.value))
+
+
+def _keywords(texts: list[str]) -> dict[str, Any]:
+    found = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not name.isidentifier():
+            raise ConfigError("--model", f"expected NAME=VALUE, such as --model=context=cb, got {text!r}")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value  # a word
+    return found

@@ -1,0 +1,128 @@
+"""Attention maps and rollout against closed forms; their pictures by the pixels."""
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from cb_vit import Model
+from cb_vit.attention_maps import View, draw_maps, overlay, patch_map, reading_tokens, rollout
+
+GRID = (2, 3)
+
+
+def config(**changes):
+    return Model(3, patch_size=4, width=8, depth=2, mlp_dim=8, num_heads=2, **changes).config
+
+
+def random_attention(*shape, seed=0):
+    return jax.nn.softmax(3 * jax.random.normal(jax.random.key(seed), shape))
+
+
+MODELS = [(dict(pool_type="tok"), 1), (dict(pool_type="tok", distilled=True), 2), (dict(pool_type="gap"), 0),
+          (dict(pool_type="map"), 0), (dict(pool_type="0"), 0)]
+
+
+@pytest.mark.parametrize("changes, prefix", MODELS)
+def test_uniform_attention_is_a_uniform_map(changes, prefix):
+    n = 6 + prefix
+    attention = jnp.full((2, n, n), 1 / n)
+    np.testing.assert_allclose(patch_map(attention, reading_tokens(config(**changes)), GRID), np.ones((2, *GRID)), 1e-6)
+
+
+@pytest.mark.parametrize("prefix", [1, 2])
+def test_a_patch_is_shown_where_it_is(prefix):
+    n = 6 + prefix
+    for patch in range(6):
+        attention = jnp.zeros((n, n)).at[0, prefix + patch].set(1)
+        expected = np.zeros(GRID)
+        expected[patch // 3, patch % 3] = n  # all of the class token's attention
+        np.testing.assert_array_equal(patch_map(attention, slice(0, 1), GRID), expected)
+
+
+@pytest.mark.parametrize("changes, rows, who", [
+    (dict(pool_type="tok"), [0], "the class token"),
+    (dict(pool_type="tok", distilled=True), [0, 1], "the class and distillation tokens"),
+    (dict(pool_type="0"), [0], "the first token"),
+    (dict(pool_type="gap"), range(8), "all tokens, on average"),
+    (dict(pool_type="map"), range(8), "all tokens, on average")])
+def test_whose_attention_it_is(changes, rows, who):
+    attention, model = random_attention(8, 8), config(**changes)
+    expected = 8 * np.mean(attention[np.array(rows), 2:], axis=0).reshape(GRID)
+    np.testing.assert_allclose(patch_map(attention, reading_tokens(model), GRID), expected, 1e-5)
+    assert View(model, GRID, (0,)).who == who
+
+
+def test_rollout_in_closed_form():
+    eye, uniform = (jnp.broadcast_to(a, (2, 3, 5, 5)) for a in (jnp.eye(5), jnp.full((5, 5), 0.2)))
+    np.testing.assert_array_equal(rollout([eye] * 3), eye[:, 0])
+    # Uniform attention is a projection U: the product of ½ (U + I) over L blocks is U + 2⁻ᴸ (I - U).
+    np.testing.assert_allclose(rollout([uniform] * 3), uniform[:, 0] + (eye - uniform)[:, 0] / 8, rtol=1e-6)
+
+
+def test_rollout_goes_from_the_first_block_to_the_last():
+    blocks = [random_attention(2, 3, 5, 5, seed=seed) for seed in range(3)]
+    first, second, third = (np.asarray(block, np.float64).mean(1) / 2 + np.eye(5) / 2 for block in blocks)
+    found = rollout(blocks)
+    np.testing.assert_allclose(found, third @ second @ first, rtol=1e-5)
+    np.testing.assert_allclose(found.sum(-1), np.ones((2, 5)), rtol=1e-6)
+
+
+def test_the_maps_of_a_model():
+    model = Model(3, patch_size=4, width=48, depth=2, mlp_dim=8, num_heads=12, pool_type="tok")
+    images = jax.random.normal(jax.random.key(0), (2, 8, 12, 3))
+    _, out = jax.jit(lambda: model.init_with_output(jax.random.key(1), images, attention=True)[0])()
+    first, last = (np.asarray(out["encoder"][f"block{i:02d}"]["attention"]) for i in range(2))
+    by_hand = lambda attention: 7 * attention[:, 0, 1:].reshape(2, 2, 3)  # noqa: E731
+
+    one = View(model.config, GRID, (1,))
+    assert one.titles == ("block 1, mean of heads", *(f"head {i}" for i in range(12)))
+    maps = one.maps(out["encoder"])
+    assert maps.shape == (2, 13, 2, 3)
+    np.testing.assert_allclose(maps[:, 0], by_hand(last.mean(1)), rtol=1e-5)
+    np.testing.assert_allclose(maps[:, 11], by_hand(last[:, 10]), rtol=1e-5)
+
+    both = View(model.config, GRID, (1, 0), rollout=True)
+    assert both.titles == ("rollout", "block 1", "block 0")
+    maps, flow = both.maps(out["encoder"]), rollout([jnp.asarray(first), jnp.asarray(last)])
+    np.testing.assert_allclose(maps[:, 0], by_hand(np.asarray(flow)), rtol=1e-5)
+    np.testing.assert_allclose(maps[:, 2], by_hand(first.mean(1)), rtol=1e-5)
+
+
+def test_colours_over_grey():
+    rng = np.random.default_rng(0)
+    image, colours = rng.random((4, 5, 3)), rng.random((4, 5, 3))
+    grey = (image @ [0.299, 0.587, 0.114])[..., None]
+    np.testing.assert_allclose(overlay(image, colours, np.zeros((4, 5))), (grey + colours) / 2)
+    np.testing.assert_allclose(overlay(image, colours, np.ones((4, 5))), 0.15 * grey + 0.85 * colours)
+
+
+def pixels(png):
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), np.int32)
+
+
+@pytest.mark.parametrize("shape", [(8, 12, 3), (240, 180, 1)])
+def test_a_picture(shape):
+    image = np.full(shape, 100, np.uint8)
+    hot = np.zeros(GRID)
+    hot[0, 2] = 7
+    drawn = pixels(draw_maps(image, {"hot": hot, "cold": np.zeros(GRID)}, "a $title$", "a note"))
+    # Inches at 120 dots: three tiles, with gaps, margin and bar; the head, one row and a margin.
+    tile = 1.9 * shape[0] / shape[1]
+    np.testing.assert_allclose(drawn.shape[:2], (120 * (0.98 + tile + 0.15), 120 * (0.15 + 3 * 2.02 + 0.75)), atol=1)
+    at = lambda column, y, x: drawn[int(120 * (0.98 + y * tile)), int(120 * (0.15 + column * 2.02 + x * 1.9))]  # noqa: E731
+    np.testing.assert_array_equal(at(0, 0.5, 0.5), [100] * 3)  # the input, as it is
+    np.testing.assert_allclose(at(2, 0.5, 0.5), [50] * 3, atol=2)  # no attention: half of it, under black
+    assert at(1, 0.15, 0.9).sum() > 500 and at(1, 0.9, 0.1).sum() < 160
+
+
+def test_many_maps_stand_in_rows_and_uniform_ones_are_not_stretched():
+    image = np.zeros((8, 12, 3), np.uint8)
+    drawn = pixels(draw_maps(image, {str(i): np.ones(GRID) for i in range(8)}, ""))
+    tile = 1.9 * 8 / 12
+    expected = 120 * (0.98 + 2 * tile + 0.32 + 0.15), 120 * (0.15 + 5 * 2.02 + 0.75)
+    np.testing.assert_allclose(drawn.shape[:2], expected, atol=1)
+    middle = drawn[int(120 * (0.98 + tile / 2)), int(120 * (0.15 + 2.02 + 0.95))]
+    assert middle.max() < 200  # 1 is below the end of the scale, which is 2 at least

@@ -1,0 +1,92 @@
+"""docs/weights.md as a reader runs it, on small stand-ins of the files it names; what needs a network is left out."""
+import importlib.util
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import cb_vit
+from cb_vit.export import export
+from cb_vit.formats import write_npz, write_safetensors
+from cb_vit.formats.big_vision import to_big_vision
+from cb_vit.formats.timm import to_timm
+from cb_vit.weights import open_weights
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "weights.md").read_text()
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+COMMANDS = re.findall(r"^python -m .*$", PAGE, re.MULTILINE)
+SIZE = 32
+
+
+def online(text):
+    return "hf://" in text
+
+
+def lacks(text):
+    """What a snippet needs and is not here."""
+    needed = (["torch"] if ".pth" in text or "torch" in text else []) + (["timm"] if "import timm" in text else [])
+    return [name for name in needed if importlib.util.find_spec(name) is None]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reader")
+
+    def make(classes=1000, **kw):
+        model = cb_vit.Model(classes, **kw)
+        return model, jax.device_get(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"])
+
+    vit, params = make(variant="Ti/16", pool_type="tok", gelu="erf", scan=False)
+    write_safetensors(folder / "vit.safetensors", to_timm(params, vit.config))
+    if not lacks(".pth"):
+        import torch
+        state = {name: torch.from_numpy(array.copy()) for name, array in to_timm(params, vit.config).items()}
+        torch.save({"model": state, "model_ema": state, "epoch": 3}, folder / "deit.pth")
+    write_npz(folder / "B_16.npz", to_big_vision(params))
+    (folder / "vit_hf").mkdir()
+    export(open_weights(folder / "B_16.npz", ""), str(folder / "vit_hf" / "model.safetensors"), names="huggingface")
+    _, params = make(10, variant="mu/16", context="cb")
+    write_npz(folder / "digits.npz", to_big_vision(params))
+    (folder / "runs").mkdir()
+    export(open_weights(folder / "digits.npz", "", context="cb"), str(folder / "runs" / "digits"))
+    (folder / "digits.npz").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_a_snippet(files, monkeypatch, number):
+    snippet = SNIPPETS[number]
+    if online(snippet):
+        pytest.skip("needs a network")
+    if missing := lacks(snippet):
+        pytest.skip(f"needs {', '.join(missing)}")
+    monkeypatch.chdir(files)
+    images = jnp.ones((2, SIZE, SIZE, 3))
+    names = dict(cb_vit=cb_vit, images=images, batches=[(images, jnp.array([1, 2]))] * 2)
+    exec(compile(snippet, f"docs/weights.md, snippet {number}", "exec"), names)
+    if "batches" in snippet:
+        assert jnp.isfinite(names["value"])
+    if "params" in names and "merge" not in snippet:
+        model, params = names["model"], jax.device_get(names["params"])
+        assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(
+            lambda: model.init(jax.random.key(0), images)["params"]))
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if not online(command)])
+def test_a_command(files, command):
+    _, *args = shlex.split(command.replace("configs/digits.py", f"{ROOT}/configs/debug.py:size={SIZE}"))
+    result = subprocess.run([sys.executable, *args], cwd=files, text=True, capture_output=True, timeout=120,
+                            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)})
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "val/prec@1" in result.stdout or "wrote     " in result.stdout
+
+
+def test_the_page_is_read():
+    assert len(SNIPPETS) >= 13 and len(COMMANDS) >= 7
