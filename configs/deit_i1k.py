@@ -16,7 +16,7 @@ import configs.common as c
 
 def get_config(arg=None):
     """Arguments: variant, context (none, cb, cb_s), epochs, size in pixels, schedule (deit, cosine), repeats, teacher
-    (a run's folder), data_dir of TFDS, or root of image folders (train, val)."""
+    (a run's folder or a file of weights), data_dir of TFDS, or root of image folders (train, val)."""
     arg = c.parse_arg(arg, variant="S/16", context="cb", epochs=300.0, size=224, schedule="deit", repeats=3,
                       teacher="", data_dir="", root="")
     config = c.base()

@@ -1,4 +1,4 @@
-"""Fine-tuning from an earlier run: at a higher resolution, or on another data set.
+"""Fine-tuning from an earlier run or a file of weights: at a higher resolution, or on another data set.
 
     python main.py --config=configs/finetune.py:init=runs/deit_s16,variant=S/16,size=384 --workdir=runs/deit_s16_384
     python main.py --config=configs/finetune.py:init=runs/deit_s16,variant=S/16,dataset=oxford_flowers102,classes=102,\
@@ -12,9 +12,9 @@ import configs.common as c
 
 
 def get_config(arg=None):
-    """Arguments: init (a run's folder; required), variant and context of that run, size in pixels, epochs, lr, decay,
-    layer_decay (1: none), dataset of TFDS, its number of classes and the split to test on, data_dir, or root of
-    image folders."""
+    """Arguments: init (a run's folder or a file of weights; required), variant, context, size in pixels, epochs, lr,
+    decay, layer_decay (1: none), dataset of TFDS, its number of classes and the split to test on, data_dir, or root
+    of image folders."""
     arg = c.parse_arg(arg, init="", variant="S/16", context="cb", size=384, epochs=30.0, lr=5e-6, decay="constant",
                       layer_decay=1.0, dataset="imagenet2012", classes=1000, test="", data_dir="", root="")
     if not arg.init:
