@@ -95,7 +95,8 @@ def _memory(run: Experiment) -> Iterator[str]:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     for name, tree in (
             ("parameters", run.shapes.params), ("gradients", run.shapes.params),
-            ("optimiser state", run.shapes.opt), ("average of parameters", run.shapes.ema), ("teacher", run.teacher_shapes()), ("batch", run.batch_shapes())):
+            ("optimiser state", run.shapes.opt), ("average of parameters", run.shapes.ema),
+            ("teacher", run.teacher_shapes()), ("batch", run.batch_shapes())):
         if tree is not None:
             yield f"{name:<24}{held(tree) / MIB:,.1f} MiB"
     if not COMPILE.value:
