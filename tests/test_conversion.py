@@ -200,6 +200,7 @@ def test_huggingface_pooler_is_pre_logits():
     expected = np.tanh(tokens[:, 0] @ arrays["pooler.dense.weight"].T + arrays["pooler.dense.bias"])
     np.testing.assert_allclose(run(found)[0], expected, rtol=1e-4, atol=1e-5)
     assert found.num_classes is None and found.model["rep_size"] == D
+    assert understand(arrays, num_heads=H, rep_size=True).model == found.model
 
 
 def test_what_config_json_says():
@@ -462,7 +463,7 @@ def test_arguments_of_timms_class():
     config = resolve(Config(**SIZES, pool_type="tok", gelu="erf"))
     assert timm.arguments(config, None, (12, 24)) == dict(
         img_size=(12, 24), patch_size=(P, P), embed_dim=D, depth=DEPTH, num_heads=H, mlp_ratio=2.0, num_classes=0)
-    for mlp_dim, width in ((4304, 1152), (61, 36), (7, 28), (15360, 1792)):
+    for mlp_dim, width in ((4304, 1152), (61, 28), (15360, 1792)):
         config = resolve(Config(**SIZES | dict(width=width, mlp_dim=mlp_dim)))
         assert int(width * timm.arguments(config, None, (12, 12))["mlp_ratio"]) == mlp_dim
 
@@ -566,6 +567,9 @@ def without(shapes, *names):
      "read as augreg, the file has besides 'Transformer/x'$"),
     (without(flax_shapes(**AUGREG, **{"Transformer/posembed_input/pos_embedding": (1, 9, D)}),
              "Transformer/encoderblock_1/MlpBlock_3/Dense_1/bias"), "lacks 'Transformer/encoderblock_1/MlpBlock_"),
+    (flax_shapes(**AUGREG, **{"Transformer/posembed_input/pos_embedding": (1, 9, D),
+                              "Transformer/encoderblock_0/MlpBlock_3/Dense_1/bias": (D + 1,)}),
+     r"has 'Transformer/encoderblock_0/MlpBlock_3/Dense_1/bias' of \[33\]"),
     (flax_shapes(**POSITIONS, **{"pre_logits/kernel": (D, 6)}), "has besides 'pre_logits/kernel'")])
 def test_every_array_is_accounted_for(shapes, match):
     with pytest.raises(FormatError, match=match):
@@ -627,6 +631,13 @@ def test_overrides():
         understand(arrays, num_heads="four")
     with pytest.raises(ConfigError, match="^model.variant: unknown"):
         understand(arrays, variant="XS/16")
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(context_layers=(1,)), dict(context_at="msa_end"),
+                                dict(context_at="mlp_mid", context_layers=(0,))])
+def test_where_cb_s_stands_can_be_seen(kw):
+    params, config = ours(context="cb_s", **kw)
+    assert_same_model(understand(params), config)
 
 
 def test_metadata():

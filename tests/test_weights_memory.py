@@ -11,8 +11,8 @@ from cb_vit.formats import Tensor, write_npz, write_safetensors
 
 ROOT = pathlib.Path(__file__).parents[1]
 WIDTH, DEPTH, CLASSES, PATCHES = 768, 12, 1000, 196
-LOAD = """
-import resource, sys
+LOAD = r"""
+import re, sys
 import jax
 import numpy as np
 import cb_vit
@@ -21,7 +21,8 @@ from cb_vit import sharding
 small, large, ways = sys.argv[1], sys.argv[2], int(sys.argv[3])
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
 place = (lambda shapes: sharding.place(shapes, [(".*", "fsdp(min_size_to_shard_mb=0)")], mesh)) if ways > 1 else None
-peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Not ru_maxrss, in which a child begins with the peak of its parent.
+peak = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
 cb_vit.load(small, place=place)
 before = peak()
 _, params = cb_vit.load(large, place=place)
@@ -45,6 +46,7 @@ def timm_shapes(width, depth):
             "norm.weight": (width,), "norm.bias": (width,), "head.weight": (CLASSES, width), "head.bias": (CLASSES,)}
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measured as Linux tells it")
 @pytest.mark.parametrize("ways", [1, 8])
 @pytest.mark.parametrize("write", [write_safetensors, write_npz])
 def test_the_peak_is_below_three_times_the_file(tmp_path, write, ways):
@@ -61,5 +63,5 @@ def test_the_peak_is_below_three_times_the_file(tmp_path, write, ways):
     assert result.returncode == 0, result.stderr
     peak, held = map(int, result.stdout.split())
     print(f"{write.__name__}, {ways} devices: peak {peak / size:.2f} of the file; a device holds {held / size:.3f}")
-    assert 0.5 * size < peak < 3 * size  # half: imports, too, have freed memory
+    assert 0.9 * size < peak < 3 * size  # below, something was not measured
     assert held < 1.05 * size / ways
