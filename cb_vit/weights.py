@@ -137,6 +137,8 @@ def load(
         ConfigError: a folder that holds no run, or a keyword that fits no model.
         FormatError: a file that cannot be read, is of another architecture, or contradicts `model`.
     """
+    if normalisation is not None:
+        _check_normalisation(normalisation)
     weights = open_weights(path, "path", "params" if params == "raw" else params, key=key, **model)
     tree = weights.read(None if place is None else place(weights.shapes))
     if normalisation is not None:
@@ -187,6 +189,17 @@ def fold_normalisation(params: Tree, trained: Normalisation, given: Normalisatio
     scale, shift = (values.reshape(1, 1, -1, 1) for values in _between(trained, given))
     folded = {"kernel": kernel * scale, "bias": bias + jnp.sum(kernel * shift, axis=(0, 1, 2))}
     return {**params, "embedding": folded}
+
+
+def _check_normalisation(normalisation: Any) -> None:
+    try:
+        (mean, std), lengths = normalisation, {len(values) for values in normalisation}
+        fits = len(lengths) == 1 and np.isfinite(mean).all() and np.isfinite(std).all() and min(std) > 0
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ConfigError("normalisation", "expected (mean, std) with a number for each channel, std above 0, such as "
+                                           f"((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)); got {normalisation!r}")
 
 
 def same_normalisation(one: Normalisation, other: Normalisation) -> bool:

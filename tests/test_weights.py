@@ -174,6 +174,9 @@ def test_what_is_not_there_or_not_understood(files, tmp_path):
             cb_vit.load(path)
     with pytest.raises(ConfigError, match="is a run, which knows its model; leave out depth"):
         cb_vit.load(files / "run", depth=3)
+    for wrong in (((0.5,) * 3, (0.0,) * 3), ((0.5,) * 2, (0.1,) * 3), ((float("nan"),), (1.0,))):
+        with pytest.raises(ConfigError, match=r"normalisation: expected \(mean, std\) with a number for each channel"):
+            cb_vit.load(files / "timm.safetensors", normalisation=wrong)
     with pytest.raises(ConfigError, match="only those keep an average"):
         cb_vit.load(files / "bv.npz", params="ema")
     with pytest.raises(FormatError, match="depth=3 is asked for, but the file has 2"):
