@@ -21,6 +21,7 @@ from cb_vit.formats.big_vision import to_big_vision
 from cb_vit.formats.conversion import UNSEEN, describe
 from cb_vit.formats.huggingface import config_json, to_huggingface
 from cb_vit.formats.names import HALF, Normalisation
+from cb_vit.formats.opening import IN_FOLDER
 from cb_vit.formats.timm import snippet, to_timm
 from cb_vit.registry import Registry
 from cb_vit.weights import Weights, fold_normalisation, open_weights, same_normalisation
@@ -126,7 +127,9 @@ def write_huggingface(dst: str, weights: Weights, params: Tree, overwrite: bool)
         io.write_atomic(io.as_path(folder) / name, json.dumps(content, indent=2) + "\n")
     write_safetensors(dst, arrays, describe(config, weights.normalisation), overwrite)
     kind, = cards["config.json"]["architectures"]
-    return ["", "# In PyTorch:", f"from transformers import {kind}", "",
+    found = os.path.basename(dst) == IN_FOLDER[0]
+    note = [] if found else [f"note      from_pretrained finds only {IN_FOLDER[0]}: give the file that name"]
+    return [*note, "", "# In PyTorch:", f"from transformers import {kind}", "",
             f"model = {kind}.from_pretrained({folder!r}).eval()"]
 
 

@@ -14,7 +14,7 @@ from cb_vit.config import ConfigError
 from cb_vit.formats import FormatError, Tensor, big_vision, huggingface, timm
 from cb_vit.formats.conversion import convert, describe
 from cb_vit.models.vit import Config, Model, resolve
-from cb_vit.tree import flatten_with_names
+from cb_vit.tree import flatten_with_names, unflatten_names
 
 D, F, H, P, GRID, DEPTH, CLASSES = 32, 64, 4, 4, 3, 2, 5
 SIZES = dict(patch_size=P, width=D, depth=DEPTH, mlp_dim=F, num_heads=H)
@@ -43,17 +43,6 @@ def ours(seed=0, num_classes=CLASSES, grid=(GRID, GRID), **kw):
     model, image = Model(num_classes, **SIZES | kw), jnp.zeros((1, grid[0] * P, grid[1] * P, 3))
     tree = jax.eval_shape(lambda: model.init(jax.random.key(0), image)["params"])
     return random({name: leaf.shape for name, leaf in flatten_with_names(tree)[0]}, seed), config
-
-
-def nested(flat):
-    tree = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 def assert_same(found, expected):
@@ -147,7 +136,7 @@ IMAGES = np.random.default_rng(7).normal(size=(2, GRID * P, GRID * P, 3)).astype
 
 def run(converted, images=IMAGES):
     model = Model(converted.num_classes, **converted.model)
-    params = jax.tree.map(jnp.asarray, nested(read(converted)))
+    params = jax.tree.map(jnp.asarray, unflatten_names(read(converted)))
     logits, out = model.apply({"params": params}, jnp.asarray(images))
     return np.asarray(logits), out
 
@@ -414,7 +403,7 @@ def assert_same_model(found, config):
 def test_to_timm_and_back_is_the_same_bits(kw, tree, tmp_path):
     params, config = ours(**kw)
     path, statistics = tmp_path / "model.safetensors", ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    formats.write_safetensors(path, timm.to_timm(nested(params) if tree else params, config),
+    formats.write_safetensors(path, timm.to_timm(unflatten_names(params) if tree else params, config),
                               describe(config, statistics))
     file = formats.open_file(path)
     found = convert(formats.parameters(file), path=str(path), metadata=file.metadata)
@@ -445,7 +434,7 @@ def test_a_fixed_position_embedding_is_written_out():
     found = understand(timm.to_timm(params, config, grid=(2, 3)), num_heads=H, grid=(2, 3), gelu="tanh")
     images = np.random.default_rng(0).normal(size=(2, 2 * P, 3 * P, 3)).astype(np.float32)
     expected, _ = Model(CLASSES, **SIZES, pool_type="gap", posemb="sincos2d").apply(
-        {"params": jax.tree.map(jnp.asarray, nested(params))}, jnp.asarray(images))
+        {"params": jax.tree.map(jnp.asarray, unflatten_names(params))}, jnp.asarray(images))
     np.testing.assert_array_equal(run(found, images)[0], expected)
 
 
@@ -474,7 +463,7 @@ def test_arguments_of_timms_class():
 def test_to_big_vision_and_back_is_the_same_bits(kw, tmp_path):
     params, config = ours(**kw)
     path = tmp_path / "model.npz"
-    formats.write_npz(path, big_vision.to_big_vision(nested(params)))
+    formats.write_npz(path, big_vision.to_big_vision(unflatten_names(params)))
     file = formats.open_file(path)
     assert set(file.tensors) == {f"params/{name}" for name in params}
     found = convert(formats.parameters(file), path=str(path), **json.loads(describe(config)["cb_vit"])["model"])
@@ -488,7 +477,7 @@ def test_to_huggingface_and_back_is_the_same_bits(kw):
     kw = {"num_classes": CLASSES, "gelu": "erf", "pool_type": "tok", **kw}
     params, config = ours(**kw)
     rows, columns = kw.get("grid", (GRID, GRID))
-    arrays = huggingface.to_huggingface(nested(params), config)
+    arrays = huggingface.to_huggingface(unflatten_names(params), config)
     names = [f"class {i}" for i in range(kw["num_classes"])]
     sidecar = json.loads(json.dumps(
         huggingface.config_json(config, kw["num_classes"], (rows * P, columns * P), names)))
