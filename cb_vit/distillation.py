@@ -12,19 +12,23 @@ classes as in DeiT's code, which averages over all elements.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from cb_vit.config import ConfigError, under
+from cb_vit.datasets import labels
 from cb_vit.losses import distill_hard, distill_soft
 from cb_vit.pp.builder import Preprocess
 from cb_vit.weights import Weights
 
 Tree = Any
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,15 +64,19 @@ class Teacher:
         config: what is learnt from it.
         weights: the model, and its parameters on disk.
         adapt: from the student's normalised images to the teacher's.
+        classes: for each class of the student its number among the teacher's.
     """
 
     config: DistillationConfig
     weights: Weights
     adapt: Callable[[Array], Array]
+    classes: tuple[int, ...]
 
     def logits(self, params: Tree, image: Float[Array, "b y x c"]) -> Float[Array, "b classes"]:
-        """Of images as the student sees them."""
+        """Of images as the student sees them, for the student's classes."""
         logits, _ = self.weights.model.apply({"params": params}, self.adapt(image), train=False)
+        if self.classes != tuple(range(logits.shape[-1])):
+            logits = logits[:, np.asarray(self.classes)]
         return jax.lax.stop_gradient(logits)
 
     def loss(
@@ -90,7 +98,7 @@ class Teacher:
 
 def make_teacher(
     config: DistillationConfig, weights: Weights, preprocess: Preprocess, image_shape: tuple[int, int, int],
-    num_classes: int, path: str = "config.distillation",
+    num_classes: int, class_names: Sequence[str] | None = None, path: str = "config.distillation",
 ) -> Teacher:
     """Fit a teacher to its student.
 
@@ -100,21 +108,38 @@ def make_teacher(
         preprocess: the student's, whose normalisation is converted to the teacher's.
         image_shape: of the student's images, [y x c].
         num_classes: of the student.
+        class_names: of the student; None: not known.
         path: where the block stands, for errors.
 
     Raises:
         ConfigError: other classes, or images that the teacher cannot take.
     """
     with under(path):
-        teacher = Teacher(config, weights, weights.adapter(preprocess))
+        adapt = weights.adapter(preprocess)
+    teacher = Teacher(config, weights, adapt, _classes(weights, num_classes, class_names, f"{path}.teacher"))
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     try:
-        logits = jax.eval_shape(teacher.logits, weights.shapes, image)
+        jax.eval_shape(teacher.logits, weights.shapes, image)
     except Exception as error:  # whatever the model says to images it was not made for
         reason = str(error).splitlines()[0][:120]
         raise ConfigError(f"{path}.teacher", f"{config.teacher} has positions for {weights.grid} patches and cannot "
                                              f"take images {image_shape} ({reason})") from None
-    if logits.shape[-1] != num_classes:
-        raise ConfigError(f"{path}.teacher", f"{config.teacher} has {logits.shape[-1]} classes, the student has "
-                                             f"{num_classes}")
     return teacher
+
+
+def _classes(weights: Weights, num_classes: int, names: Sequence[str] | None, path: str) -> tuple[int, ...]:
+    """For each class of the student its number among the teacher's."""
+    theirs = weights.model.num_classes
+    if not theirs:
+        raise ConfigError(path, f"{weights} has no head, and so nothing to teach")
+    try:
+        places = labels.match(names, weights.class_names, theirs)
+    except labels.Unmatched as error:
+        raise ConfigError(path, f"{error}, the classes of {weights}. A teacher must know the student's classes; "
+                                "config.input.data.labels='index' goes by their numbers") from None
+    if places is not None:
+        return places
+    if theirs != num_classes:
+        raise ConfigError(path, f"{weights} has {theirs} classes, the student has {num_classes}")
+    logger.info("teacher %s: classes are taken by their numbers, without names to compare", weights)
+    return tuple(range(theirs))

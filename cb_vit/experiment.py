@@ -25,7 +25,6 @@ from cb_vit import train_step as train_step_lib
 from cb_vit.config import ConfigError, Duration, under
 from cb_vit.distillation import Teacher, make_teacher
 from cb_vit.input_pipeline import Pipeline, Spec, check_example, example_spec
-from cb_vit.pp.builder import Preprocess
 from cb_vit.settings import Settings, TrainConfig
 from cb_vit.train_state import TrainState
 from cb_vit.weights import open_weights
@@ -74,6 +73,11 @@ class Experiment:
         devices = self.mesh.devices.ravel()
         return (f"{self.cfg.model_name} {variant}, {count:,} parameters; {self.total_steps:,} steps of "
                 f"{self.cfg.input.batch_size} images on {len(devices)} × {devices[0].device_kind}")
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the head's classes; None: not known."""
+        return self.pipeline.source.class_names
 
     @property
     def scan(self) -> bool:
@@ -173,7 +177,8 @@ class Experiment:
 
 
 def build(
-    settings: Settings, devices: Sequence[jax.Device] | None = None, source: datasets.Source | None = None
+    settings: Settings, devices: Sequence[jax.Device] | None = None, source: datasets.Source | None = None,
+    known_classes: Sequence[str] | None = None,
 ) -> Experiment:
     """Put an experiment together; reads data, writes nothing.
 
@@ -181,6 +186,7 @@ def build(
         settings: as `check` gives them.
         devices: to run on; default all.
         source: training data; default what `config.input.data` names.
+        known_classes: names of the classes of the model that training goes on or begins from; None: not known.
 
     Raises:
         ConfigError: what the number of devices or the data rules out.
@@ -190,7 +196,9 @@ def build(
     mesh, batch_sharding = lay_out(settings, devices)
     check_batch_size(cfg.input.batch_size, cfg.grad_accum_steps, batch_sharding, "config.input.batch_size")
     source = source or datasets.open_source(cfg.input.data, "config.input.data")
-    num_classes = _num_classes(cfg, settings.preprocess, source.num_classes)
+    num_classes = cfg.num_classes or settings.preprocess.num_classes or source.num_classes
+    source = datasets.for_head(source, num_classes, known_classes, cfg.allow_unused_classes, "config.input.data",
+                               "config.num_classes" if cfg.num_classes else "config.input.pp")
     pipeline = Pipeline(cfg.input, source, settings.preprocess, dist.local_rows(batch_sharding, cfg.input.batch_size))
     spec = example_spec(source, settings.preprocess, cfg.input.skip_errors)
     check_example(settings.preprocess, spec, num_classes, "config.input.pp")
@@ -217,7 +225,7 @@ def build(
     shapes = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
     teacher = cfg.distillation and make_teacher(
         cfg.distillation, open_weights(cfg.distillation.teacher, "config.distillation.teacher"), settings.preprocess,
-        spec["image"][0], num_classes)
+        spec["image"][0], num_classes, datasets.known_names(source))
     return Experiment(settings, mesh, batch_sharding, pipeline, num_classes, total_steps, model, tx, schedules,
                       shapes, spec, teacher)
 
@@ -256,14 +264,6 @@ def check_batch_size(batch_size: int, grad_accum_steps: int, where: NamedShardin
         parts = f"{ways} devices" + (f" × grad_accum_steps {grad_accum_steps}" if grad_accum_steps > 1 else "")
         raise ConfigError(path, f"{batch_size} cannot be shared evenly by {parts}; use "
                                 f"{f'{below} or ' if below else ''}{below + unit}")
-
-
-def _num_classes(cfg: TrainConfig, preprocess: Preprocess, in_data: int) -> int:
-    num_classes = cfg.num_classes or preprocess.num_classes or in_data
-    if num_classes < in_data:
-        path = "config.num_classes" if cfg.num_classes else "config.input.pp"
-        raise ConfigError(path, f"makes {num_classes} classes, the data has {in_data}")
-    return num_classes
 
 
 def label_regexes(schedules: Mapping[str, Any]) -> dict[str, str]:

@@ -36,6 +36,8 @@ class TrainConfig(optax.OptimiserConfig, LoggingConfig):
         total: length of the run: `total_steps`, `total_epochs` or `total_examples`.
         input: training data and preprocessing.
         num_classes: width of the head; None: as many as the data has.
+        allow_unused_classes: let classes of the head be without training data: folders without images, or a head that
+            is larger than the data. Part of ImageNet's classes under a head of all 1 000 needs no leave.
         loss: one of `losses.LOSSES`.
         label_smoothing: share of each target spread evenly over all classes, before mixup.
         mixup: mixup and cutmix, on the device; None: neither.
@@ -59,7 +61,8 @@ class TrainConfig(optax.OptimiserConfig, LoggingConfig):
         model_init: a run's workdir whose parameters to begin with, where there is nothing to go on from; WORKDIR@STEP
             for another checkpoint than its newest.
         model_load: what is taken from there, and how.
-        allow_changed_data: let a resumed run go on with another seed, data, preprocessing or batch size.
+        allow_changed_data: let a resumed run go on with another seed, data, preprocessing or batch size. A copy of the
+            same data elsewhere is no change.
         profile: steps to trace.
     """
 
@@ -67,6 +70,7 @@ class TrainConfig(optax.OptimiserConfig, LoggingConfig):
     total: Duration
     input: InputConfig
     num_classes: int | None = None
+    allow_unused_classes: bool = False
     loss: str = "softmax_xent"
     label_smoothing: float = 0.0
     mixup: MixupConfig | None = None

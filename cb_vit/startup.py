@@ -2,19 +2,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 from jax.sharding import NamedSharding
 
-from cb_vit import dist, experiment, io, models
+from cb_vit import datasets, dist, experiment, io, models
 from cb_vit import workdir as workdir_lib
 from cb_vit.checkpoint import Checkpointer, in_loop_layout
 from cb_vit.config import ConfigError
+from cb_vit.datasets import labels
+from cb_vit.datasets.contents import contents_of, describe, report
 from cb_vit.evaluators import common as evaluators
 from cb_vit.evaluators.common import EvaluatorConfig, PredictFn
 from cb_vit.experiment import Experiment
@@ -24,6 +27,8 @@ from cb_vit.tree import flatten_with_names, map_with_names
 from cb_vit.weights import LoadConfig, Weights, fold_normalisation, open_weights, same_normalisation
 
 logger = logging.getLogger(__name__)
+# The settings that make up the stream of batches.
+STREAM = ("seed", "input.data", *(f"input.{name}" for name in ("pp", "batch_size", "repeats", "virtual_ranks")))
 
 
 def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
@@ -34,24 +39,40 @@ def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
             or parameters of another model.
     """
     cfg, weights = settings.train, None
-    if not (io.as_path(workdir) / "checkpoints").exists():
-        if cfg.resume:
-            resume_folder(cfg.resume)
-        elif cfg.model_init:
-            weights = open_init(cfg)
-    run = experiment.build(settings)
+    if (io.as_path(workdir) / "checkpoints").exists():
+        known = recorded_classes(workdir)
+    elif cfg.resume:
+        resume_folder(cfg.resume)
+        known = recorded_classes(cfg.resume)
+    else:
+        weights = open_init(cfg) if cfg.model_init else None
+        known = weights and weights.class_names
+    run = experiment.build(settings, known_classes=known)
+    for line in describe("config.input.data", run.pipeline.source):
+        logger.info("%s", line)
     if weights:
         _fit(run, weights)
     return run
 
 
-def build_evaluators(run: Experiment) -> dict[str, Any]:
+def recorded_classes(workdir: str | os.PathLike) -> tuple[str, ...] | None:
+    """The names of the classes of the run in `workdir`; None: not known."""
+    names = (workdir_lib.read_run(workdir) or {}).get("class_names")
+    return names and tuple(names)
+
+
+def build_evaluators(run: Experiment, class_names: Sequence[str] | None = None) -> dict[str, Any]:
     """The evaluators of `config.evals`, by name, their data opened.
+
+    Args:
+        run: whose they are.
+        class_names: what the classes of its head were called in training; None: as the data here calls them.
 
     Raises:
         ConfigError: an evaluator that cannot work.
     """
-    evals = open_evaluators(run.settings, lambda config: run.predict, run.shapes, run.batch_sharding, run.num_classes)
+    evals = open_evaluators(run.settings, lambda config: run.predict, run.shapes, run.batch_sharding, run.num_classes,
+                            class_names or run.class_names)
     prefixes = [evaluator.config.prefix for evaluator in evals.values()]
     best = run.cfg.keep_best
     known = [*prefixes, *(f"{evaluators.EMA}{prefix}" for prefix in prefixes if run.cfg.ema)]
@@ -64,7 +85,7 @@ def build_evaluators(run: Experiment) -> dict[str, Any]:
 
 def open_evaluators(
     settings: Settings, predict_fn: Callable[[EvaluatorConfig], PredictFn], state_shapes: TrainState,
-    sharding: NamedSharding, num_classes: int,
+    sharding: NamedSharding, num_classes: int, class_names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The evaluators of any model, by name, their data opened.
 
@@ -74,13 +95,14 @@ def open_evaluators(
         state_shapes: of the train state.
         sharding: of a batch.
         num_classes: of the model.
+        class_names: of the model; None: not known.
 
     Raises:
         ConfigError: an evaluator that cannot work.
     """
     evals = {name: evaluators.build(name, config, predict_fn=predict_fn(config), state_shapes=state_shapes,
                                     sharding=sharding, batch_size=settings.train.input.batch_size,
-                                    num_classes=num_classes)
+                                    num_classes=num_classes, class_names=class_names)
              for name, config in settings.evals.items()}
     owners: dict[str, str] = {}
     for name, evaluator in evals.items():
@@ -118,18 +140,59 @@ def _restore(
 ) -> tuple[TrainState, dict[str, Any]] | None:
     if checkpointer.latest_step() is None:
         return None
-    if old := workdir_lib.read_config(workdir):
-        for line in workdir_lib.check_changes(old, run.settings.raw, run.cfg.allow_changed_data):
-            logger.warning("changed since the last start: %s", line)
     restored = checkpointer.restore_latest(run.shapes, run.scan)
     if restored is None:
         return None
-    step = int(restored[0].step)
+    step, old = int(restored[0].step), workdir_lib.read_config(workdir)
+    _check_stream(run, restored[1].get("stream"), old, workdir)
+    for line in workdir_lib.changes(old, run.settings.raw) if old else ():
+        logger.warning("changed since the last start: %s", line)
     if step > run.total_steps:
         raise ConfigError(f"config.total_{run.cfg.total.unit}", f"the run ends at step {run.total_steps}, but the "
                           f"checkpoint in {checkpointer.directory} is of step {step}; use another workdir")
     logger.info("resumed from step %d of %s", step, checkpointer.directory)
     return restored
+
+
+def stream(run: Experiment) -> dict[str, Any]:
+    """What makes up the stream of batches, as checkpoints keep it: a copy of the data elsewhere is the same."""
+    cfg, source = run.cfg, run.pipeline.source
+    data = dataclasses.asdict(datasets.check_source(cfg.input.data, "config.input.data"))
+    config = dataclasses.asdict(cfg)
+    config["input"]["data"] = {name: value for name, value in data.items() if name not in ("root", "data_dir")}
+    config = _of_stream(config)
+    return {"config": config, "class_names": source.class_names and list(source.class_names),
+            "examples": len(source), "fingerprint": contents_of(source).fingerprint}
+
+
+def _check_stream(
+    run: Experiment, recorded: Mapping[str, Any] | None, config: Mapping[str, Any] | None, workdir: str | os.PathLike
+) -> None:
+    """Refuse to go on with other batches than the checkpoint's.
+
+    Args:
+        run: that would go on.
+        recorded: `stream` of the run when it was saved; None: by a version that kept no record in checkpoints, of which
+            `config.json` and `run.json` say what they can.
+        config: `config.json`; None: it is not there.
+        workdir: of the checkpoint.
+    """
+    now = stream(run)
+    if recorded is None:
+        logger.warning("the checkpoint does not say which data it was trained on: its files are not compared, only "
+                       "what config.json and run.json of %s say", workdir)
+        names, now = recorded_classes(workdir), {**now, "config": _of_stream(run.settings.raw)}
+        recorded = {"class_names": list(names)} if names else {}
+        if config:
+            recorded["config"] = _of_stream(config)
+    for line in workdir_lib.check_stream(recorded, now, run.cfg.allow_changed_data):
+        logger.warning("the stream of batches changes: %s", line)
+
+
+def _of_stream(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a config the settings that make up the stream of batches, by dotted name."""
+    return {key: value for key, value in workdir_lib.flatten(config).items()
+            if any(key == name or key.startswith(f"{name}.") for name in STREAM)}
 
 
 def resume_folder(workdir: str) -> epath.Path:
@@ -178,15 +241,18 @@ def begin_from(run: Experiment, weights: Weights) -> tuple[TrainState, dict[str,
 def _fit(run: Experiment, weights: Weights) -> tuple[Callable[[Any, Any], Any], list[str]]:
     """(initial parameters, loaded ones) → parameters, and what became of each; from shapes alone."""
     module, cfg, load = models.get(run.cfg.model_name), run.settings.model, run.cfg.model_load or LoadConfig()
+    other, said = _compare_classes(run, weights)
     own, trained = run.settings.preprocess.normalisation(run.example_spec["image"][0][-1]), weights.normalisation
     folds = trained is not None and len(trained[0]) == len(own[0]) and not same_normalisation(trained, own)
     lines = ["embedding: normalised pixels mean something else here, which is folded into it"] * folds
     lines += ["how its pixels were normalised is not known; taken to be as they are here"] * (trained is None)
+    lines += said
 
     def merge(init: Any, loaded: Any) -> tuple[Any, Any]:
         return module.merge(
             init, fold_normalisation(loaded, trained, own) if folds else loaded, cfg, load.dont_load,
-            load.posemb_resize, image_size=run.example_spec["image"][0][:2], loaded_grid=weights.grid)
+            load.posemb_resize, image_size=run.example_spec["image"][0][:2], loaded_grid=weights.grid,
+            other_classes=other)
 
     try:
         _, report = jax.eval_shape(merge, run.shapes.params, weights.shapes)
@@ -195,13 +261,31 @@ def _fit(run: Experiment, weights: Weights) -> tuple[Callable[[Any, Any], Any], 
     return lambda init, loaded: merge(init, loaded)[0], [*report.lines, *lines]
 
 
-def run_notes(run: Experiment, model_init: Mapping[str, Any] | None) -> dict[str, Any]:
+def _compare_classes(run: Experiment, weights: Weights) -> tuple[bool, list[str]]:
+    """Whether the head of `weights` is for other classes than the run's, and a line on it."""
+    count = weights.model.num_classes
+    if not count or count != run.num_classes:  # there is no head to keep
+        return False, []
+    names = datasets.known_names(run.pipeline.source)
+    try:
+        places = labels.match(names, weights.class_names, count)
+    except labels.Unmatched as error:
+        return True, [f"head: its classes are others: {error}"]
+    if places is None:
+        return False, [f"head: its {count} classes are taken to be those of the data, without names to compare"]
+    if places != tuple(range(count)):
+        return True, ["head: its classes stand in another order"]
+    how = "by name" if weights.class_names else "ImageNet's, in its order: a head of 1,000 without names"
+    return False, [f"head: its classes are those of the data, {how}"]
+
+
+def run_notes(run: Experiment, evals: Mapping[str, Any], model_init: Mapping[str, Any] | None) -> dict[str, Any]:
     """What `run.json` says of a run; `model_init`: where its first parameters came from."""
-    source = run.pipeline.source
+    sources = {"train": run.pipeline.source, **{name: evaluator.source for name, evaluator in evals.items()}}
     return workdir_lib.run_notes(
-        run.cfg.model_name, run.settings.model, run.num_classes, source.class_names, run.example_spec["image"][0],
+        run.cfg.model_name, run.settings.model, run.num_classes, run.class_names, run.example_spec["image"][0],
         run.cfg.input.pp, pp_evals={name: config.pp_fn for name, config in run.settings.evals.items()},
-        total_steps=run.total_steps, model_init=model_init)
+        total_steps=run.total_steps, model_init=model_init, data={name: report(it) for name, it in sources.items()})
 
 
 def open_checkpoints(run: Experiment, workdir: str | os.PathLike) -> Checkpointer:

@@ -69,7 +69,7 @@ def train_and_evaluate(
         state, meta = startup.restore_or_create(run, workdir, checkpointer)
         first = int(state.step)
         if primary:
-            workdir_lib.write_notes(workdir, settings.raw, startup.run_notes(run, meta.get("model_init")))
+            workdir_lib.write_notes(workdir, settings.raw, startup.run_notes(run, evals, meta.get("model_init")))
         writer = stack.enter_context(MetricWriter(
             workdir, settings.train, resume_step=first or None, run_config=settings.raw, primary=primary))
         chrono = Chrono(run.total_steps, run.cfg.input.batch_size, devices=run.mesh.devices.ravel().tolist(),
@@ -117,6 +117,7 @@ class Loop:
         self.eval_steps = {name: run.steps(evaluator.config.log, f"evals.{name}.log")
                            for name, evaluator in self.evals.items()}
         self.lr_names = experiment.label_regexes(run.schedules)
+        self.stream = startup.stream(run)
 
     def run(self, state: TrainState) -> TrainState:
         """Train to the last step, or to where the run is told to stop."""
@@ -218,7 +219,7 @@ class Loop:
         with self.chrono.paused("checkpoint"):
             self.writer.flush()
             meta = {"chrono": self.chrono.state(), "examples_skipped": self.examples_skipped,
-                    "model_init": self.model_init}
+                    "model_init": self.model_init, "stream": self.stream}
             self.checkpointer.save(state, meta, scores)
 
     def _say_goodbye(self, step: int, first: int, stopping: bool) -> None:

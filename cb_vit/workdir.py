@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -13,8 +14,6 @@ from cb_vit import io
 from cb_vit.config import ConfigError
 
 logger = logging.getLogger(__name__)
-# Changing one of these would continue with other batches than the run began with.
-STREAM = ("seed", "input.data", "input.pp", "input.batch_size", "input.repeats", "input.virtual_ranks")
 
 
 @contextlib.contextmanager
@@ -71,32 +70,70 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
         raise ConfigError("workdir", f"{path} is not JSON ({error}); delete it or use another workdir") from None
 
 
-def check_changes(old: Mapping[str, Any], new: Mapping[str, Any], allow_changed_data: bool) -> list[str]:
-    """What differs between two configs of one run, a line each.
+def read_run(workdir: str | os.PathLike) -> dict[str, Any] | None:
+    """What `run.json` says of the run in `workdir`; None if there is none."""
+    path = io.as_path(workdir) / "run.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two nested configs, a line each."""
+    return [f"config.{key}: {was} -> {now}" for key, was, now in _differences(flatten(old), flatten(new))]
+
+
+def check_stream(before: Mapping[str, Any], now: Mapping[str, Any], allow_changed_data: bool) -> list[str]:
+    """What differs between two streams of batches, a line each.
+
+    Args:
+        before: what was recorded of it when the run was saved: nested settings under "config", "class_names",
+            "examples" and "fingerprint". What was not recorded is not compared.
+        now: the same of the run as it would go on.
+        allow_changed_data: let it go on all the same.
 
     Raises:
-        ConfigError: what makes up the stream of batches has changed and that is not allowed.
+        ConfigError: they differ, and that is not allowed.
     """
-    before, after = flatten(old), flatten(new)
-    missing = object()
     lines = []
+    if "config" in before:
+        lines += [(f"config.{key}", f"was {was} when this run began, now {is_now}")
+                  for key, was, is_now in _differences(flatten(before["config"]), flatten(now["config"]))]
+    data = "config.input.data"
+    if "class_names" in before and (was := before["class_names"]) != (is_now := now["class_names"]):
+        lines.append((data, _renamed(was, is_now)))
+    elif "examples" in before and before["examples"] != now["examples"]:
+        lines.append((data, f"has {now['examples']:,} examples, {before['examples']:,} when this run began"))
+    elif "fingerprint" in before and before["fingerprint"] != now["fingerprint"]:
+        lines.append((data, "is not what this run began with: other files, or files of another size"))
+    if lines and not allow_changed_data:
+        path, message = lines[0]
+        raise ConfigError(path, f"{message}: it would go on with other batches. Set it back, use another workdir, or "
+                                "allow it with --config.allow_changed_data=True")
+    return [f"{path}: {message}" for path, message in lines]
+
+
+def _renamed(was: Sequence[str] | None, now: Sequence[str] | None) -> str:
+    """What became of the names of the classes, by the first that differs."""
+    if was is None or now is None:
+        return f"names its classes {'no longer' if now is None else 'now'}, unlike when this run began"
+    pairs = enumerate(itertools.zip_longest(was, now))
+    number, (before, after) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    one, other = (repr(name) if name is not None else "not there" for name in (before, after))
+    return f"class {number} is {other}, and was {one} when this run began"
+
+
+def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(key, value before, value after) of what differs, in words."""
+    missing = object()
     for key in sorted(before.keys() | after.keys()):
-        was, now = before.get(key, missing), after.get(key, missing)
-        if was == now:
-            continue
-        words = ["(not set)" if value is missing else repr(value) for value in (was, now)]
-        lines.append(f"config.{key}: {words[0]} -> {words[1]}")
-        if any(key == field or key.startswith(field + ".") for field in STREAM) and not allow_changed_data:
-            raise ConfigError(f"config.{key}", f"was {words[0]} when this run began, now {words[1]}: it would go on "
-                                               "with other batches. Set it back, use another workdir, or allow it "
-                                               "with --config.allow_changed_data=True")
-    return lines
+        values = before.get(key, missing), after.get(key, missing)
+        if values[0] != values[1]:
+            yield key, *("(not set)" if value is missing else repr(value) for value in values)
 
 
 def run_notes(
     model_name: str, model: Any, num_classes: int | None, class_names: Sequence[str] | None,
     image_shape: Sequence[int], pp: str, *, pp_evals: Mapping[str, str], total_steps: int,
-    model_init: Mapping[str, Any] | None = None,
+    model_init: Mapping[str, Any] | None = None, data: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What `run.json` says: all that one needs beside the parameters to use the model; and where those began.
 
@@ -110,11 +147,12 @@ def run_notes(
         pp_evals: preprocessing of each evaluator.
         total_steps: length of the run.
         model_init: where its first parameters came from; None: drawn.
+        data: what each source holds, as `datasets.contents.report` has it.
     """
     return {
         "format": 1, "model_name": model_name, "model": dataclasses.asdict(model), "num_classes": num_classes,
         "class_names": list(class_names) if class_names else None, "image_shape": list(image_shape), "pp": pp,
-        "pp_evals": dict(pp_evals), "total_steps": total_steps, "model_init": model_init,
+        "pp_evals": dict(pp_evals), "total_steps": total_steps, "model_init": model_init, "data": data,
     }
 
 

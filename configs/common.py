@@ -128,8 +128,8 @@ def small(arg: ml_collections.ConfigDict, name: str, *, batch_size: int, pp: str
 
 def data(name: str, split: str, data_dir: str = "", root: str = "") -> dict[str, Any]:
     """A data set of TFDS by name, in `data_dir` if given; or, if `root` is, the image folders there."""
-    return dict(name="folder", root=root, split=split) if root else dict(
-        name=name, data_dir=data_dir or None, split=split)
+    source = dict(name="folder", root=root) if root else dict(name=name, data_dir=data_dir or None)
+    return dict(**source, split=split, labels=placeholder(str))
 
 
 def evaluation(size: int, crop_ratio: float, normalise: str) -> str:
@@ -149,8 +149,8 @@ def _lengths(*names: str) -> dict[str, Any]:
 
 
 _OVERRIDABLE = dict(
-    num_classes=int, loss=str, label_smoothing=float, grad_accum_steps=int, lr=float, lr_reference_batch=int,
-    weight_decay=float, grad_clip_norm=float, grad_clip_adaptive=float, layer_decay=float,
+    num_classes=int, allow_unused_classes=bool, loss=str, label_smoothing=float, grad_accum_steps=int, lr=float,
+    lr_reference_batch=int, weight_decay=float, grad_clip_norm=float, grad_clip_adaptive=float, layer_decay=float,
     keep_last=int, resume=str, model_init=str, allow_changed_data=bool, optax_name=str, tensorboard=bool, plot=bool)
 _MODEL = dict(
     variant=str, patch_size=int, width=int, depth=int, mlp_dim=int, num_heads=int, posemb=str, pool_type=str,

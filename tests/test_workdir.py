@@ -109,31 +109,43 @@ def changed(**changes):
 
 
 def test_the_same_config_has_no_changes():
-    assert workdir.check_changes(OLD, changed(layers=(1, 2), extra=None, total_epochs=90), False) == []
+    assert workdir.changes(OLD, changed(layers=(1, 2), extra=None, total_epochs=90)) == []
 
 
 def test_changes_are_listed_a_line_each():
     new = changed(lr=0.2, total_epochs=None, model={"depth": 3}, input__num_workers=4)
-    assert workdir.check_changes(OLD, new, False) == [
+    assert workdir.changes(OLD, new) == [
         "config.input.num_workers: 0 -> 4", "config.lr: 0.1 -> 0.2", "config.model.depth: (not set) -> 3",
         "config.total_epochs: 90.0 -> (not set)"]
 
 
-@pytest.mark.parametrize("change, field", [
-    (dict(seed=1), "seed: was 0 when this run began, now 1"),
-    (dict(input__batch_size=32), "input.batch_size: was 64 when this run began, now 32"),
-    (dict(input__pp="decode|flip_lr"), "input.pp: was 'decode' when this run began, now 'decode.flip_lr'"),
-    (dict(input__data__split="test"), "input.data.split: was 'train' when this run began, now 'test'"),
-    (dict(input__data__data_dir="/x"), r"input.data.data_dir: was \(not set\) when this run began, now '/x'"),
-])
-def test_another_stream_of_batches_is_refused_unless_allowed(change, field):
-    with pytest.raises(ConfigError, match=rf"^config\.{field}.*--config.allow_changed_data=True$"):
-        workdir.check_changes(OLD, changed(**change), False)
-    assert len(workdir.check_changes(OLD, changed(**change), True)) == 1
+RECORD = {"config": OLD, "class_names": ["cat", "dog"], "examples": 9, "fingerprint": "f"}
 
 
-def test_names_that_only_begin_like_the_stream_are_free():
-    assert len(workdir.check_changes(OLD, changed(seed_of_noise=1, input__pp_backend="x"), False)) == 2
+@pytest.mark.parametrize("now, message", [
+    (dict(config=changed(seed=1)), "seed: was 0 when this run began, now 1"),
+    (dict(config=changed(input__pp="decode|flip_lr")), "input.pp: was 'decode' when .*, now 'decode.flip_lr'"),
+    (dict(config=changed(input__data__split="test")), "input.data.split: was 'train' when this run began, now 'test'"),
+    (dict(config=changed(input__data__data_dir="/x")), r"input.data.data_dir: was \(not set\) when .*, now '/x'"),
+    (dict(class_names=["cat", "emu"]), "input.data: class 1 is 'emu', and was 'dog' when this run began"),
+    (dict(class_names=["dog", "cat"]), "input.data: class 0 is 'dog', and was 'cat'"),
+    (dict(class_names=["cat", "dog", "emu"]), "input.data: class 2 is 'emu', and was not there"),
+    (dict(class_names=["cat"]), "input.data: class 1 is not there, and was 'dog'"),
+    (dict(class_names=None), "input.data: names its classes no longer"),
+    (dict(examples=10), "input.data: has 10 examples, 9 when this run began"),
+    (dict(fingerprint="g"), "input.data: is not what this run began with: other files, or files of another size")])
+def test_another_stream_of_batches_is_refused_unless_allowed(now, message):
+    assert workdir.check_stream(RECORD, RECORD, False) == []
+    with pytest.raises(ConfigError, match=rf"^config\.{message}.*--config.allow_changed_data=True$"):
+        workdir.check_stream(RECORD, RECORD | now, False)
+    assert len(workdir.check_stream(RECORD, RECORD | now, True)) == 1
+
+
+def test_what_was_not_recorded_is_not_compared():
+    other = {"config": changed(seed=1), "class_names": ["x"], "examples": 1, "fingerprint": "g"}
+    assert workdir.check_stream({}, other, False) == []
+    with pytest.raises(ConfigError, match="class 0 is 'x'"):
+        workdir.check_stream({"class_names": ["cat"]}, other, False)
 
 
 def test_notes_are_written_and_read(tmp_path):
@@ -142,7 +154,7 @@ def test_notes_are_written_and_read(tmp_path):
     workdir.write_notes(path, {"b": (1, 2), "a": {"x": None}}, {"format": 1})
     assert workdir.read_config(path) == {"a": {"x": None}, "b": [1, 2]}
     assert json.loads((path / "run.json").read_text()) == {"format": 1}
-    assert workdir.check_changes(workdir.read_config(path), {"b": (1, 2), "a": {"x": None}}, False) == []
+    assert workdir.changes(workdir.read_config(path), {"b": (1, 2), "a": {"x": None}}) == []
     (path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=rf"^workdir: {path}/config.json is not JSON .*; delete it or use another"):
         workdir.read_config(path)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from cb_vit.datasets.core import DataError, allow_open_files
+from cb_vit.datasets.contents import DataError
+from cb_vit.datasets.core import allow_open_files
 from cb_vit.io import as_path
 
 THREADS = 16
@@ -19,15 +20,16 @@ class ArrayRecords:
     Args:
         paths: the files.
 
+    Attributes:
+        sizes: of the files, in bytes.
+
     Raises:
         DataError: when one of them is missing.
     """
 
     def __init__(self, paths: Sequence[str]):
         with ThreadPoolExecutor(THREADS) as pool:
-            for path, there in zip(paths, pool.map(lambda path: as_path(path).exists(), paths), strict=True):
-                if not there:
-                    raise DataError(f"{path}: no such file; is the prepared copy complete?")
+            self.sizes = tuple(pool.map(_size, paths))
         self._close(paths)
 
     def _close(self, paths: Sequence[str]) -> None:
@@ -36,10 +38,11 @@ class ArrayRecords:
         self._lock, self._pid = threading.Lock(), os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths}
+        return {"paths": self.paths, "sizes": self.sizes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._close(**state)
+        self.sizes = state["sizes"]
+        self._close(state["paths"])
 
     def read(self, file: int, record: int) -> bytes:
         """One record; `DataError` names file and record when it cannot be read."""
@@ -62,3 +65,12 @@ class ArrayRecords:
                     self._readers[file] = ArrayRecordReader(
                         self.paths[file], options="readahead_buffer_size:0", file_reader_buffer_size=32768)
         return self._readers[file]
+
+
+def _size(path: str) -> int:
+    try:
+        return as_path(path).stat().length
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; is the prepared copy complete?") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None

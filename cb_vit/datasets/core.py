@@ -7,6 +7,7 @@ pickling, so they hold paths and numbers and open their files on first use; they
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import difflib
 import importlib
 import itertools
@@ -15,20 +16,40 @@ import re
 import resource
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, runtime_checkable
 
 import ml_collections
 
-from cb_vit.config import ConfigError, Failure, plain
+from cb_vit.config import ConfigError, plain
+from cb_vit.datasets.contents import Contents, DataError
+from cb_vit.datasets.relabel import by_index
 from cb_vit.registry import suggest
+
+__all__ = ["Contents", "DataError", "Source", "SourceConfig", "Span", "Spans", "allow_open_files", "check_source",
+           "check_split", "open_source", "select", "splits_of"]
 
 # name in the config -> module of this room; any other name is a dataset of TFDS.
 KINDS = {"digits": "digits", "fake": "fake", "folder": "folder", "idx": "idx"}
 Block = Mapping[str, Any] | ml_collections.ConfigDict
 
 
-class DataError(Failure):
-    """Stored data that cannot be read: the message names the file and the record."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """What every block of data may say; each kind of source adds to it.
+
+    Attributes:
+        name: which kind of data, or a dataset of TFDS.
+        split: which examples, e.g. "train[:90%]".
+        labels: "name": a class is known by its name, so that two sources, or a source and a model, mean the same class
+            by it; "index": by its number alone, which of a folder called "17" is 17.
+    """
+
+    name: str
+    split: str
+    labels: Literal["name", "index"] = "name"
+
+    def __post_init__(self):
+        check_split(self.split)
 
 
 @runtime_checkable
@@ -38,6 +59,8 @@ class Source(Protocol):
     Attributes:
         num_classes: labels are 0 … num_classes - 1.
         class_names: one name a class, or None when nobody named them.
+
+    A source that knows more of itself without reading its examples says so in `contents`, a `Contents`.
     """
 
     num_classes: int
@@ -82,7 +105,9 @@ def open_source(block: Block, path: str) -> Source:
         ConfigError: on a wrong setting: data not prepared, no such split, an empty selection.
         DataError: when what is stored is damaged.
     """
-    return _kind(block, path).open_source(check_source(block, path), path)
+    config = check_source(block, path)
+    source = _kind(block, path).open_source(config, path)
+    return by_index(source, path) if config.labels == "index" else source
 
 
 def _kind(block: Block, path: str) -> ModuleType:

@@ -24,7 +24,8 @@ import numpy as np
 
 from cb_vit.config import ConfigError, parse
 from cb_vit.datasets import tfds as prepared
-from cb_vit.datasets.core import check_split
+from cb_vit.datasets.contents import fingerprint
+from cb_vit.datasets.core import SourceConfig
 from cb_vit.io import as_path, is_local
 
 logger = logging.getLogger(__name__)
@@ -33,21 +34,17 @@ NUM_TEST = 360
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DigitsConfig:
-    """scikit-learn's digits.
+class DigitsConfig(SourceConfig):
+    """scikit-learn's digits: "digits", of the splits "train" (1 437 images) and "test" (360).
 
     Attributes:
-        name: "digits".
-        split: "train" (1 437 images), "test" (360), or a part.
         data_dir: where the prepared copy is kept, by default with TFDS's others.
     """
 
-    name: str
-    split: str
     data_dir: str | None = None
 
     def __post_init__(self):
-        check_split(self.split)
+        super().__post_init__()
         if self.data_dir and not is_local(self.data_dir):
             raise ConfigError("data_dir", f"digits is prepared on a local or mounted disk, got {self.data_dir!r}")
 
@@ -74,7 +71,10 @@ def open_source(config: DigitsConfig, path: str) -> prepared.TfdsSource:
             raise ConfigError(f"{path}.data_dir", f"cannot prepare digits in {data_dir}: {error.strerror or error}; "
                                                   f"set {path}.data_dir to a folder that can be written") from None
     reading = prepared.TfdsConfig(name=f"{NAME}:{VERSION}", split=config.split, data_dir=data_dir, id_key="id")
-    return prepared.open_folder(as_path(_folder(data_dir)), reading, path)
+    source = prepared.open_folder(as_path(_folder(data_dir)), reading, path)
+    # What is in the files is known; how long they are is up to the versions of what wrote them.
+    source.contents = dataclasses.replace(source.contents, fingerprint=fingerprint([NAME, VERSION]))
+    return source
 
 
 def prepare(data_dir: str) -> None:

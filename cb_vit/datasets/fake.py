@@ -15,19 +15,18 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from cb_vit.config import ConfigError, parse
-from cb_vit.datasets.core import Spans, check_split, select
+from cb_vit.datasets.contents import Contents, fingerprint
+from cb_vit.datasets.core import SourceConfig, Spans, select
 
 SPLITS = ("train", "validation", "test")
 TILES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FakeConfig:
-    """Made-up data.
+class FakeConfig(SourceConfig):
+    """Made-up data, called "fake"; of the splits "train", "validation" and "test", which are of the same size.
 
     Attributes:
-        name: "fake".
-        split: of "train", "validation" and "test", which are of the same size.
         num_examples: in each split.
         image_size: height and width in pixels.
         num_classes: number of classes.
@@ -35,8 +34,6 @@ class FakeConfig:
         broken: numbers of examples whose bytes do not decode, in every split; to try `config.input.skip_errors`.
     """
 
-    name: str
-    split: str
     num_examples: int = 1024
     image_size: int = 32
     num_classes: int = 10
@@ -44,13 +41,13 @@ class FakeConfig:
     broken: tuple[int, ...] = ()
 
     def __post_init__(self):
+        super().__post_init__()
         for field in ("num_examples", "image_size", "num_classes"):
             if getattr(self, field) < 1:
                 raise ConfigError(field, f"must be 1 or more, got {getattr(self, field)}")
         for number in self.broken:
             if not 0 <= number < self.num_examples:
                 raise ConfigError("broken", f"{number} is outside 0 … {self.num_examples - 1}")
-        check_split(self.split)
 
 
 def check(block: Mapping[str, Any], path: str) -> FakeConfig:
@@ -71,9 +68,11 @@ class FakeSource:
         spans: which examples of which split.
     """
 
+    class_names = None
+
     def __init__(self, config: FakeConfig, spans: Spans):
-        self.config, self.spans = config, spans
-        self.num_classes, self.class_names = config.num_classes, None
+        self.config, self.spans, self.num_classes = config, spans, config.num_classes
+        self.contents = Contents(fingerprint([config]))
 
     def __len__(self) -> int:
         return len(self.spans)

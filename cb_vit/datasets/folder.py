@@ -1,46 +1,46 @@
 """Images in folders: `ROOT/train/<class>/*.jpg`, `ROOT/val/<class>/*.jpg` and so on.
 
 Every folder directly under ROOT is a split, every folder in a split a class. Classes are numbered in the sorted
-order of their names in `train` (in all splits together where there is no `train`), the same for every split.
+order of their names in `train` (in all splits together where there is no `train`), the same for every split; names
+that are all whole numbers are sorted as numbers.
 """
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, SupportsIndex
 
 import numpy as np
 
 from cb_vit.config import ConfigError, parse
-from cb_vit.datasets.core import DataError, Spans, check_split, select, splits_of
+from cb_vit.datasets.contents import Contents, DataError, fingerprint, listed
+from cb_vit.datasets.core import SourceConfig, Spans, select, splits_of
+from cb_vit.datasets.labels import are_numbers
 from cb_vit.io import is_local
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-LAYOUT = "expected ROOT/train/<class>/*.jpg (also jpeg, png, webp, bmp) and ROOT/val/<class>/…, one folder a class"
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+LAYOUT = "expected ROOT/train/<class>/*.jpg (also png, webp, bmp, tif, gif) and ROOT/val/<class>/…, one folder a class"
 THREADS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FolderConfig:
-    """Image folders.
+class FolderConfig(SourceConfig):
+    """Image folders: "folder"; the splits are called as the folders are.
 
     Attributes:
-        name: "folder".
         root: the folder that holds the splits; local or mounted.
-        split: "train", "train[:90%]", "val" …, by the names of the folders.
     """
 
-    name: str
     root: str
-    split: str
 
     def __post_init__(self):
+        super().__post_init__()
         if not is_local(self.root):
             raise ConfigError("root", f"image folders are read from a local or mounted disk, got {self.root!r}")
-        check_split(self.split)
 
 
 def check(block: Mapping[str, Any], path: str) -> FolderConfig:
@@ -57,14 +57,21 @@ def open_source(config: FolderConfig, path: str) -> FolderSource:
     root = os.path.abspath(os.path.expanduser(config.root))
     if not os.path.isdir(root):
         raise ConfigError(f"{path}.root", f"{root} is no folder; {LAYOUT}")
+    try:
+        return _open(root, config.split, path)
+    except OSError as error:
+        raise DataError(f"{error.filename or root}: {error.strerror or error}") from None
+
+
+def _open(root: str, split: str, path: str) -> FolderSource:
     splits = _folders(root)
     try:
-        names = splits_of(config.split, splits, f"{path}.split") if splits else ()
+        names = splits_of(split, splits, f"{path}.split") if splits else ()
     except ConfigError as error:
         raise ConfigError(error.path, f"{error.message} (the folders in {root}; {LAYOUT})") from None
     classes = _classes(root, splits, names, path)
     listings = {name: _list_split(root, name, classes, path) for name in names}
-    spans = select(config.split, {name: [len(listing)] for name, listing in listings.items()}, f"{path}.split")
+    spans = select(split, {name: [len(listing)] for name, listing in listings.items()}, f"{path}.split")
     return FolderSource(root, classes, listings, spans)
 
 
@@ -76,11 +83,17 @@ class Listing:
         names: file names without folders, in file-system encoding, end to end.
         ends: int64 [n], where each name ends in `names`.
         labels: int32 [n], the class of each.
+        empty: int64 [m], which of them hold nothing: examples that cannot be decoded.
+        fingerprint: of the names and sizes of the files.
+        left_out: how many entries of the folders are no examples, by extension or by another reason.
     """
 
     names: bytes
     ends: np.ndarray
     labels: np.ndarray
+    empty: np.ndarray
+    fingerprint: str
+    left_out: Mapping[str, int]
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -89,6 +102,12 @@ class Listing:
         """`(file name, label)`."""
         start = int(self.ends[index - 1]) if index else 0
         return os.fsdecode(self.names[start:int(self.ends[index])]), int(self.labels[index])
+
+    def count(self, start: int, stop: int, classes: int) -> np.ndarray:
+        """How many of the files `start` … `stop - 1` are of each class and hold something, int64 [classes]."""
+        empty = self.empty[(self.empty >= start) & (self.empty < stop)]
+        return np.bincount(self.labels[start:stop], minlength=classes) - np.bincount(
+            self.labels[empty], minlength=classes)
 
 
 class FolderSource:
@@ -104,6 +123,11 @@ class FolderSource:
     def __init__(self, root: str, class_names: tuple[str, ...], listings: dict[str, Listing], spans: Spans):
         self.root, self.class_names, self.listings, self.spans = root, class_names, listings, spans
         self.num_classes = len(class_names)
+        self.contents = Contents(
+            fingerprint((name, listing.fingerprint) for name, listing in listings.items()),
+            sum(listings[name].count(start, stop, self.num_classes) for name, start, stop in spans.spans),
+            sum((collections.Counter(listing.left_out) for listing in listings.values()), collections.Counter()),
+            tuple(_notes(class_names, listings)))
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -123,7 +147,8 @@ class FolderSource:
 def _classes(root: str, splits: list[str], names: tuple[str, ...], path: str) -> tuple[str, ...]:
     found = {split: _folders(os.path.join(root, split)) for split in splits}
     given_by = ["train"] if "train" in found else splits
-    classes = tuple(sorted({name for split in given_by for name in found[split]}))
+    classes = {name for split in given_by for name in found[split]}
+    classes = tuple(sorted(classes, key=int if are_numbers(classes) else None))
     if not classes:
         where = os.path.join(root, "train") if "train" in found else root
         raise ConfigError(f"{path}.root", f"no class folders in {where}; {LAYOUT}")
@@ -134,18 +159,35 @@ def _classes(root: str, splits: list[str], names: tuple[str, ...], path: str) ->
     return classes
 
 
+def _notes(classes: tuple[str, ...], listings: Mapping[str, Listing]) -> Iterable[str]:
+    """What one should know of empty files, and of classes called by numbers where something else could be expected."""
+    if empty := sum(len(listing.empty) for listing in listings.values()):
+        yield f"{empty:,} files are empty and will not decode"
+    if not are_numbers(classes):
+        return
+    if odd := next((i for i, name in enumerate(classes) if int(name) != i), None):
+        yield (f"class folders are numbers and sorted as such; folder {classes[odd]!r} is class {odd}; "
+               f"labels='index' makes it class {int(classes[odd])}")
+    elif list(classes) != sorted(classes):
+        yield "class folders are numbers and sorted as such: the name of each is its class"
+
+
 def _list_split(root: str, split: str, classes: tuple[str, ...], path: str) -> Listing:
     folder = os.path.join(root, split)
     with ThreadPoolExecutor(THREADS) as pool:  # on network disks the time goes into waiting
-        listed = list(pool.map(lambda name: _files(os.path.join(folder, name)), classes))
-    files = [(_place(name, file), label, file)
-             for label, (name, of_class) in enumerate(zip(classes, listed, strict=True)) for file in of_class]
+        found = list(pool.map(lambda name: _files(os.path.join(folder, name)), classes))
+    files = sorted((_place(name, file), label, file, size)
+                   for label, (name, (of_class, _)) in enumerate(zip(classes, found, strict=True))
+                   for file, size in of_class)
+    left_out = sum((left for _, left in found), _beside(folder))
     if not files:
-        raise ConfigError(f"{path}.root", f"no images in the class folders of {folder}; {LAYOUT}")
-    files.sort()
-    sizes = np.fromiter((len(file) for _, _, file in files), np.int64, len(files))
-    labels = np.fromiter((label for _, label, _ in files), np.int32, len(files))
-    return Listing(b"".join(file for _, _, file in files), np.cumsum(sizes), labels)
+        raise ConfigError(f"{path}.root", f"no images in the class folders of {folder}; {LAYOUT}" + listed(left_out))
+    lengths = np.fromiter((len(file) for _, _, file, _ in files), np.int64, len(files))
+    labels = np.fromiter((label for _, label, _, _ in files), np.int32, len(files))
+    empty = np.flatnonzero(np.fromiter((not size for _, _, _, size in files), bool, len(files)))
+    known = (part for _, label, file, size in files for part in (classes[label], file, size))
+    return Listing(b"".join(file for _, _, file, _ in files), np.cumsum(lengths), labels, empty, fingerprint(known),
+                   left_out)
 
 
 def _place(name: str, file: bytes) -> bytes:
@@ -153,13 +195,39 @@ def _place(name: str, file: bytes) -> bytes:
     return hashlib.blake2b(os.fsencode(name) + b"/" + file, digest_size=8).digest()
 
 
-def _files(folder: str) -> list[bytes]:
+def _files(folder: str) -> tuple[list[tuple[bytes, int]], collections.Counter[str]]:
+    """Name and size of each image in a folder, and what else is there; nothing where a split lacks the class."""
+    images, left_out = [], collections.Counter()
     try:
         with os.scandir(folder) as entries:
-            return [os.fsencode(entry.name) for entry in entries
-                    if entry.name.lower().endswith(EXTENSIONS) and entry.name[0] != "." and entry.is_file()]
-    except FileNotFoundError:  # this split lacks the class
-        return []
+            for entry in entries:
+                if reason := _unfit(entry):
+                    left_out[reason] += 1
+                else:
+                    images.append((os.fsencode(entry.name), entry.stat().st_size))
+    except FileNotFoundError:
+        pass
+    return images, left_out
+
+
+def _unfit(entry: os.DirEntry) -> str | None:
+    """Why an entry of a class folder is no image; None: it is one, by its name."""
+    if entry.name[0] == ".":
+        return "hidden"
+    if entry.is_dir():
+        return "deeper folders"
+    if not entry.name.lower().endswith(EXTENSIONS):
+        return os.path.splitext(entry.name)[1].lower() or "without extension"
+    if not entry.is_file():
+        return "broken links" if entry.is_symlink() else "no files"
+    return None
+
+
+def _beside(folder: str) -> collections.Counter[str]:
+    """The files of a split that are in no class folder."""
+    with os.scandir(folder) as entries:
+        count = sum(not entry.is_dir() and entry.name[0] != "." for entry in entries)
+    return collections.Counter({"outside of class folders": count} if count else {})
 
 
 def _folders(folder: str) -> list[str]:

@@ -16,27 +16,21 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from cb_vit.config import ConfigError, parse
-from cb_vit.datasets.core import DataError, Spans, check_split, select, splits_of
+from cb_vit.datasets.contents import Contents, DataError, fingerprint
+from cb_vit.datasets.core import SourceConfig, Spans, select, splits_of
 
 SPLITS = {"train": "train", "test": "t10k"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IdxConfig:
-    """Files such as `train-images-idx3-ubyte.gz`.
+class IdxConfig(SourceConfig):
+    """Files such as `train-images-idx3-ubyte.gz`: "idx", of the splits "train" and "test".
 
     Attributes:
-        name: "idx".
         root: the folder with the four files.
-        split: of "train" and "test".
     """
 
-    name: str
     root: str
-    split: str
-
-    def __post_init__(self):
-        check_split(self.split)
 
 
 def check(block: Mapping[str, Any], path: str) -> IdxConfig:
@@ -79,6 +73,11 @@ class IdxSource:
     def __init__(self, root: str, images: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray], spans: Spans):
         self.root, self.images, self.labels, self.spans = root, images, labels, spans
         self.num_classes = 1 + max(int(array.max()) for array in labels.values())
+        counts = sum(np.bincount(labels[name][start:stop], minlength=self.num_classes)
+                     for name, start, stop in spans.spans)
+        # The bytes themselves: they are in memory, and the same set comes gzipped and plain.
+        parts = (part for name in images for part in (name, images[name].tobytes(), labels[name].tobytes()))
+        self.contents = Contents(fingerprint(parts), counts)
 
     def __len__(self) -> int:
         return len(self.spans)

@@ -10,31 +10,31 @@ import fnmatch
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
 from etils import epath
 
 from cb_vit.config import ConfigError, parse
 from cb_vit.datasets.arrayrecord import ArrayRecords
-from cb_vit.datasets.core import KINDS, DataError, Spans, check_split, select
+from cb_vit.datasets.contents import Contents, DataError, fingerprint
+from cb_vit.datasets.core import KINDS, SourceConfig, Spans, select
 from cb_vit.datasets.tfrecord import TFRecords, index_files
 from cb_vit.io import as_path
 from cb_vit.registry import suggest
 
-Records = ArrayRecords | TFRecords  # one interface: `paths`, and `read(number of the file, number of the record)`
+Records = ArrayRecords | TFRecords  # one interface: `paths`, `sizes`, `read(number of file, number of record)`
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 NAME = re.compile(r"(?P<name>\w+)(/(?P<config>[\w.-]+))?(:(?P<version>[\d*]+\.[\d*]+\.[\d*]+))?")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TfdsConfig:
-    """A data set of TFDS.
+class TfdsConfig(SourceConfig):
+    """A data set of TFDS, such as "imagenet2012", "imagenet2012:5.1.0" or "imagenet_v2/matched-frequency:3.0.0".
+
+    Without a version it is the newest that is prepared; `*` stands for any number.
 
     Attributes:
-        name: "imagenet2012", "imagenet2012:5.1.0", "imagenet_v2/matched-frequency:3.0.0"; without a version the
-            newest that is prepared, `*` stands for any number.
-        split: "train", "train[:99%]", "train[10%:20%]+test" …
         data_dir: folder of prepared data sets, local or in a bucket; by default $TFDS_DATA_DIR, else
             ~/tensorflow_datasets.
         image_key: the feature with the image.
@@ -42,17 +42,15 @@ class TfdsConfig:
         id_key: a text feature that names the example, such as "file_name"; None: shard and record.
     """
 
-    name: str
-    split: str
     data_dir: str | None = None
     image_key: str = "image"
     label_key: str = "label"
     id_key: str | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if not NAME.fullmatch(self.name):
             raise ConfigError("name", f"cannot read {self.name!r}; write NAME, NAME/CONFIG or NAME:1.2.3")
-        check_split(self.split)
 
 
 def check(block: Mapping[str, Any], path: str) -> TfdsConfig:
@@ -91,8 +89,9 @@ def open_folder(folder: epath.Path, config: TfdsConfig, path: str) -> TfdsSource
     counts = {os.fspath(file): count for split in info.splits.values()
               for file, count in zip(split.filepaths, split.shard_lengths, strict=True)}
     files = list(dict.fromkeys(span.name for span in spans.spans))
-    records = _open_records(info.file_format.value, files, [counts[file] for file in files], folder, path)
-    return TfdsSource(folder, spans, records, config, label.num_classes, tuple(label.names))
+    held = [counts[file] for file in files]
+    records = _open_records(info.file_format.value, files, held, folder, path)
+    return TfdsSource(folder, spans, records, held, config, label.num_classes, tuple(label.names))
 
 
 class TfdsSource:
@@ -102,15 +101,18 @@ class TfdsSource:
         folder: the prepared folder, for the description of features.
         spans: which records of which files.
         records: reads those files.
+        counts: records in each of them.
         config: says which features to read.
         num_classes: number of classes.
         class_names: their names.
     """
 
-    def __init__(self, folder: epath.Path, spans: Spans, records: Records, config: TfdsConfig, num_classes: int,
-                 class_names: tuple[str, ...] | None):
+    def __init__(self, folder: epath.Path, spans: Spans, records: Records, counts: Sequence[int], config: TfdsConfig,
+                 num_classes: int, class_names: tuple[str, ...] | None):
         self.folder, self.spans, self.records, self.config = os.fspath(folder), spans, records, config
         self.num_classes, self.class_names = num_classes, class_names
+        shards = zip(records.paths, records.sizes, counts, strict=True)
+        self.contents = Contents(fingerprint((os.path.basename(path), *shard) for path, *shard in shards))
         numbers = {file: number for number, file in enumerate(records.paths)}
         self._files = [numbers[span.name] for span in spans.spans]
         self._features = None

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from cb_vit.datasets.core import DataError, allow_open_files
+from cb_vit.datasets.contents import DataError
+from cb_vit.datasets.core import allow_open_files
 from cb_vit.io import as_path, is_local, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -97,10 +98,14 @@ class TFRecords:
     Args:
         paths: the files.
         offsets: for each what `index_file` returns.
+
+    Attributes:
+        sizes: of the files, in bytes.
     """
 
     def __init__(self, paths: Sequence[str], offsets: Sequence[np.ndarray]):
         self.paths, self.offsets = tuple(paths), tuple(offsets)
+        self.sizes = tuple(int(ends[-1]) for ends in offsets)
         self._files: dict[int, Any] = {}
         self._lock = threading.Lock()
 

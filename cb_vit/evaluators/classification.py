@@ -41,7 +41,7 @@ class Evaluator:
 
     def __init__(self, predict_fn: PredictFn, *, config: Config, source: Source, preprocess: Preprocess,
                  sharding: NamedSharding):
-        self.config, self._sharding = config, sharding
+        self.config, self.source, self._sharding = config, source, sharding
         self._rows = dist.local_rows(sharding, config.batch_size)
         settings = InputConfig(data=config.data, batch_size=config.batch_size, pp=config.pp_fn,
                                skip_errors=config.skip_errors)

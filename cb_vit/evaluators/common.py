@@ -2,7 +2,7 @@
 
 An evaluator is a module of this room with a `Config` and an `Evaluator`:
 
-    Evaluator(predict_fn, *, config, source, preprocess, sharding)
+    Evaluator(predict_fn, *, config, source, preprocess, sharding), with `config` and `source` as attributes
     Evaluator.run(train_state) -> yields (metric name, value)
 
 `predict_fn(train_state, images)` → (logits, out) is pure; evaluators jit it with their own arithmetic.
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -21,11 +22,13 @@ from jax.sharding import NamedSharding
 
 from cb_vit import datasets
 from cb_vit.config import ConfigError, Duration, parse
+from cb_vit.datasets.contents import describe
 from cb_vit.input_pipeline import check_example, example_spec
 from cb_vit.pp import builder
 from cb_vit.registry import Registry
 from cb_vit.train_state import TrainState
 
+logger = logging.getLogger(__name__)
 EMA = "ema/"  # stands before the names of metrics of the averaged parameters
 EVALUATORS = Registry("evaluator", {"classification": "cb_vit.evaluators.classification"})
 PredictFn = Callable[[TrainState, jax.Array], tuple[jax.Array, dict[str, Any]]]
@@ -82,7 +85,7 @@ def parse_evals(evals: Mapping[str, Mapping[str, Any]], path: str = "config.eval
 
 def build(
     name: str, config: EvaluatorConfig, *, predict_fn: PredictFn, state_shapes: Any, sharding: NamedSharding,
-    batch_size: int, num_classes: int, path: str = "config.evals",
+    batch_size: int, num_classes: int, class_names: Sequence[str] | None = None, path: str = "config.evals",
 ) -> Any:
     """One evaluator, its data opened.
 
@@ -94,6 +97,7 @@ def build(
         sharding: of a batch.
         batch_size: of training, for evaluators that name none of their own.
         num_classes: of the model.
+        class_names: of the model, by which the labels of the data are brought to its numbers; None: not known.
         path: where the evaluators stand in the config, for errors.
 
     Raises:
@@ -102,10 +106,13 @@ def build(
     config = dataclasses.replace(config, batch_size=config.batch_size or batch_size,
                                  prefix=f"{name}/" if config.prefix is None else config.prefix)
     where = f"{path}.{name}"
-    source = datasets.open_source(config.data, f"{where}.data")
     preprocess = builder.build(config.pp_fn, f"{where}.pp_fn")
     if preprocess.num_classes not in (None, num_classes):
         raise ConfigError(f"{where}.pp_fn", f"onehot has {preprocess.num_classes} classes, the model {num_classes}")
+    data = f"{where}.data"
+    source = datasets.align(datasets.open_source(config.data, data), class_names, num_classes, data)
+    for line in describe(data, source):
+        logger.info("%s", line)
     spec = example_spec(source, preprocess, config.skip_errors)
     shape = check_example(preprocess, spec, num_classes, f"{where}.pp_fn")
     try:

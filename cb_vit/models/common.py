@@ -67,8 +67,8 @@ class Report:
 
 
 def merge_params(
-    init: Tree, loaded: Tree, dont_load: Sequence[str] = (), *, heads: Sequence[str] = (), fresh: str = "",
-    fit: Mapping[str, Fit] | None = None,
+    init: Tree, loaded: Tree, dont_load: Sequence[str] = (), *, heads: Sequence[str] = (),
+    other_heads: bool = False, fresh: str = "", fit: Mapping[str, Fit] | None = None,
 ) -> tuple[Tree, Report]:
     """Take the parameters of a file where a model has them too; nothing is lost or begun anew unsaid.
 
@@ -77,6 +77,7 @@ def merge_params(
         loaded: those of the file, loop layout.
         dont_load: regexes of names to leave alone, on either side.
         heads: top-level names of modules that may differ: one of another shape begins anew, as a whole.
+        other_heads: all of these begin anew, their shape notwithstanding.
         fresh: regex of what a file may lack.
         fit: by name, how to make an array of another shape fit.
 
@@ -99,8 +100,8 @@ def merge_params(
 
     of_head = lambda name: name.split("/")[0] in heads  # noqa: E731
     differ = [name for name in both if both[name].shape != ours[name].shape]
-    other_heads = {name.split("/")[0] for name in differ if of_head(name)}
-    reset = [name for name in both if name.split("/")[0] in other_heads]
+    anew = {name.split("/")[0] for name in (both if other_heads else differ) if of_head(name)}
+    reset = [name for name in both if name.split("/")[0] in anew]
     _refuse("has another shape of", [f"{name} ({list(theirs[name].shape)}, here {list(ours[name].shape)})"
                                      for name in differ if not of_head(name)])
     _refuse("lacks", [name for name in missing
@@ -110,7 +111,7 @@ def merge_params(
     taken = {name: leaf.astype(ours[name].dtype) for name, leaf in both.items() if name not in reset}
     lines.insert(0, f"{len(taken)} of the model's {len(ours)} parameter arrays are loaded")
     for what, names in (
-        ("begun anew, the file's being of another size", reset),
+        (f"begun anew, the file's being {'for other classes' if other_heads else 'of another size'}", reset),
         ("begun anew, as the file has none", [name for name in missing if name not in told]),
         ("begun anew, told by dont_load", [name for name in ours if name in told]),
         ("left in the file, told by dont_load", [name for name in surplus if name in told]),

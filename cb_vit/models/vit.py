@@ -57,7 +57,7 @@ def Model(num_classes: int | None, variant: str | None = None, **kw: Any) -> ViT
 def merge(
     init_params: Any, loaded: Any, config: Config, dont_load: Sequence[str] = (),
     posemb_resize: str = "bicubic_antialias", *, image_size: tuple[int, int] | None = None,
-    loaded_grid: Grid | None = None,
+    loaded_grid: Grid | None = None, other_classes: bool = False,
 ) -> tuple[Any, Report]:
     """Begin from the parameters of another model: big_vision's `vit.load`, which tells what it did.
 
@@ -75,6 +75,7 @@ def merge(
         image_size: (height, width) in pixels that the model is for; None: square.
         loaded_grid: rows and columns of patches that the file is for; None: square, or where the model has as many
             patches, the model's.
+        other_classes: the file's head is for other classes, even if there are as many: it begins anew.
 
     Returns:
         Parameters like `init_params`, and the report.
@@ -100,7 +101,8 @@ def merge(
                 f"resampled from {before} to {patch} pixels, {posemb_resize}")
 
     params, report = merge_params(
-        to_loop(init_params), loaded, dont_load, heads=("head", "head_dist"), fresh=r"dist|.*/context_scale",
+        to_loop(init_params), loaded, dont_load, heads=("head", "head_dist"), other_heads=other_classes,
+        fresh=r"dist|.*/context_scale",
         fit={"pos_embedding": fit_posemb, "embedding/kernel": fit_patch})
     return to_scan(params) if config.scan else params, report
 

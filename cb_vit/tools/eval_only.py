@@ -54,14 +54,15 @@ def _evaluate_run(settings: Settings, workdir: str) -> None:
     if not directory.exists():
         raise ConfigError("--workdir", f"{directory} does not exist; give the workdir of a run")
     dist.initialize()
-    run = experiment.build(settings)
+    known = startup.recorded_classes(workdir)
+    run = experiment.build(settings, known_classes=known)
     with run.context(), contextlib.closing(Checkpointer(directory, read_only=True)) as checkpointer:
         restored = checkpointer.restore_latest(run.shapes, run.scan)
         if restored is None:
             raise ConfigError("--workdir", f"{directory} holds no checkpoint")
         state, _ = restored
         _tell(f"step {int(state.step)} of {directory}")
-        _measure(startup.build_evaluators(run), state)
+        _measure(startup.build_evaluators(run, known), state)
 
 
 def _evaluate_weights(settings: Settings) -> None:
@@ -74,7 +75,7 @@ def _evaluate_weights(settings: Settings) -> None:
     state = TrainState(jnp.int32(weights.step or 0), shapes, (), jnp.bool_(True))
     with sharding.context(mesh, settings.train.sharding_rules):
         evaluators = startup.open_evaluators(settings, functools.partial(_predictor, weights), state, batch_sharding,
-                                             weights.model.num_classes)
+                                             weights.model.num_classes, weights.class_names)
         _tell(f"{weights}: {weights.format}", *weights.notes)
         _measure(evaluators, state.replace(params=weights.read(shapes)))
 

@@ -1,0 +1,76 @@
+"""What a source holds, as far as that is known without reading an image: to report it, and to know it again."""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cb_vit.config import Failure
+
+
+class DataError(Failure):
+    """Stored data that cannot be read: the message names the file and the record."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What is known of a selection of examples.
+
+    Attributes:
+        fingerprint: of the stored data: the same for a copy elsewhere, another when files come, go or change in size;
+            None: not known.
+        counts: examples of each class, int64 [c]; None: labels stand beside the images and have not been read.
+        left_out: how many files are no examples, by extension or by another reason.
+        notes: what else is to be known, a line each.
+    """
+
+    fingerprint: str | None = None
+    counts: np.ndarray | None = None
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def contents_of(source: Any) -> Contents:
+    """What a source knows of itself; nothing, if it does not say."""
+    return getattr(source, "contents", Contents())
+
+
+def fingerprint(parts: Iterable[Any]) -> str:
+    """A hash of the texts of all parts, in their order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else str(part).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:32]
+
+
+def report(source: Any) -> dict[str, Any]:
+    """A source in numbers, as JSON has them: what `run.json` keeps."""
+    contents, found = contents_of(source), {"examples": len(source), "classes": source.num_classes}
+    if contents.counts is not None and len(contents.counts):
+        for name, number in (("fewest", contents.counts.argmin()), ("most", contents.counts.argmax())):
+            found[name] = [class_name(source.class_names, int(number)), int(contents.counts[number])]
+    return found | {"left_out": dict(contents.left_out), "fingerprint": contents.fingerprint}
+
+
+def describe(name: str, source: Any) -> Iterator[str]:
+    """The same in lines to print; `name` is what the source is called."""
+    found, contents = report(source), contents_of(source)
+    a_class = (f", {found['fewest'][1]:,} ({found['fewest'][0]}) to {found['most'][1]:,} ({found['most'][0]}) a class"
+               if "fewest" in found else "")
+    yield f"{name}: {found['examples']:,} examples of {found['classes']:,} classes{a_class}{listed(contents.left_out)}"
+    yield from (f"{name}: {note}" for note in contents.notes)
+
+
+def listed(left_out: Mapping[str, int]) -> str:
+    """"; left out: 3 .txt, 1 hidden", or nothing."""
+    parts = [f"{count:,} {reason}" for reason, count in sorted(left_out.items())]
+    return f"; left out: {', '.join(parts)}" if parts else ""
+
+
+def class_name(names: Sequence[str] | None, number: int) -> str:
+    """What class `number` is called."""
+    return names[number] if names else f"class {number}"
