@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cb_vit.formats import FormatError
+from cb_vit.formats.index import read_index, shards
 from cb_vit.formats.names import Normalisation
 from cb_vit.formats.opening import IN_FOLDER
 
@@ -45,7 +46,7 @@ def resolve(path: str) -> tuple[str, dict[str, Any]]:
         raise FormatError(f"{path}: has no file {' or '.join(names)} (in the cache, if there is no network); name the "
                           f"file, as in hf://{match['repo']}/FILE")
     if found.endswith(".index.json"):
-        for shard in sorted(set(map(str, _json(Path(found)).get("weight_map", {}).values()))):
+        for shard in shards(found, read_index(found)[0]):
             download(shard)
     cards = {name: Path(card) for name in CARDS if (card := download(name))}
     return found, _cards(cards)
