@@ -19,6 +19,7 @@ from cb_vit.formats.names import Normalisation
 from cb_vit.formats.opening import IN_FOLDER
 
 CARDS = ("config.json", "preprocessor_config.json")
+DECODE = {1: "decode(1)", 3: "decode"}  # by channels; no other images are decoded
 # Of a Hugging Face `preprocessor_config.json`, numbered as Pillow's filters are.
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
@@ -66,7 +67,7 @@ def evaluation(
     Returns:
         A string for `pp.builder`; None: not enough is known.
     """
-    if normalisation is None:
+    if normalisation is None or len(normalisation[0]) not in DECODE:
         return None
     timm = card.get("pretrained_cfg", card)
     size = tuple(timm["input_size"][1:]) if "input_size" in timm else grid and tuple(
@@ -78,7 +79,7 @@ def evaluation(
         f"resize_small({int(min(size) / timm.get('crop_pct', 0.875))}, {method!r})|central_crop({size})|"
     mean, std = (tuple(round(255 * value, 6) for value in values) for values in normalisation)
     crop = crop or f"resize({size}, {method!r})|"  # transformers' own: to the size itself
-    return f"decode|{crop}vgg_value_range({mean}, {std})"
+    return f"{DECODE[len(mean)]}|{crop}vgg_value_range({mean}, {std})"
 
 
 def _download(path: str, repo: str, revision: str | None, name: str) -> str | None:

@@ -94,8 +94,8 @@ FAMILIES = {
     "a ViT with register tokens": [(*TIMM, "reg_token"), (*TIMM, "register_tokens")],
     "a ViT with gated MLPs (SwiGLU)": [(*TIMM, "blocks.0.mlp.w12.weight")],
     "a ViT with norms on queries and keys": [(*TIMM, "blocks.0.attn.q_norm.weight")],
-    "a TinyViT": [("patch_embed.seq.0.c.weight", "layers.1.blocks.0.local_conv.c.weight", "layers.1.blocks.0.attn.attention_biases",
-                   "layers.1.blocks.0.attn.qkv.weight")],
+    "a TinyViT": [("patch_embed.seq.0.c.weight", "layers.1.blocks.0.local_conv.c.weight",
+                   "layers.1.blocks.0.attn.attention_biases", "layers.1.blocks.0.attn.qkv.weight")],
     "a FocalNet": [("layers.0.blocks.0.modulation.f.weight",)],
     "a PVT": [("stages.0.blocks.0.attn.sr.weight",)],
     "a Swin Transformer": [
