@@ -79,6 +79,8 @@ def test_a_model_that_was_wrapped_twice_over():
     assert any("'backbone.' in front of all names" in note for note in found.notes)
     np.testing.assert_array_equal(found.params["cls"].read(), understand(
         {name: arrays[f"module.teacher.backbone.{name}"] for name in TIMM}).params["cls"].read())
+    with pytest.raises(FormatError, match="a ViT is in 'module.student.backbone', 'module.teacher.backbone': choose"):
+        understand(arrays, prefix="module")
     with pytest.raises(FormatError, match="its parts: 'module.student', 'module.teacher'$"):
         understand(arrays, prefix="student")
 

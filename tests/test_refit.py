@@ -175,7 +175,7 @@ def test_both_at_once_and_straight_into_shards(files, params, source):
 
 def test_merging_into_a_model_of_grey_images(files):
     shapes = jax.eval_shape(lambda: MODEL.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"])
-    init = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    init = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     expected = open_weights(files / "imagenet.safetensors", "path", channels=1).read()
     for channels in (None, 1):
         merged, report = cb_vit.merge(init, files / "imagenet.safetensors", MODEL.config, channels=channels)

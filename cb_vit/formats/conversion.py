@@ -80,7 +80,7 @@ def convert(
     described, normalisation = _described(metadata or {}, path)
     overrides = spell_out({**described, **overrides})
     tensors, notes = take_off(tensors, prefix, _known, path)
-    reading = _read(tensors, path, overrides.get("num_heads"), config or {})
+    reading = _read(tensors, path, overrides.get("num_heads"), config or {}, prefix)
     params = {name: _float32(tensor) for name, tensor in reading.params.items()}
     other = {str(tensor.dtype) for tensor in reading.params.values()} - {"float32"}
     notes += reading.notes + [f"stored as {', '.join(sorted(other))}, read as float32"] * bool(other)
@@ -128,8 +128,10 @@ def _known(names: Collection[str]) -> bool:
     return any(reader.recognise(names) for reader in _READERS)
 
 
-def _read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config: Mapping[str, Any]) -> Reading:
-    """What the reader of its format makes of a file.
+def _read(
+    tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config: Mapping[str, Any], prefix: str | None
+) -> Reading:
+    """What the reader of its format makes of a file, or of what is under `prefix` in it.
 
     Raises:
         FormatError: there is none, or the file is of another family.
@@ -140,6 +142,8 @@ def _read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, confi
         return reader.read(tensors, path, num_heads, config)
     parts = [part for part in candidates(tensors, _known) if name_family(inside := under(part, tensors)) is None
              and any(name.startswith(_EMBEDDINGS) for name in inside)]
+    if prefix:
+        parts = [prefix.rstrip("./") + ("/" if any("/" in name for name in tensors) else ".") + part for part in parts]
     way_out = f"; a ViT is in {listed(parts)}: choose with prefix" if parts else ""
     if family:
         raise FormatError(f"{path}: it seems to be {family}, which is not supported{way_out}")

@@ -33,15 +33,15 @@ def take_off(
         FormatError: nothing is under `prefix`, or two names become one.
     """
     found, notes = dict(tensors), []
-    if prefix is not None:
-        found = under(prefix, tensors)
-        if not found:
-            raise FormatError(f"{path}: has no part {show(prefix)}; its parts: {_parts(tensors)}")
-        if rest := len(tensors) - len(found):
-            notes += [f"{rest} of the file's {len(tensors)} arrays are not under {show(prefix)}; they are left there"]
     if wrappers := sorted({match[0] for name in found for match in _WRAPPER.finditer(name)}):
         found = unique(((_WRAPPER.sub("", name), tensor) for name, tensor in found.items()), path)
         notes += [f"{', '.join(map(repr, wrappers))} in names is taken off"]
+    if prefix is not None and (start := _WRAPPER.sub("", prefix.rstrip("./") + ".").rstrip("./")):
+        whole, found = found, under(start, found)
+        if not found:
+            raise FormatError(f"{path}: has no part {show(prefix)}; its parts: {_parts(whole)}")
+        if rest := len(tensors) - len(found):
+            notes += [f"{rest} of the file's {len(tensors)} arrays are not under {show(prefix)}; they are left there"]
     shared = next((start for start in _shared(found) if known([name[len(start):] for name in found])), "")
     if shared:
         found = {name.removeprefix(shared): tensor for name, tensor in found.items()}
