@@ -16,7 +16,8 @@ NAMED = {
     "crossvit": "a CrossViT", "edgenext": "an EdgeNeXt", "efficientnet": "an EfficientNet", "eva": "an EVA",
     "focalnet": "a FocalNet", "gcvit": "a GCViT", "hiera": "a Hiera", "hieradet_sam2": "a Hiera", "hrnet": "an HRNet",
     "levit": "a LeViT", "maxxvit": "a MaxViT", "mlp_mixer": "an MLP-Mixer",
-    "mobilenetv3": "an EfficientNet or MobileNet", "mobilevit": "a MobileViT", "mvitv2": "an MViT", "naflexvit": "a NaFlexViT", "nest": "a NesT", "pit": "a PiT",
+    "mobilenetv3": "an EfficientNet or MobileNet", "mobilevit": "a MobileViT",
+    "mvitv2": "an MViT", "naflexvit": "a NaFlexViT", "nest": "a NesT", "pit": "a PiT",
     "pvt_v2": "a PVT", "regnet": "a RegNet", "resnet": "a ResNet", "resnetv2": "a ResNet", "swin_transformer": "a Swin",
     "swin_transformer_v2": "a Swin Transformer V2", "swin_transformer_v2_cr": "a Swin Transformer V2",
     "tiny_vit": "a TinyViT", "tnt": "a TNT", "twins": "a Twins", "vision_transformer_hybrid": "a hybrid",
@@ -31,7 +32,8 @@ SPECIAL = {  # timm's more telling models, and what they are
     "eva02_tiny_patch14_224": "an EVA", "eva02_base_patch16_clip_224": "an EVA", "convnext_tiny_hnf": "a ConvNeXt",
     "vit_base_patch16_clip_224": "a ViT with a norm before", "vit_base_patch16_siglip_224": None,
     "vit_small_r26_s32_224": "a hybrid", "beit3_base_patch16_224": "a ViT that pools",
-    "coatnext_nano_rw_224": "a MaxViT", "vit_small_patch16_dinov3": "a ViT with register", "aimv2_large_patch14_224": "a ViT with gated MLPs"}
+    "coatnext_nano_rw_224": "a MaxViT",
+    "vit_small_patch16_dinov3": "a ViT with register", "aimv2_large_patch14_224": "a ViT with gated MLPs"}
 
 
 def tensors(state):
