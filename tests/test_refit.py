@@ -185,17 +185,20 @@ def test_merging_into_a_model_of_grey_images(files):
         cb_vit.merge(init, files / "imagenet.safetensors", MODEL.config, channels=3)
 
 
-def test_fine_tuning_on_grey_images_begins_as_the_same_function(files, params, caplog):
+def test_fine_tuning_on_grey_images_begins_as_the_same_function(tmp_path, params, caplog):
+    """From part of a file."""
+    arrays = {f"net.{name}": array for name, array in to_timm(jax.device_get(params), MODEL.config).items()}
+    write_safetensors(tmp_path / "x", arrays | {"loss.weight": np.ones(2)}, describe(MODEL.config, IMAGENET))
     pp = f"decode(1)|value_range(-1, 1)|onehot({CLASSES})"
     data = dict(name="fake", split="train", num_examples=16, image_size=8, num_classes=CLASSES)
     settings = check(dict(seed=0, total_steps=1, lr=0.1, input=dict(data=data, batch_size=8, pp=pp), model=SIZES,
-                          model_init=str(files / "imagenet.safetensors"), plot=False))
+                          model_init=str(tmp_path / "x"), model_load=dict(prefix="net"), plot=False))
     run = build(settings)
     with run.context(), caplog.at_level(logging.INFO, "cb_vit"):
         state, notes = begin_from(run, open_init(settings.train))
     np.testing.assert_allclose(stem(state.params, GREY, ((0.5,), (0.5,))), stem(params, RGB, IMAGENET),
                                rtol=1e-4, atol=1e-5)
     assert_rest_is_the_same(state.params, params)
-    assert any("three channels are summed" in line for line in notes["model_init"]["report"])
-    assert "three channels are summed" in caplog.text
+    for words in ("three channels are summed", "1 of the file's 24 arrays are not under 'net'"):
+        assert any(words in line for line in notes["model_init"]["report"]) and words in caplog.text
     json.dumps(notes)
