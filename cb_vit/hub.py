@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from cb_vit.formats import FormatError
+from cb_vit.formats.index import read_index, shards
 from cb_vit.formats.names import Normalisation
 from cb_vit.formats.opening import IN_FOLDER
 
 CARDS = ("config.json", "preprocessor_config.json")
+DECODE = {1: "decode(1)", 3: "decode"}  # by channels; no other images are decoded
 # Of a Hugging Face `preprocessor_config.json`, numbered as Pillow's filters are.
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
@@ -45,7 +47,7 @@ def resolve(path: str) -> tuple[str, dict[str, Any]]:
         raise FormatError(f"{path}: has no file {' or '.join(names)} (in the cache, if there is no network); name the "
                           f"file, as in hf://{match['repo']}/FILE")
     if found.endswith(".index.json"):
-        for shard in sorted(set(map(str, _json(Path(found)).get("weight_map", {}).values()))):
+        for shard in shards(found, read_index(found)[0]):
             download(shard)
     cards = {name: Path(card) for name in CARDS if (card := download(name))}
     return found, _cards(cards)
@@ -65,7 +67,7 @@ def evaluation(
     Returns:
         A string for `pp.builder`; None: not enough is known.
     """
-    if normalisation is None:
+    if normalisation is None or len(normalisation[0]) not in DECODE:
         return None
     timm = card.get("pretrained_cfg", card)
     size = tuple(timm["input_size"][1:]) if "input_size" in timm else grid and tuple(
@@ -77,7 +79,7 @@ def evaluation(
         f"resize_small({int(min(size) / timm.get('crop_pct', 0.875))}, {method!r})|central_crop({size})|"
     mean, std = (tuple(round(255 * value, 6) for value in values) for values in normalisation)
     crop = crop or f"resize({size}, {method!r})|"  # transformers' own: to the size itself
-    return f"decode|{crop}vgg_value_range({mean}, {std})"
+    return f"{DECODE[len(mean)]}|{crop}vgg_value_range({mean}, {std})"
 
 
 def _download(path: str, repo: str, revision: str | None, name: str) -> str | None:

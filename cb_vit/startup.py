@@ -24,7 +24,14 @@ from cb_vit.experiment import Experiment
 from cb_vit.settings import Settings, TrainConfig
 from cb_vit.train_state import TrainState
 from cb_vit.tree import flatten_with_names, map_with_names
-from cb_vit.weights import LoadConfig, Weights, fold_normalisation, open_weights, same_normalisation
+from cb_vit.weights import (
+    LoadConfig,
+    Weights,
+    fold_normalisation,
+    open_weights,
+    same_normalisation,
+    with_channels,
+)
 
 logger = logging.getLogger(__name__)
 # The settings that make up the stream of batches.
@@ -51,7 +58,7 @@ def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
     for line in describe("config.input.data", run.pipeline.source):
         logger.info("%s", line)
     if weights:
-        _fit(run, weights)
+        _fit(run, _for_images(run, weights))
     return run
 
 
@@ -213,8 +220,9 @@ def open_init(cfg: TrainConfig) -> Weights:
     Raises:
         ConfigError: there are none, or they cannot be read.
     """
-    averaged = cfg.model_load and cfg.model_load.params == "ema"
-    return open_weights(cfg.model_init, "config.model_init", "ema" if averaged else "params")
+    load = cfg.model_load or LoadConfig()
+    return open_weights(cfg.model_init, "config.model_init", "ema" if load.params == "ema" else "params", key=load.key,
+                        prefix=load.prefix)
 
 
 def begin_from(run: Experiment, weights: Weights) -> tuple[TrainState, dict[str, Any]]:
@@ -223,6 +231,7 @@ def begin_from(run: Experiment, weights: Weights) -> tuple[TrainState, dict[str,
     Raises:
         ConfigError: they do not fit, or cannot be read.
     """
+    weights = _for_images(run, weights)
     merge, lines = _fit(run, weights)
     own, everywhere = dict(flatten_with_names(in_loop_layout(run.shapes.params))[0]), dist.replicated(run.mesh)
 
@@ -231,11 +240,19 @@ def begin_from(run: Experiment, weights: Weights) -> tuple[TrainState, dict[str,
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own[name].sharding if fits else everywhere)
 
     loaded = weights.read(map_with_names(place, weights.shapes))
-    for line in lines:
+    for line in (*weights.notes, *lines):
         logger.info("parameters of %s: %s", weights, line)
     taken = (run.cfg.model_load or LoadConfig()).params
     note = {"path": weights.path, "step": weights.step, "params": taken, "report": [*weights.notes, *lines]}
     return run.create_state(merge, loaded), {"model_init": note}
+
+
+def _for_images(run: Experiment, weights: Weights) -> Weights:
+    """The same for as many channels as the run's images have."""
+    try:
+        return with_channels(weights, run.example_spec["image"][0][-1])
+    except ConfigError as error:
+        raise ConfigError("config.model_init", error.message) from None
 
 
 def _fit(run: Experiment, weights: Weights) -> tuple[Callable[[Any, Any], Any], list[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +31,11 @@ from cb_vit.models.common import Report
 from cb_vit.models.resample import METHODS
 from cb_vit.pp import builder
 from cb_vit.pp.builder import Preprocess
+from cb_vit.refit import between, fold_normalisation, same_normalisation, with_channels, with_classes
 from cb_vit.registry import parse_calls
 from cb_vit.tree import map_with_names, unflatten_names
 
+logger = logging.getLogger(__name__)
 Tree = Any
 LABEL_OPS = ("onehot", "keep", "drop", "copy")  # of a preprocessing string, what is not about pixels
 
@@ -46,11 +49,15 @@ class LoadConfig:
         dont_load: regexes of names; those of the model begin anew, those of the file are left there.
         posemb_resize: how position embeddings are brought to another resolution: "bicubic_antialias" as timm does,
             "bicubic" as DeiT did, "linear" as big_vision does.
+        key: of a PyTorch file: the entry that holds the weights; see `load`.
+        prefix: take only the arrays under it; see `load`.
     """
 
     params: Literal["raw", "ema"] = "raw"
     dont_load: tuple[str, ...] = ()
     posemb_resize: str = "bicubic_antialias"
+    key: str | None = None
+    prefix: str | None = None
 
     def __post_init__(self):
         METHODS.pick(self.posemb_resize, "posemb_resize")
@@ -112,12 +119,13 @@ class Weights:
         own = preprocess.normalisation(len(self.normalisation[0]))
         if same_normalisation(own, self.normalisation):
             return lambda image: image
-        scale, shift = (values.reshape(1, 1, 1, -1) for values in _between(self.normalisation, own))
+        scale, shift = (values.reshape(1, 1, 1, -1) for values in between(self.normalisation, own))
         return lambda image: image * scale + shift
 
 
 def load(
     path: str | os.PathLike, *, params: Literal["raw", "ema"] = "raw", key: str | None = None,
+    prefix: str | None = None, num_classes: int | None = None, channels: int | None = None,
     normalisation: Normalisation | None = None, place: Callable[[Tree], Tree] | None = None, **model: Any,
 ) -> tuple[nn.Module, Tree]:
     """A model and its parameters, ready for `model.apply({"params": params}, images)`.
@@ -128,6 +136,11 @@ def load(
             `hf://ORG/NAME[@REVISION][/FILE]`.
         params: of a run: the parameters, or their moving average.
         key: of a PyTorch file: the entry that holds the weights, e.g. "model_ema".
+        prefix: of a file: take only the arrays whose names begin so, e.g. "visual.trunk"; None: all of them, without
+            what stands in front of every name.
+        num_classes: 0 leaves the head (or heads) in the file; None: the file's own.
+        channels: of your images; those of a model of three are adapted by timm's rule, and what was trained on RGB
+            takes grey pixels (channels=1) as it took them three times over. None: the file's own.
         normalisation: (mean, std) of pixels from 0 to 1 that your images have: what the model was trained with is
             folded into its patch embedding. None: images must be normalised as in training.
         place: shapes of the parameters → the same with shardings, to read them straight into shards.
@@ -139,18 +152,25 @@ def load(
     """
     if normalisation is not None:
         _check_normalisation(normalisation)
-    weights = open_weights(path, "path", "params" if params == "raw" else params, key=key, **model)
+    weights = open_weights(path, "path", "params" if params == "raw" else params, key=key, prefix=prefix,
+                           num_classes=num_classes, channels=channels, **model)
+    for note in weights.notes:
+        logger.info("%s: %s", weights, note)
     tree = weights.read(None if place is None else place(weights.shapes))
     if normalisation is not None:
         if weights.normalisation is None:
             raise ConfigError("normalisation", f"{path} does not say how its pixels were normalised: nothing to fold")
+        if np.shape(normalisation) != np.shape(weights.normalisation):
+            raise ConfigError("normalisation", f"is of {len(normalisation[0])} channels, and {path} is of images with "
+                                               f"{len(weights.normalisation[0])}")
         tree = fold_normalisation(tree, weights.normalisation, normalisation)
     return weights.model, tree
 
 
 def merge(
     init_params: Tree, path: str | os.PathLike, config: Any, dont_load: Sequence[str] = (),
-    posemb_resize: str = "bicubic_antialias", *, image_size: tuple[int, int] | None = None,
+    posemb_resize: str = "bicubic_antialias", *, image_size: tuple[int, int] | None = None, key: str | None = None,
+    prefix: str | None = None, channels: int | None = None,
 ) -> tuple[Tree, Report]:
     """Begin from the parameters of a file or run; see `models.vit.merge`, which has the rules.
 
@@ -161,6 +181,8 @@ def merge(
         dont_load: regexes of names that keep their initial value, or that are left in the file.
         posemb_resize: one of `models.resample.METHODS`.
         image_size: (height, width) in pixels that the model is for; None: square.
+        key, prefix: as for `load`.
+        channels: of the model's images, as for `load`; None: as many as `init_params` have.
 
     Returns:
         Parameters like `init_params`, and the report, whose `lines` say what became of every array.
@@ -169,26 +191,12 @@ def merge(
         ConfigError: the file is of another model.
         FormatError: a file that cannot be read.
     """
-    weights = open_weights(path, "init_file")
-    return models.get("vit").merge(init_params, weights.read(), config, dont_load, posemb_resize,
-                                   image_size=image_size, loaded_grid=weights.grid)
-
-
-def fold_normalisation(params: Tree, trained: Normalisation, given: Normalisation) -> Tree:
-    """Parameters of the same model for images of another normalisation, changed in the patch embedding alone.
-
-    A model that takes x = (v - mean) / std of v from 0 to 1 computes W x + b of each patch; of x' = (v - mean') / std'
-    that is W (std' / std) x' + b + Σ W (mean' - mean) / std.
-
-    Args:
-        params: our names.
-        trained: (mean, std) of pixels from 0 to 1 in training, each [c].
-        given: the same of the images there will be; (-1, 1) is mean = std = 0.5.
-    """
-    kernel, bias = params["embedding"]["kernel"], params["embedding"]["bias"]
-    scale, shift = (values.reshape(1, 1, -1, 1) for values in _between(trained, given))
-    folded = {"kernel": kernel * scale, "bias": bias + jnp.sum(kernel * shift, axis=(0, 1, 2))}
-    return {**params, "embedding": folded}
+    if channels is None:
+        channels = init_params["embedding"]["kernel"].shape[2]
+    weights = open_weights(path, "init_file", key=key, prefix=prefix, channels=channels)
+    params, report = models.get("vit").merge(init_params, weights.read(), config, dont_load, posemb_resize,
+                                             image_size=image_size, loaded_grid=weights.grid)
+    return params, Report((*report.lines, *weights.notes))
 
 
 def _check_normalisation(normalisation: Any) -> None:
@@ -202,19 +210,9 @@ def _check_normalisation(normalisation: Any) -> None:
                                            f"((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)); got {normalisation!r}")
 
 
-def same_normalisation(one: Normalisation, other: Normalisation) -> bool:
-    """Whether two normalisations are equal but for rounding."""
-    return np.shape(one) == np.shape(other) and np.allclose(one, other, rtol=1e-5, atol=1e-6)
-
-
-def _between(trained: Normalisation, given: Normalisation) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift), float32 [c] each: pixels normalised as `given`, times scale, plus shift, are as in training."""
-    (mean, std), (new_mean, new_std) = (np.asarray(pair, np.float64) for pair in (trained, given))
-    return (new_std / std).astype(np.float32), ((new_mean - mean) / std).astype(np.float32)
-
-
 def open_weights(
-    path: str | os.PathLike, field: str, item: Item = "params", *, key: str | None = None, **model: Any
+    path: str | os.PathLike, field: str, item: Item = "params", *, key: str | None = None, prefix: str | None = None,
+    num_classes: int | None = None, channels: int | None = None, **model: Any,
 ) -> Weights:
     """Look into a file or the folder of a run; its parameters are read later.
 
@@ -222,18 +220,26 @@ def open_weights(
         path: as for `load`; of a run also the folder of checkpoints in it.
         field: the setting that names it, for errors.
         item: of a run: the parameters, or their moving average.
-        key: of a PyTorch file: the entry that holds the weights.
+        key, prefix, num_classes, channels: as for `load`.
         **model: keywords of `Model`, for what a file does not say.
 
     Raises:
         ConfigError: at `field`, what is missing or cannot be read of a run.
         FormatError: a file that cannot be read.
     """
-    path = os.fspath(path)
+    weights = _open(os.fspath(path), field, item, key, prefix, model)
+    if num_classes is not None:
+        weights = with_classes(weights, num_classes)
+    return weights if channels is None else with_channels(weights, channels)
+
+
+def _open(
+    path: str, field: str, item: Item, key: str | None, prefix: str | None, model: Mapping[str, Any]
+) -> Weights:
     folder, step = re.fullmatch(r"(.*?)(?:/checkpoints)?(?:@(\d+))?/*", path, re.DOTALL).groups()
     if not path.startswith("hf://") and (io.as_path(folder) / "run.json").exists():
-        if key or model:
-            given = ", ".join(["key"] * bool(key) + list(model))
+        told = {"key": key, "prefix": prefix} | model
+        if given := ", ".join(name for name, value in told.items() if value is not None):
             raise ConfigError(field, f"{path} is a run, which knows its model; leave out {given}")
         return _open_run(folder, step and int(step), field, item)
     if item != "params":
@@ -241,7 +247,9 @@ def open_weights(
     file, subtree = formats.split_subtree(path)
     if io.is_local(file) and not file.startswith("hf://"):
         _check_local(path, os.path.expanduser(file), field)
-    return _open_file(path, file, subtree, key, model)
+    if subtree is not None and prefix is not None:
+        raise ConfigError("prefix", f"{path} names a part of the file already; give one of them")
+    return _open_file(path, file, key, subtree if prefix is None else prefix, model)
 
 
 def _check_local(path: str, file: str, field: str) -> None:
@@ -279,10 +287,10 @@ def _open_run(folder: str, step: int | None, field: str, item: Item) -> Weights:
                    names and tuple(names), (), fetch)
 
 
-def _open_file(path: str, file: str, subtree: str | None, key: str | None, model: Mapping[str, Any]) -> Weights:
+def _open_file(path: str, file: str, key: str | None, prefix: str | None, model: Mapping[str, Any]) -> Weights:
     file, card = hub.resolve(file)
-    opened = formats.open_file(file, subtree, key)
-    found = convert(formats.parameters(opened), path=path, config=card,
+    opened = formats.open_file(file, key)
+    found = convert(formats.parameters(opened), path=path, config=card, prefix=prefix,
                     metadata={k: v for k, v in opened.metadata.items() if isinstance(v, str)}, **model)
     module = models.get("vit").Model(found.num_classes, **{**found.model, "scan": False})
     shapes = unflatten_names({name: jax.ShapeDtypeStruct(tensor.shape, jnp.float32)

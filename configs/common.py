@@ -65,7 +65,8 @@ def base() -> ml_collections.ConfigDict:
     config.evals = ml_collections.ConfigDict()
     config.profile = dict(start_step=placeholder(int), num_steps=placeholder(int))
     config.wandb = {name: placeholder(str) for name in ("project", "name", "entity", "group", "mode")}
-    config.model_load = dict(params=placeholder(str), dont_load=placeholder(tuple), posemb_resize=placeholder(str))
+    config.model_load = dict(params=placeholder(str), dont_load=placeholder(tuple), posemb_resize=placeholder(str),
+                             key=placeholder(str), prefix=placeholder(str))
     config.keep_best = dict(metric=placeholder(str), n=placeholder(int), mode=placeholder(str))
     return config
 

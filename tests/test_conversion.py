@@ -338,7 +338,7 @@ def test_big_vision_is_ours_already(tmp_path):
 
     path = tmp_path / "two_towers.npz"
     formats.write_npz(path, {f"params/img/{k}": v for k, v in arrays.items()} | {"params/t": np.zeros(1, np.float32)})
-    assert_same(read(convert(formats.parameters(formats.open_file(path, "img")), path=str(path))), arrays)
+    assert_same(read(convert(formats.parameters(formats.open_file(path)), prefix="img", path=str(path))), arrays)
 
 
 def test_scanned_blocks_are_taken_apart_and_read_once():
@@ -507,24 +507,9 @@ def test_an_array_without_a_place_is_not_dropped():
         timm.to_timm(params | {"extra/kernel": np.zeros(1)}, config)
 
 
-@pytest.mark.parametrize("more, seems", [
-    ({"reg_token": (1, 4, D)}, "register tokens"), ({"blocks.0.attn.q_norm.weight": (8,)}, "norms on queries and keys"),
-    ({"blocks.0.mlp.w12.weight": (F, D)}, "SwiGLU"), ({"fc_norm.weight": (D,)}, "before the last norm"),
-    ({"norm_pre.weight": (D,)}, "CLIP"), ({"decoder_embed.weight": (D, D)}, "masked autoencoder"),
-    ({"blocks.0.attn.relative_position_bias_table": (9, H)}, "relative positions"),
-    ({"rope.freqs": (2, 4)}, "relative positions")])
-def test_what_is_no_plain_vit_is_called_by_its_name(more, seems):
-    with pytest.raises(FormatError, match=f"file: it seems to be .*{seems}.*not supported"):
-        understand(random(timm_shapes(**more)), num_heads=H)
-
-
-@pytest.mark.parametrize("names, match", [
-    (["stages.0.blocks.0.conv_dw.weight", "head.fc.weight"], "a ConvNeXt"), (["layer1.0.conv1.weight"], "a ResNet"),
-    (["layers.0.blocks.0.attn.qkv.weight"], "a Swin"), (["MixerBlock_0/LayerNorm_0/scale"], "an MLP-Mixer"),
-    (["conv_root/kernel"], "a hybrid"), (["a", "b", "c", "d", "e", "f", "g"], "no ViT .*'a', 'b', .*and 2 more"),
-    ([], "holds nothing")])
-def test_what_is_something_else(names, match):
-    with pytest.raises(FormatError, match=match):
+@pytest.mark.parametrize("names", [["a", "b", "c", "d", "e", "f", "g"], []])
+def test_what_is_unknown(names):
+    with pytest.raises(FormatError, match="no ViT .*'a', 'b', .*and 2 more" if names else "holds nothing"):
         understand({name: np.zeros((3, 3), np.float32) for name in names})
 
 

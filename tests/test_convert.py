@@ -294,10 +294,11 @@ def test_a_mistake_ends_in_one_line(tmp_path, args, error):
 
 
 def test_flags_say_what_a_file_does_not(tmp_path):
-    write_npz(tmp_path / "a.npz", to_big_vision(make()[1]))
-    code, out, err = program("a.npz", "run", "--model=context=cb", "--model=context_layers=0,", "--mean=0.5",
-                             "--std=.25", cwd=tmp_path)
-    assert (code, err) == (0, "")
+    arrays = {name.replace("params/", "params/img/"): array for name, array in to_big_vision(make()[1]).items()}
+    write_npz(tmp_path / "a.npz", arrays | {"params/t": np.zeros(1, np.float32)})
+    code, out, err = program("a.npz", "run", "--prefix=img", "--model=context=cb", "--model=context_layers=0,",
+                             "--mean=0.5", "--std=.25", cwd=tmp_path)
+    assert (code, err) == (0, "") and "note      1 of the file's" in out
     found = open_weights(tmp_path / "run", "")
     assert same_normalisation(found.normalisation, ((0.5,) * 3, (0.25,) * 3))
     assert (found.model.config.context, found.model.config.context_layers) == ("cb", (0,))
@@ -306,5 +307,6 @@ def test_flags_say_what_a_file_does_not(tmp_path):
 def test_help_shows_the_program_and_its_flags():
     code, out, err = program("--help")
     assert code == 0 and not err and out.startswith("Weights from one form into another")
-    for flag in ("--[no]ema", "--key", "--model", "--names", "--mean", "--std", "--[no]fold", "--[no]overwrite"):
+    for flag in ("--[no]ema", "--key", "--prefix", "--model", "--names", "--mean", "--std", "--[no]fold",
+                 "--[no]overwrite"):
         assert f"  {flag}:" in out

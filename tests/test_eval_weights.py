@@ -105,7 +105,8 @@ def test_what_cannot_be_scored_ends_in_one_line(trained, tmp_path):
             ([f"--weights={folder}/bare.safetensors", "--model=num_heads=2", "--model=context=cb"],
              "--weights.normalisation: "),
             ([f"--weights={folder}/run", f"--workdir={folder}/run"], "--weights: takes the place of --workdir"),
-            ([f"--workdir={folder}/run", "--ema"], "--weights: not given, and --ema, --key and --model are about it")):
+            ([f"--workdir={folder}/run", "--ema"],
+             "--weights: not given, and --ema, --key, --prefix and --model are about it")):
         code, _, err = evaluate(config, *args)
         assert code == 1 and err.startswith(f"error: {error}") and err.count("\n") == 1, err
     code, _, err = evaluate("--config=configs/debug.py:size=20", f"--weights={folder}/run")

@@ -24,6 +24,7 @@ from cb_vit.formats import (
     write_npz,
     write_safetensors,
 )
+from cb_vit.formats.prefixes import take_off
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [*map(np.dtype, ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?")), BFLOAT16]
@@ -250,13 +251,15 @@ def test_parameters_of_big_vision_files_of_all_ages(tmp_path, names, expected):
 
 @pytest.mark.parametrize("prefix", ["", "params/", "opt/target/"])
 @pytest.mark.parametrize("write", WRITERS.values())
-def test_subtree(tmp_path, prefix, write):
+def test_a_part(tmp_path, prefix, write):
     path = str(tmp_path / "x")
     write(path, {f"{prefix}img/head/bias": np.ones(1), f"{prefix}txt/cls": np.zeros(1), f"{prefix}t": np.ones(1)})
-    assert list(parameters(open_file(path, "img"))) == ["head/bias"]
-    assert equal(read(path, subtree="txt")["cls"], np.zeros(1))
-    with pytest.raises(FormatError, match="no part 'im'; its parts: 'img', 'txt'$"):
-        open_file(path, "im")
+    part = lambda prefix: take_off(parameters(open_file(path)), prefix, lambda names: False, path)  # noqa: E731
+    tensors, notes = part("img")
+    assert list(tensors) == ["head/bias"] and "2 of the file's 3 arrays are not under 'img'" in notes[0]
+    assert equal(part("txt/")[0]["cls"].read(), np.zeros(1))
+    with pytest.raises(FormatError, match=f"^{path}: has no part 'im'; its parts: 'img', 'txt'$"):
+        part("im")
 
 
 # Folders and indexes
@@ -289,16 +292,25 @@ def test_several_files_with_an_index(tmp_path):
     ({**MAP, "x": "C:one"}, "files beside it"), ({**MAP, "x": "one\0"}, "files beside it"),
     ({**MAP, "x": "absent"}, "absent: cannot be read: No such file"), ({**MAP, "x": 3}, "cannot be read"),
     ({**MAP, "x": "one.safetensors"}, "do not agree about 'x'"), (dict(list(MAP.items())[1:]), "about 'one.0'"),
-    ([], "no weight_map"), (None, "no weight_map"), ({}, "holds no arrays"),
+    ([], "no weight_map"), (None, "no weight_map"), ({}, "its weight_map is empty, so it holds no arrays"),
+    ({"a": "model-00001-of-00003.bin", "b": "model-00002-of-00003.bin"}, "names 2 files of 3, so it is incomplete"),
+    ({"a": "model.safetensors.index.json"}, "is index, where one of several files should be safetensors or torch"),
 ])
 def test_an_index_that_misleads(tmp_path, weight_map, message):
     with pytest.raises(FormatError, match=message):
         open_file(str(sharded(tmp_path, weight_map)))
 
 
+def test_an_index_that_is_cut_off(tmp_path):
+    index = sharded(tmp_path, MAP)
+    index.write_text(index.read_text()[:-20])
+    with pytest.raises(FormatError, match="index.json: the index is not JSON .*; the file is damaged"):
+        open_file(str(index))
+
+
 @pytest.mark.parametrize("content, message", [
-    (b"", "truncated or damaged"), (b"\2" + bytes(7) + b"[]", "no JSON object"),
-    (b"PK\3\4" + bytes(99), "truncated or damaged")])
+    (b"", "the file is empty"), (b"\2" + bytes(7) + b"[]", "not a weight file"), (b"\2" + bytes(7) + b"{]", "not JSON"),
+    (b"PK\3\4" + bytes(99), "damaged or incomplete")])
 def test_a_part_that_is_no_safetensors_file(tmp_path, content, message):
     index = str(sharded(tmp_path, MAP))
     (tmp_path / "two.safetensors").write_bytes(content)

@@ -12,7 +12,7 @@ LAYERS = {name: number for number, names in enumerate((
     "registry",
     "tree dist io order timing losses schedules curves",
     "models pp datasets augment updates sharding metric_writer profiling workdir",
-    "optax train_state formats attention_maps", "hub",
+    "optax train_state formats attention_maps", "hub refit",
     "checkpoint train_step input_pipeline",
     "evaluators weights",
     "distillation prediction export_run", "export",

@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from cb_vit import train_and_evaluate
+from cb_vit.config import ConfigError
+from cb_vit.tools import source
 from configs import debug
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -72,3 +74,11 @@ def test_inspect_config_without_the_data(tmp_path):
     code, out, err = tool("inspect_config", *args, "--examples=1268355", TFDS_DATA_DIR=str(tmp_path))
     assert code == 0, err
     assert "111,477 (90.00 epochs)" in out and "imagenet2012" in out
+
+
+@pytest.mark.parametrize("name, flag", [("key", "--key"), ("prefix", "--prefix"), ("item", "--ema"), ("path", "SRC")])
+def test_model_takes_nothing_that_is_another_flags(name, flag):
+    with pytest.raises(ConfigError, match=f"^--model: '{name}' says nothing of a model; it is given as .*{flag}"):
+        source._keywords([f"{name}=x"])
+    assert source._keywords(["num_classes=0", "channels=1", "context=cb"]) == dict(
+        num_classes=0, channels=1, context="cb")

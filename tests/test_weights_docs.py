@@ -51,6 +51,8 @@ def files(tmp_path_factory):
         state = {name: torch.from_numpy(array.copy()) for name, array in to_timm(params, vit.config).items()}
         torch.save({"model": state, "model_ema": state, "epoch": 3}, folder / "deit.pth")
     write_npz(folder / "B_16.npz", to_big_vision(params))
+    write_safetensors(folder / "lightning.safetensors", {"loss.weight": params["cls"]} | {
+        f"model.{name}": array for name, array in to_timm(params, vit.config).items()})
     (folder / "vit_hf").mkdir()
     export(open_weights(folder / "B_16.npz", ""), str(folder / "vit_hf" / "model.safetensors"), names="huggingface")
     _, params = make(10, variant="mu/16", context="cb")

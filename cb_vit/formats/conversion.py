@@ -8,8 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -17,30 +16,20 @@ import numpy as np
 
 from cb_vit.config import ConfigError
 from cb_vit.formats import big_vision, huggingface, timm
+from cb_vit.formats.families import name_family
 from cb_vit.formats.files import FormatError, Tensor, show
 from cb_vit.formats.keywords import agree, seen_in, spell_out
 from cb_vit.formats.names import Normalisation, Reading, listed, view
+from cb_vit.formats.prefixes import candidates, take_off, under
 from cb_vit.models.resample import square
 from cb_vit.models.vit import Config, Model
 from cb_vit.tree import flatten_with_names
 
 # What no file of parameters says; `describe` writes it beside them.
 UNSEEN = ("num_heads", "gelu", "pool_type", "context", "context_at", "context_layers")
-# Names that give away what is not a plain ViT; the telling ones first: many have a norm before the head as well.
-_FOREIGN = (
-    (r"layers\.\d+\.blocks\..*", "a Swin Transformer"),
-    (r"stages\.\d+\..*|downsample_layers\..*", "a ConvNeXt or another network of stages"),
-    (r"layer[1-4]\.\d+\..*", "a ResNet"),
-    (r"conv_root/.*|.*patch_embed\.backbone\..*", "a hybrid of ResNet and ViT"),
-    (r"MixerBlock_\d+/.*|blocks\.\d+\.mlp_tokens\..*", "an MLP-Mixer"),
-    (r".*\battn\.q_bias|.*rel(ative)?_pos.*|rope\..*", "a BEiT or EVA, or another ViT with relative positions"),
-    (r"decoder_.*|.*mask_token", "a masked autoencoder with its decoder"),
-    (r".*\.mlp\.(w12|w1|w3|fc1_g|fc1_x)\..*", "a ViT with gated MLPs (SwiGLU)"),
-    (r".*\battn\.[qk]_norm\..*", "a ViT with norms on queries and keys"),
-    (r".*reg_tokens?|.*register_tokens", "a ViT with register tokens"),
-    (r"norm_pre\..*|.*pre_?layrnorm.*", "the image tower of a CLIP, with a norm before the blocks"),
-    (r"fc_norm\..*", "a ViT that pools its patches before the last norm (timm: global_pool='avg' with fc_norm)"),
-)
+_READERS = (timm, huggingface, big_vision)
+# What the names of a whole ViT have among them.
+_EMBEDDINGS = ("patch_embed.proj.", "embeddings.patch_embeddings.", "vit.embeddings.", "deit.embeddings.", "embedding/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +59,8 @@ class Converted:
 
 def convert(
     tensors: Mapping[str, Tensor], *, path: str, config: Mapping[str, Any] | None = None,
-    metadata: Mapping[str, Any] | None = None, grid: tuple[int, int] | None = None, **overrides: Any,
+    metadata: Mapping[str, Any] | None = None, grid: tuple[int, int] | None = None, prefix: str | None = None,
+    **overrides: Any,
 ) -> Converted:
     """Understand a file.
 
@@ -80,6 +70,7 @@ def convert(
         config: the `config.json` beside a file from the Hugging Face hub.
         metadata: of a `.safetensors` file; what `describe` wrote there is used.
         grid: rows and columns of patches; needed where they are no square.
+        prefix: take only the arrays under it, e.g. "visual.trunk"; None: everything.
         **overrides: keywords of `Model`, for what a file does not say (`context="cb"`, `num_heads=4`), or as a check.
 
     Raises:
@@ -88,8 +79,8 @@ def convert(
     """
     described, normalisation = _described(metadata or {}, path)
     overrides = spell_out({**described, **overrides})
-    tensors, notes = _unwrap(tensors)
-    reading = _read(tensors, path, overrides.get("num_heads"), config or {})
+    tensors, notes = take_off(tensors, prefix, _known, path)
+    reading = _read(tensors, path, overrides.get("num_heads"), config or {}, prefix)
     params = {name: _float32(tensor) for name, tensor in reading.params.items()}
     other = {str(tensor.dtype) for tensor in reading.params.values()} - {"float32"}
     notes += reading.notes + [f"stored as {', '.join(sorted(other))}, read as float32"] * bool(other)
@@ -133,31 +124,31 @@ def _described(metadata: Mapping[str, Any], path: str) -> tuple[dict[str, Any], 
         raise FormatError(f"{path}: what its metadata say under 'cb_vit' is not what was once written there") from None
 
 
-def _unwrap(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Without what torch's data parallelism and compilation put in front of every name."""
-    for prefix in ("module.", "_orig_mod."):
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            return ({name.removeprefix(prefix): tensor for name, tensor in tensors.items()},
-                    [f"{prefix!r} in front of all names is taken off"])
-    return dict(tensors), []
+def _known(names: Collection[str]) -> bool:
+    return any(reader.recognise(names) for reader in _READERS)
 
 
-def _read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config: Mapping[str, Any]) -> Reading:
-    """What the reader of its format makes of a file.
+def _read(
+    tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config: Mapping[str, Any], prefix: str | None
+) -> Reading:
+    """What the reader of its format makes of a file, or of what is under `prefix` in it.
 
     Raises:
-        FormatError: there is none, or it does not know all names and one of them gives away why.
+        FormatError: there is none, or the file is of another family.
     """
-    reader = next((module for module in (timm, huggingface, big_vision) if module.recognise(tensors)), None)
-    reading = reader and reader.read(tensors, path, num_heads, config)
-    unknown = reading.unknown if reading else list(tensors)
-    for regex, what in _FOREIGN:
-        if any(re.fullmatch(regex, name) for name in unknown):
-            raise FormatError(f"{path}: it seems to be {what}, which is not supported")
-    if reading is None:
-        raise FormatError(f"{path}: no ViT of timm, DeiT, Hugging Face, big_vision or AugReg; it holds "
-                          f"{listed(tensors) or 'nothing'}")
-    return reading
+    family = name_family(tensors)
+    reader = next((module for module in _READERS if module.recognise(tensors)), None)
+    if reader and not family:
+        return reader.read(tensors, path, num_heads, config)
+    parts = [part for part in candidates(tensors, _known) if name_family(inside := under(part, tensors)) is None
+             and any(name.startswith(_EMBEDDINGS) for name in inside)]
+    if prefix:
+        parts = [prefix.rstrip("./") + ("/" if any("/" in name for name in tensors) else ".") + part for part in parts]
+    way_out = f"; a ViT is in {listed(parts)}: choose with prefix" if parts else ""
+    if family:
+        raise FormatError(f"{path}: it seems to be {family}, which is not supported{way_out}")
+    raise FormatError(f"{path}: no ViT of timm, DeiT, Hugging Face, big_vision or AugReg; it holds "
+                      f"{listed(tensors) or 'nothing'}{way_out}")
 
 
 def _float32(tensor: Tensor) -> Tensor:

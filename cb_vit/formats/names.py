@@ -38,7 +38,7 @@ class Layout:
 def _patches(kernel: np.ndarray, heads: int) -> np.ndarray:
     if kernel.ndim == 2:  # timm before 0.4 had a dense layer here: one row a channel, as a convolution's is
         side = math.isqrt(kernel.shape[1] // 3)
-        kernel = kernel.reshape(-1, 3, side, side)
+        kernel = kernel.reshape(len(kernel), 3, side, side)
     return kernel.transpose(2, 3, 1, 0)
 
 

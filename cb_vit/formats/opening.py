@@ -1,19 +1,20 @@
 """From a path to the arrays of a weight file, whatever its kind."""
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import zipfile
 
 from cb_vit.formats.files import FormatError, Kind, Tensor, WeightFile, open_binary, reading, show
+from cb_vit.formats.index import open_index
 from cb_vit.formats.npz import SUFFIX, open_npz
-from cb_vit.formats.safetensors import MAX_HEADER, open_index, open_safetensors
+from cb_vit.formats.safetensors import MAX_HEADER, open_safetensors
 from cb_vit.formats.torch_files import open_torch
 from cb_vit.io import as_path
 
 # What a folder of Hugging Face's holds, in the order in which transformers looks.
-IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+IN_FOLDER = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+             "pytorch_model.bin.index.json")
 # torch.save before 1.6: a pickle that begins with the number 0x1950a86a20f9469cfc6c.
 TORCH_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 OTHERS = {
@@ -27,6 +28,7 @@ OTHERS = {
 HEAD = 64  # bytes that tell what a file is
 # Where big_vision keeps the parameters: of the days of optax, and of those of Flax's optimisers.
 PREFIXES = ("params/", "opt/target/")
+SHARDS = {"safetensors": open_safetensors, "torch": open_torch}
 
 
 def split_subtree(path: str) -> tuple[str, str | None]:
@@ -40,29 +42,30 @@ def split_subtree(path: str) -> tuple[str, str | None]:
     return match["file"], match["subtree"].rstrip("/")
 
 
-def open_file(path: str | os.PathLike, subtree: str | None = None, key: str | None = None) -> WeightFile:
+def open_file(path: str | os.PathLike, key: str | None = None) -> WeightFile:
     """Open a weight file by what is in it, whatever it is called; reads names, shapes and dtypes, but no values.
 
     Args:
-        path: a safetensors, npz or PyTorch file, the index of several safetensors files, or a folder of
+        path: a safetensors, npz or PyTorch file, the index of several of the first or the last, or a folder of
             Hugging Face's that holds one of them.
-        subtree: take only the arrays under `<subtree>/` and call them by what follows, e.g. "img" of a two-tower file.
         key: the entry of a PyTorch file that holds the weights, e.g. "model_ema"; None: see `open_torch`.
 
     Raises:
-        FormatError: no such file, of no kind known here, damaged, or it has no such subtree or key.
+        FormatError: no such file, of no kind known here, damaged, or it has no such key.
     """
     path = _in_folder(os.fspath(path))
     kind = _kind(path)
     if key is not None and kind != "torch":
         raise FormatError(f"{path}: key={key!r} is for PyTorch files; this is {kind}")
-    if kind == "torch":
+    if kind == "index":
+        file = open_index(path, _open_shard)
+    elif kind == "torch":
         file = open_torch(path, key)
     else:
-        file = {"npz": open_npz, "safetensors": open_safetensors, "index": open_index}[kind](path)
+        file = {"npz": open_npz, "safetensors": open_safetensors}[kind](path)
     if not file.tensors:
         raise FormatError(f"{path}: holds no arrays")
-    return file if subtree is None else dataclasses.replace(file, tensors=_under(subtree, file))
+    return file
 
 
 def parameters(file: WeightFile) -> dict[str, Tensor]:
@@ -72,21 +75,17 @@ def parameters(file: WeightFile) -> dict[str, Tensor]:
     without that prefix and without the rest, which is the optimiser's; or else all of them.
     """
     for prefix in PREFIXES:
-        if found := _strip(prefix, file.tensors):
+        if found := {name.removeprefix(prefix): tensor for name, tensor in file.tensors.items()
+                     if name.startswith(prefix)}:
             return found
     return file.tensors
 
 
-def _under(subtree: str, file: WeightFile) -> dict[str, Tensor]:
-    tensors = parameters(file)
-    if found := _strip(f"{subtree}/", tensors):
-        return found
-    parts = ", ".join(map(show, sorted({name.split("/")[0] for name in tensors if "/" in name})[:10])) or "none"
-    raise FormatError(f"{file.path}: has no part {show(subtree)}; its parts: {parts}")
-
-
-def _strip(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _open_shard(path: str) -> WeightFile:
+    kind = _kind(path)
+    if kind not in SHARDS:
+        raise FormatError(f"{path}: is {kind}, where one of several files should be {' or '.join(SHARDS)}")
+    return SHARDS[kind](path)
 
 
 def _in_folder(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Safetensors files, and checkpoints in several of them with an index.
+"""Safetensors files.
 
 The format (https://huggingface.co/docs/safetensors): the length of the header, uint64 little-endian; the header, JSON
 of `{name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, "__metadata__": {string: string}}`; the
@@ -95,8 +95,8 @@ def _tensor(path: str, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> 
     return Tensor(shape, dtype, read)
 
 
-def parse_json(content: bytes, path: str) -> dict[str, Any]:
-    """A JSON object in which no name stands twice.
+def parse_json(content: bytes, path: str, what: str = "its header") -> dict[str, Any]:
+    """A JSON object in which no name stands twice; `what` it is, for errors.
 
     Raises:
         FormatError: it is something else.
@@ -104,9 +104,9 @@ def parse_json(content: bytes, path: str) -> dict[str, Any]:
     try:
         parsed = json.loads(content, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: its header is not JSON ({str(error)[:100]!r}); the file is damaged") from None
+        raise FormatError(f"{path}: {what} is not JSON ({str(error)[:100]!r}); the file is damaged") from None
     if not isinstance(parsed, dict):
-        raise FormatError(f"{path}: its header is no JSON object; the file is damaged")
+        raise FormatError(f"{path}: {what} is no JSON object; the file is damaged")
     return parsed
 
 
@@ -115,32 +115,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         raise ValueError("a name stands twice")
     "".join(found).encode()  # half of a surrogate pair could be parsed, but never printed or written
     return found
-
-
-def open_index(path: str) -> WeightFile:
-    """Open a checkpoint in several files by its index: `{"metadata": {…}, "weight_map": {array: file beside it}}`.
-
-    The layout is that of Hugging Face (`model.safetensors.index.json`).
-
-    Raises:
-        FormatError: the index is damaged, leads out of its folder, or disagrees with the files.
-    """
-    with open_binary(path) as file, reading(path):
-        index = parse_json(file.read(MAX_HEADER), path)
-    weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
-    if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
-        raise FormatError(f"{path}: this JSON file is no index of weights, it has no weight_map; "
-                          f"give the file that holds the weights")
-    tensors: dict[str, Tensor] = {}
-    for shard in dict.fromkeys(map(str, weight_map.values())):
-        if not shard or shard in (".", "..") or any(c in shard for c in "/\\:\0"):
-            raise FormatError(f"{path}: refers to {show(shard)}; an index may name only files beside it")
-        found = open_safetensors(os.path.join(os.path.dirname(path), shard)).tensors
-        if wrong := found.keys() ^ {name for name, file in weight_map.items() if file == shard}:
-            raise FormatError(f"{path}: {show(shard)} and the index do not agree about {show(min(wrong))}; "
-                              f"they are of different checkpoints, fetch all of them again")
-        tensors |= found
-    return WeightFile(path, "safetensors", tensors, metadata)
 
 
 def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor | np.ndarray],

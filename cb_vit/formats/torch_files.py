@@ -22,8 +22,6 @@ from cb_vit.io import as_path, is_local
 
 # Where training scripts keep the model among optimiser, epoch and settings (DeiT, timm: "model", "state_dict").
 KEYS = ("model", "state_dict")
-# What wrappers of a model put before its names: DataParallel, torch.compile.
-PREFIXES = ("module.", "_orig_mod.")
 ADVICE = "save the weights alone, with torch.save(model.state_dict(), path)"
 MIN_VERSION = "2.6"  # before, a file could run code in spite of weights_only=True (CVE-2025-32434)
 
@@ -42,7 +40,7 @@ def open_torch(path: str, key: str | None = None) -> WeightFile:
     if not is_local(path):
         raise FormatError(f"{path}: PyTorch reads files of this machine only; copy it here first")
     torch = _torch(path)
-    weights = _strip(_choose(_load(torch, path), key, torch, path))
+    weights = _choose(_load(torch, path), key, torch, path)
     size = os.path.getsize(as_path(path))
     return WeightFile(path, "torch", {name: _tensor(value, size, f"{path}: {show(name)}", torch)
                                       for name, value in weights.items()})
@@ -63,7 +61,7 @@ def _load(torch: ModuleType, path: str) -> Any:
     mapped = _check_content(path)
     try:
         # Scripts of DeiT's kind save their settings beside the weights; a Namespace is nothing but attributes.
-        with torch.serialization.safe_globals([argparse.Namespace]), reading(path):
+        with torch.serialization.safe_globals([argparse.Namespace, *_scalars(path)]), reading(path):
             return torch.load(str(as_path(path)), map_location="cpu", mmap=mapped, weights_only=True)
     except FormatError as error:
         if "weights_only" not in (words := str(error.__cause__)):
@@ -74,13 +72,37 @@ def _load(torch: ModuleType, path: str) -> Any:
         raise FormatError(f"{path}: {what}; {ADVICE}") from None
 
 
+class _Scalar:
+    """Stands for the NumPy scalars, and their dtypes, that scripts save beside the weights: nothing is made of them."""
+
+    path: str
+
+    def __init__(self, code: Any, *rest: Any):
+        if isinstance(code, str) and not re.fullmatch(r"[biufcSUmM]\d*", code):
+            raise FormatError(f"{self.path}: holds NumPy's {show(code)}, neither number nor text; {ADVICE}")
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing."""
+
+
+def _scalars(path: str) -> list[type[_Scalar]]:
+    """What NumPy's scalars are pickled with, before and since NumPy 2; arrays are not among them.
+
+    PyTorch knows what it may make by module and name.
+    """
+    names = ("numpy", "dtype"), ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar")
+    return [type(name, (_Scalar,), {"__module__": module, "path": path}) for module, name in names]
+
+
 def _check_content(path: str) -> bool:
     """Whether the file is a zip archive, as PyTorch writes since 1.6; what it would unpack without bound is refused."""
     with open_binary(path) as file, reading(path):
         if zipped := file.read(2) == b"PK":
             archive = zipfile.ZipFile(file)
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise FormatError(f"{path}: is a program (TorchScript), not weights; {ADVICE}")
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise FormatError(f"{path}: is compressed, as programs (TorchScript) are and weights are not; {ADVICE}")
+                raise FormatError(f"{path}: is compressed, which PyTorch's weights never are; {ADVICE}")
             pickled = b"".join(archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl"))
         else:
             pickled = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -102,15 +124,10 @@ def _choose(content: Any, key: str | None, torch: ModuleType, path: str) -> dict
     found = arrays(entries.get(chosen) if chosen else entries)
     if not found:
         listed = ", ".join(map(show, choices[:10])) or "none"
-        raise FormatError(f"{path}: holds no weights{f' under {show(key)}' if key else ''}; "
+        what = "the state of an optimiser and " * ({"state", "param_groups"} <= entries.keys()) + "no weights"
+        raise FormatError(f"{path}: holds {what}{f' under {show(key)}' if key else ''}; "
                           f"entries with weights: {listed}" + ("; choose with key=" if choices else ""))
     return found
-
-
-def _strip(tensors: dict[str, Any]) -> dict[str, Any]:
-    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), None):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
 
 
 def _tensor(tensor: Any, size: int, where: str, torch: ModuleType) -> Tensor:

@@ -1,4 +1,4 @@
-"""Position embeddings for another grid of patches, and patch embeddings for another size of patch.
+"""Position embeddings for another grid of patches, and patch embeddings for another size of patch or other channels.
 
 Checkpoints are fine-tuned at resolutions that they were not trained at, and every codebase has its own way
 to stretch the grid, none of which gives the numbers of another (torch's cubic and timm's differ by tenths of the
@@ -65,6 +65,17 @@ def resample_patch(
     # The pseudo-inverse of a Kronecker product is that of pseudo-inverses: each axis has its own.
     matrices = [np.linalg.pinv(weights(before, after).T) for before, after in zip(kernel.shape[:2], patch, strict=True)]
     return _apply(matrices, kernel.astype(jnp.float32)).astype(kernel.dtype)
+
+
+def adapt_channels(kernel: Float[Array, "p q 3 d"], channels: int) -> Float[Array, "p q c d"]:
+    """The kernel of an RGB patch embedding for images of other channels: timm's `adapt_input_conv`.
+
+    One channel gets the sum of the three kernels, so that grey pixels give what they gave three times over. More (or
+    two) get red, green, blue, red, … scaled by 3 / channels, a beginning for training and not the same function.
+    """
+    if channels == 1:
+        return jnp.sum(kernel, axis=2, keepdims=True)
+    return jnp.tile(kernel, (1, 1, math.ceil(channels / 3), 1))[:, :, :channels] * (3 / channels)
 
 
 def _apply(matrices: list[np.ndarray], x: Float[Array, "..."]) -> Float[Array, "..."]:

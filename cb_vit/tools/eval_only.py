@@ -45,7 +45,7 @@ def main(config: ml_collections.ConfigDict) -> None:
         _evaluate_weights(settings)
         return
     if source.given():
-        raise ConfigError("--weights", "not given, and --ema, --key and --model are about it")
+        raise ConfigError("--weights", "not given, and --ema, --key, --prefix and --model are about it")
     _evaluate_run(settings, cli.require_workdir())
 
 

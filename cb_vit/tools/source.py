@@ -1,4 +1,4 @@
-"""The flags `--ema`, `--key` and `--model` of tools that read weights: what a path alone does not say."""
+"""The flags `--ema`, `--key`, `--prefix` and `--model` of tools that read weights: what a path alone does not say."""
 from __future__ import annotations
 
 import ast
@@ -11,13 +11,16 @@ from cb_vit.weights import Weights, open_weights
 
 EMA = flags.DEFINE_bool("ema", False, "Of a run: the moving average of the parameters.")
 KEY = flags.DEFINE_string("key", None, "Of a PyTorch file: the entry that holds the weights, e.g. model_ema.")
+PREFIX = flags.DEFINE_string("prefix", None, "Of a file: take only the arrays under it, e.g. visual.trunk.")
 MODEL = flags.DEFINE_multi_string("model", [], "NAME=VALUE, what a file does not say of its model; may be repeated: "
                                                "--model=context=cb --model=num_heads=3")
+# Arguments of `open_weights` that are not about the model, and how a command line has them.
+OWN = {"key": "--key", "prefix": "--prefix", "item": "--ema", "path": "--weights or SRC", "field": "--weights or SRC"}
 
 
 def given() -> bool:
     """Whether any of them was given."""
-    return bool(EMA.value or KEY.value or MODEL.value)
+    return bool(EMA.value or KEY.value or PREFIX.value or MODEL.value)
 
 
 def open_source(path: str, field: str) -> Weights:
@@ -31,7 +34,8 @@ def open_source(path: str, field: str) -> Weights:
         ConfigError: what is missing or cannot be read of a run, or a flag that does not fit.
         FormatError: a file that cannot be read.
     """
-    return open_weights(path, field, "ema" if EMA.value else "params", key=KEY.value, **_keywords(MODEL.value))
+    return open_weights(path, field, "ema" if EMA.value else "params", key=KEY.value, prefix=PREFIX.value,
+                        **_keywords(MODEL.value))
 
 
 def _keywords(texts: list[str]) -> dict[str, Any]:
@@ -40,6 +44,8 @@ def _keywords(texts: list[str]) -> dict[str, Any]:
         name, equals, value = (part.strip() for part in text.partition("="))
         if not equals or not name.isidentifier():
             raise ConfigError("--model", f"expected NAME=VALUE, such as --model=context=cb, got {text!r}")
+        if name in OWN:
+            raise ConfigError("--model", f"{name!r} says nothing of a model; it is given as {OWN[name]}")
         try:
             found[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -14,7 +14,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 import cb_vit  # noqa: E402
-from cb_vit.formats import write_safetensors  # noqa: E402
+from cb_vit.formats import open_file, write_safetensors  # noqa: E402
 from cb_vit.formats.timm import to_timm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,3 +77,37 @@ except FormatError as error:
 """)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(address) and "in the cache, if there is no network" in done.stdout
+
+
+def test_a_repository_in_several_files(cache):
+    """As PyTorch's; and an index whose files lead elsewhere, which are not even asked for."""
+    torch = pytest.importorskip("torch")
+    home, expected = cache
+    file = open_file(home / "models--somebody--vit" / "snapshots" / REVISION / "model.safetensors")
+    arrays = {name: tensor.read() for name, tensor in file.tensors.items()}
+    for name, shards in (("parts", ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]),
+                         ("bad", ["../../x.bin", "x.bin"]), ("odd", [])):
+        folder = home / f"models--somebody--{name}" / "snapshots" / REVISION
+        folder.mkdir(parents=True)
+        (folder.parents[1] / "refs").mkdir()
+        (folder.parents[1] / "refs" / "main").write_text(REVISION)
+        where = {key: shards[i % 2] for i, key in enumerate(sorted(arrays))} if shards else ["x"]
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+        for shard in shards if name == "parts" else []:
+            torch.save({key: torch.from_numpy(arrays[key]) for key in arrays if where[key] == shard}, folder / shard)
+    done = offline(home, """
+import json, numpy as np
+from cb_vit import formats, weights
+found = weights.open_weights("hf://somebody/parts", "path", num_heads=1)
+image = np.linspace(-1, 1, 8 * 8 * 3, dtype=np.float32).reshape(1, 8, 8, 3)
+print(json.dumps(found.model.apply({"params": found.read()}, image)[0].tolist()))
+for name in ("bad", "odd"):
+    try:
+        weights.open_weights(f"hf://somebody/{name}", "path")
+    except formats.FormatError as error:
+        print(error)
+""")
+    assert done.returncode == 0, done.stderr
+    logits, bad, odd = done.stdout.splitlines()
+    np.testing.assert_allclose(json.loads(logits), expected, rtol=1e-4, atol=1e-6)
+    assert "refers to '../../x.bin'; an index may name only files beside it" in bad and "no weight_map" in odd

@@ -1,6 +1,7 @@
 """PyTorch's files, with PyTorch: all dtypes and wrappings, and none that runs code or does harm."""
 import argparse
 import collections
+import json
 import os
 import pathlib
 import pickle
@@ -13,8 +14,12 @@ import numpy as np
 import pytest
 
 from cb_vit.formats import FormatError, open_file, write_safetensors
+from cb_vit.weights import open_weights
 
 torch = pytest.importorskip("torch")
+from test_conversion import H, timm_shapes  # noqa: E402
+from test_conversion import random as random_arrays  # noqa: E402
+
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 LEGACY = [False, True]
 
@@ -87,9 +92,7 @@ WEIGHTS = ["a.weight", "b"]
     ({"model": state(), "state_dict": {"other": torch.ones(1)}}, {}),
     ({"model": {"other": torch.ones(1)}, "model_ema": state()}, {"key": "model_ema"}),
     ({"model": state(), "args": argparse.Namespace(lr=1e-3, drop=[1, 2])}, {}),
-    (collections.OrderedDict(state()), {}), ({f"module.{name}": value for name, value in state().items()}, {}),
-    ({"model": {f"_orig_mod.module.{name}": value for name, value in state().items()}}, {}),
-    (state() | {"epoch": 3, "name": "x", 7: torch.ones(1)}, {}),
+    (collections.OrderedDict(state()), {}), (state() | {"epoch": 3, "name": "x", 7: torch.ones(1)}, {}),
 ], ids=str)
 def test_wrappings(tmp_path, content, kw, legacy):
     arrays = read(save(tmp_path / "x", content, legacy), **kw)
@@ -97,9 +100,92 @@ def test_wrappings(tmp_path, content, kw, legacy):
     np.testing.assert_array_equal(arrays["a.weight"], [[0, 1, 2], [3, 4, 5]])
 
 
-def test_a_prefix_of_some_names_is_left(tmp_path):
-    path = save(tmp_path / "x", {"module.a": torch.ones(1), "b": torch.ones(1)})
-    assert sorted(read(path)) == ["b", "module.a"]
+def test_prefixes_are_taken_off_as_in_every_format(tmp_path):
+    arrays = random_arrays({f"_orig_mod.module.{name}": shape for name, shape in timm_shapes().items()})
+    names = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    found = open_weights(save(tmp_path / "x", {"model": names}), "path", num_heads=H)
+    assert found.format == "timm" and any("_orig_mod." in note for note in found.notes)
+    assert any("'module.' in front of all names is taken off" in note for note in found.notes)
+    path = save(tmp_path / "y", {"state_dict": names | {"loss.weight": torch.ones(3)}})
+    with pytest.raises(FormatError, match="a ViT is in 'module': choose with prefix"):
+        open_weights(path, "path", num_heads=H)
+    for prefix in ("module", "_orig_mod.module", "_orig_mod.module."):
+        assert open_weights(path, "path", num_heads=H, prefix=prefix).format == "timm"
+
+
+SCALARS = [np.float64(81.2), np.int64(3), np.bool_(True), np.float16(1), np.str_("x"), np.datetime64("2026-01-01"),
+           np.dtype("f4"), {"best": [np.float32(1), (np.uint8(2),)]}]
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["NumPy 2", "NumPy 1"])
+@pytest.mark.parametrize("legacy", LEGACY)
+@pytest.mark.parametrize("scalar", SCALARS, ids=str)
+def test_numpys_scalars_beside_the_weights(tmp_path, legacy, scalar, old):
+    path = save(tmp_path / "x", {"model": state(), "best_acc": scalar, "args": argparse.Namespace(lr=scalar)}, legacy)
+    rename = lambda content: content.replace(b"numpy._core.", b"numpy.core.") if old else content  # noqa: E731
+    if legacy:
+        pathlib.Path(path).write_bytes(rename(pathlib.Path(path).read_bytes()))
+    else:
+        with zipfile.ZipFile(path) as archive, zipfile.ZipFile(path := f"{path}.old", "w") as renamed:
+            for name in archive.namelist():
+                renamed.writestr(name, rename(archive.read(name)))
+    assert sorted(read(path)) == WEIGHTS
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+@pytest.mark.parametrize("value, message", [
+    (np.dtype("O"), "holds NumPy's 'O8', neither number nor text"), (np.dtype("i4,f4"), "holds NumPy's 'V8'"),
+    (np.ones(2), "'numpy._core.multiarray._reconstruct'"), (np.array([{}]), "'numpy._core.multiarray._reconstruct'"),
+    (np.float64, "'numpy.float64'"), (np.random.default_rng(0), "holds a Python object, 'numpy.random")])
+def test_no_more_of_numpy(tmp_path, value, message, legacy):
+    with pytest.raises(FormatError, match=f"^{tmp_path}/x: .*{message}"):
+        open_file(save(tmp_path / "x", {"model": state(), "x": value}, legacy))
+
+
+def sharded(folder, count=2, names=WEIGHTS):
+    """`pytorch_model.bin` in parts, with an index, as transformers wrote them."""
+    shards = {name: f"pytorch_model-{i + 1:05}-of-{count:05}.bin" for i, name in enumerate(names)}
+    for name, shard in shards.items():
+        save(folder / shard, {name: state()[name]})
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(
+        {"metadata": {"total_size": 32}, "weight_map": shards}))
+    return str(folder / "pytorch_model.bin.index.json")
+
+
+def test_several_files_with_an_index(tmp_path):
+    index = sharded(tmp_path)
+    for path in (index, str(tmp_path)):
+        file = open_file(path)
+        assert file.kind == "torch" and sorted(file.tensors) == WEIGHTS and file.metadata == {"total_size": 32}
+        np.testing.assert_array_equal(file.tensors["a.weight"].read(), [[0, 1, 2], [3, 4, 5]])
+    save(tmp_path / "pytorch_model.bin", {"whole": torch.ones(1)})
+    assert list(open_file(str(tmp_path)).tensors) == ["whole"]
+
+
+def test_an_index_that_misleads(tmp_path):
+    index = sharded(tmp_path)
+    second = tmp_path / "pytorch_model-00002-of-00002.bin"
+    save(second, {"c": torch.ones(1)})
+    with pytest.raises(FormatError, match="'pytorch_model-00002-of-00002.bin' and the index do not agree about 'b'"):
+        open_file(index)
+    save(second, {"b": Call(os.mkdir, str(tmp_path / "made"))})
+    with pytest.raises(FormatError, match="00002.bin: holds a Python object, 'posix.mkdir'"):
+        open_file(index)
+    assert not (tmp_path / "made").exists()
+    write_safetensors(second, {"b": np.ones(1, np.float32)}, overwrite=True)
+    with pytest.raises(FormatError, match="of several kinds, safetensors and torch"):
+        open_file(index)
+    second.unlink()
+    with pytest.raises(FormatError, match="00002.bin: cannot be read: No such file"):
+        open_file(index)
+    with pytest.raises(FormatError, match="names 2 files of 3, so it is incomplete"):
+        open_file(sharded(tmp_path, count=3))
+
+
+def test_the_state_of_an_optimiser(tmp_path):
+    optimiser = torch.optim.Adam([torch.nn.Parameter(torch.ones(2))])
+    with pytest.raises(FormatError, match="holds the state of an optimiser and no weights"):
+        open_file(save(tmp_path / "x", optimiser.state_dict()))
 
 
 @pytest.mark.parametrize("content, kw, message", [
@@ -166,7 +252,7 @@ def test_a_bytearray_of_any_size(tmp_path, legacy):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_torchscript_program(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "x"))
-    with pytest.raises(FormatError, match="x: is compressed, as programs .TorchScript.*save the weights alone"):
+    with pytest.raises(FormatError, match="x: is a program .TorchScript., not weights; save the weights alone"):
         open_file(str(tmp_path / "x"))
 
 
