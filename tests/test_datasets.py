@@ -19,6 +19,7 @@ from PIL import Image
 
 from cb_vit.config import ConfigError
 from cb_vit.datasets import DataError, Source, check_source, core, open_source, tfrecord
+from cb_vit.pp import builder
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = "config.input.data"
@@ -549,6 +550,75 @@ def test_folder_layout_errors(tmp_path):
         folder("gs://bucket/images")
 
 
+def test_folder_reads_what_pillow_reads_safely(tmp_path):
+    for i, (suffix, form) in enumerate(dict(jpg="JPEG", jpeg="JPEG", jpe="JPEG", jfif="JPEG", png="PNG", webp="WEBP",
+                                            bmp="BMP", tif="TIFF", TIFF="TIFF", gif="GIF").items()):
+        (tmp_path / "train" / "c").mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(np.full((4, 4, 3), 20 * i, np.uint8))
+        picture.save(tmp_path / "train" / "c" / f"{i}.{suffix}", form, **(
+            dict(save_all=True, append_images=[Image.new("RGB", (4, 4))]) if form in ("GIF", "TIFF") else {}))
+    data, decode = folder(tmp_path), builder.build("decode", "pp")
+    assert len(data) == 10
+    for i in range(10):
+        image = decode.host({"image": data[i]["image"]}, np.random.default_rng(0))["image"]
+        assert abs(int(image[0, 0, 0]) - 20 * int(Path(data[i]["id"]).stem)) <= 3  # the first frame
+
+
+def test_folder_says_what_it_leaves_out(tmp_path):
+    make_folder(tmp_path, {("train", "a"): 3, ("train", "b"): 2})
+    for name in ("a/x.txt", "a/y.TXT", "a/noext", "a/.DS_Store", "b/photo.heic", "readme.md", "b/empty.png"):
+        (tmp_path / "train" / name).touch()
+    (tmp_path / "train" / "b" / "deeper").mkdir()
+    (tmp_path / "train" / "b" / "gone.png").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "train" / "b" / "pipe.png")
+    found = folder(tmp_path).contents
+    assert found.left_out == {".txt": 2, "without extension": 1, "hidden": 1, ".heic": 1, "outside of class folders": 1,
+                              "deeper folders": 1, "broken links": 1, "no files": 1}
+    assert found.counts.tolist() == [3, 2] and found.notes == ("1 files are empty and will not decode",)
+    assert folder(tmp_path, "train[:3]").contents.counts.sum() in (2, 3)
+
+
+@pytest.mark.parametrize("names, classes, note", [
+    (range(12), [str(i) for i in range(12)], "sorted as such: the name of each is its class"),
+    ((10, 9, 2), ["2", "9", "10"], "folder '2' is class 0; labels='index' makes it class 2"),
+    (("a", "10", "9"), ["10", "9", "a"], None),
+    (("07", "7"), ["07", "7"], None),
+    ((0, 1), ["0", "1"], None)])
+def test_folder_sorts_numbers_as_numbers(tmp_path, names, classes, note):
+    make_folder(tmp_path, {("train", str(name)): 1 for name in names})
+    data = folder(tmp_path)
+    assert list(data.class_names) == classes and [note in text for text in data.contents.notes] == [True] * bool(note)
+    assert all(Path(data[i]["id"]).parent.name == classes[data[i]["label"]] for i in range(len(data)))
+    if note:
+        numbers = source(name="folder", root=str(tmp_path), split="train", labels="index")
+        assert all(numbers[i]["label"] == int(Path(numbers[i]["id"]).parent.name) for i in range(len(numbers)))
+
+
+def test_fingerprint_knows_the_files_and_not_the_place(tmp_path, tiny, tiny_tfrecord):
+    make_folder(tmp_path / "one", {("train", "a"): 3, ("train", "b"): 2, ("val", "a"): 1})
+    before = folder(tmp_path / "one").contents.fingerprint
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    os.utime(tmp_path / "two" / "train" / "a" / "0.png", (0, 0))
+    (tmp_path / "two" / "val" / "a" / "0.png").write_bytes(b"of another split")
+    assert folder(tmp_path / "two").contents.fingerprint == before
+    file = tmp_path / "two" / "train" / "a" / "0.png"
+    for change in (lambda: file.write_bytes(file.read_bytes() + b"x"), lambda: file.rename(file.with_name("9.png")),
+                   lambda: (tmp_path / "two/train/a").rename(tmp_path / "two/train/z"),
+                   lambda: (tmp_path / "two/train/b/1.png").unlink()):
+        change()
+        now = folder(tmp_path / "two").contents.fingerprint
+        assert now != before
+        before = now
+
+    shards = {form: tiny_source(where).contents.fingerprint for form, where in (("a", tiny), ("t", tiny_tfrecord))}
+    assert len(set(shards.values())) == 2 and tiny_source(tiny, "train[:50%]").contents.fingerprint is not None
+    shutil.copytree(tiny, tmp_path / "copy")
+    assert tiny_source(tmp_path / "copy").contents.fingerprint == shards["a"]
+    shard = next((tmp_path / "copy").rglob("*.array_record*"))
+    shard.write_bytes(shard.read_bytes() + b"x")
+    assert tiny_source(tmp_path / "copy").contents.fingerprint != shards["a"]
+
+
 def test_folder_without_train_and_file_that_vanishes(tmp_path):
     make_folder(tmp_path, {("val", "b"): 1, ("test", "a"): 2})
     assert folder(tmp_path, "val").class_names == folder(tmp_path, "test").class_names == ("a", "b")
@@ -696,6 +766,18 @@ def test_idx_files_are_read_as_they_are_published(tmp_path, compress):
         assert example["image"].shape == (4, 3, 3) and example["label"] == labels[i + 2]
         assert (example["image"] == images[i + 2][:, :, None]).all()
         assert example["id"] == f"{tmp_path} train#{i + 2}"
+
+
+def test_idx_is_known_by_what_is_in_the_files(tmp_path):
+    def contents(**changes):
+        write_idx(tmp_path, **changes)
+        return source(name="idx", root=str(tmp_path), split="train").contents
+
+    packed = contents(compress=True)
+    for file in tmp_path.glob("*.gz"):
+        file.unlink()
+    assert packed.counts.tolist() == [3, 2, 2] and contents(compress=False).fingerprint == packed.fingerprint
+    assert contents(compress=False, height=5).fingerprint != packed.fingerprint
 
 
 def test_idx_files_that_cannot_be(tmp_path):

@@ -165,7 +165,8 @@ def _notes(classes: tuple[str, ...], listings: Mapping[str, Listing]) -> Iterabl
         yield f"{empty:,} files are empty and will not decode"
     if not are_numbers(classes):
         return
-    if odd := next((i for i, name in enumerate(classes) if int(name) != i), None):
+    odd = next((i for i, name in enumerate(classes) if int(name) != i), None)
+    if odd is not None:
         yield (f"class folders are numbers and sorted as such; folder {classes[odd]!r} is class {odd}; "
                f"labels='index' makes it class {int(classes[odd])}")
     elif list(classes) != sorted(classes):
