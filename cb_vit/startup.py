@@ -34,7 +34,7 @@ def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
             or parameters of another model.
     """
     cfg, weights = settings.train, None
-    if not (io.as_path(workdir) / "checkpoints").exists():
+    if not io.exists(io.as_path(workdir) / "checkpoints"):
         if cfg.resume:
             resume_folder(cfg.resume)
         elif cfg.model_init:
@@ -139,7 +139,7 @@ def resume_folder(workdir: str) -> epath.Path:
         ConfigError: there are none.
     """
     folder = io.as_path(workdir) / "checkpoints"
-    if not folder.exists():
+    if not io.exists(folder):
         raise ConfigError("config.resume", f"{folder} does not exist; give the workdir of a run")
     return folder
 

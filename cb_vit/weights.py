@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from cb_vit import formats, hub, io, models
+from cb_vit import dist, formats, hub, io, models, retry, workdir
 from cb_vit.checkpoint import Checkpointer, Item
 from cb_vit.config import ConfigError
 from cb_vit.formats.conversion import convert
@@ -231,7 +230,7 @@ def open_weights(
     """
     path = os.fspath(path)
     folder, step = re.fullmatch(r"(.*?)(?:/checkpoints)?(?:@(\d+))?/*", path, re.DOTALL).groups()
-    if not path.startswith("hf://") and (io.as_path(folder) / "run.json").exists():
+    if not path.startswith("hf://") and io.exists(io.as_path(folder) / "run.json"):
         if key or model:
             given = ", ".join(["key"] * bool(key) + list(model))
             raise ConfigError(field, f"{path} is a run, which knows its model; leave out {given}")
@@ -255,7 +254,10 @@ def _check_local(path: str, file: str, field: str) -> None:
 def _open_run(folder: str, step: int | None, field: str, item: Item) -> Weights:
     notes_file = io.as_path(folder) / "run.json"
     try:
-        notes = json.loads(notes_file.read_text())
+        notes = dist.together(lambda: workdir.read_json(notes_file))
+    except ConfigError as error:
+        raise ConfigError(field, error.message) from None
+    try:
         module = models.get(notes["model_name"])
         model = module.Model(notes["num_classes"], **{**notes["model"], "scan": False})
         *size, channels = notes["image_shape"]
@@ -263,7 +265,7 @@ def _open_run(folder: str, step: int | None, field: str, item: Item) -> Weights:
         pp = next(iter(notes.get("pp_evals", {}).values()), None)
         names = notes.get("class_names")
         grid = module.patch_grid(model.config, tuple(size))
-    except (ValueError, TypeError, KeyError, ConfigError) as error:
+    except retry.PARSING as error:
         raise ConfigError(field, f"{notes_file} does not describe a model: {error!r}") from None
     try:
         with contextlib.closing(_checkpoints(folder)) as checkpointer:

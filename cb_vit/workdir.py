@@ -9,10 +9,19 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 from cb_vit import io
 from cb_vit.config import ConfigError
 
 logger = logging.getLogger(__name__)
+NOTES = ("config.json", "run.json")
+# What a run keeps in its workdir, and does with it.
+CONTENTS = {
+    **dict.fromkeys(NOTES, (io.FILE, os.R_OK)), "metrics.jsonl": (io.FILE, os.R_OK | os.W_OK),
+    **dict.fromkeys((".lock", "training_curves.png", "wandb_run.txt"), (io.FILE, 0)),
+    **dict.fromkeys(("checkpoints", "damaged_checkpoints", "tensorboard", "profile"),
+                    (io.FOLDER, os.R_OK | os.W_OK | os.X_OK))}
 # Changing one of these would continue with other batches than the run began with.
 STREAM = ("seed", "input.data", "input.pp", "input.batch_size", "input.repeats", "input.virtual_ranks")
 
@@ -34,7 +43,7 @@ def lock(workdir: str | os.PathLike, primary: bool = True) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
         file = open(path / ".lock", "a")
     except OSError as error:
-        raise ConfigError("workdir", f"cannot write in {path}: {error.strerror}") from None
+        raise ConfigError("workdir", f"cannot write in {path}: {error.strerror} ({error.filename})") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,15 +69,50 @@ def check_writable(workdir: str | os.PathLike) -> None:
         raise ConfigError("workdir", f"cannot write in {folder}: {existing} is not a writable folder")
 
 
+def check_contents(workdir: str | os.PathLike) -> None:
+    """Refuse a local workdir in which something else is in the place of what a run keeps there.
+
+    Raises:
+        ConfigError: names it.
+        Failure: a note cannot be read.
+    """
+    for name, (kind, access) in CONTENTS.items() if io.is_local(workdir) else ():
+        path = io.as_path(workdir) / name
+        if (found := io.kind(path)) not in (None, kind):
+            raise ConfigError("workdir", f"{path} is {found}, and a run keeps {kind} there; move it away")
+        if found and not os.access(path, access):
+            raise ConfigError("workdir", f"{path} cannot be used; see to its permissions")
+    for name in NOTES:
+        read_json(io.as_path(workdir) / name)
+
+
 def read_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
-    """The config the run in `workdir` was last started with; None if there is none."""
-    path = io.as_path(workdir) / "config.json"
-    if not path.exists():
+    """The config the run in `workdir` was last started with; None if there is none.
+
+    Raises:
+        ConfigError: it is none.
+        Failure: it cannot be read.
+    """
+    return read_json(io.as_path(workdir) / "config.json")
+
+
+def read_json(path: epath.Path) -> dict[str, Any] | None:
+    """What `config.json` or `run.json` says; None if there is none.
+
+    Raises:
+        ConfigError: it is nothing that a run has written.
+        Failure: it cannot be read.
+    """
+    if (data := io.read(path)) is None:
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError("workdir", f"{path} is not JSON ({error}); delete it or use another workdir") from None
+        content = json.loads(data)
+        flatten(content)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("workdir", f"{path} is not JSON ({error}); move it away, or use another workdir") from None
+    if not isinstance(content, dict):
+        raise ConfigError("workdir", f"{path} holds {content!r:.40}, no settings; move it away, or use another workdir")
+    return content
 
 
 def check_changes(old: Mapping[str, Any], new: Mapping[str, Any], allow_changed_data: bool) -> list[str]:
