@@ -78,7 +78,8 @@ class Reader:
         """
         def look() -> None:
             missed, local = set(steps) - set(manager.all_steps()), io.is_local(self.directory)
-            if there := [step for step in missed if local or (self.folder(step) / COMMITTED).exists()]:
+            if there := [step for step in missed
+                         if local or COMMITTED in [path.name for path in self.folder(step).iterdir()]]:
                 manager.reload()
                 raise TimeoutError(f"Orbax does not find {there}")
 

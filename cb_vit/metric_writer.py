@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -264,7 +265,10 @@ def _write_tensorboard(writer: Any, step: int, scalars: Mapping[str, float]) -> 
 def _open_wandb(workdir: Any, cfg: WandbConfig, resume_step: int | None, run_config: Mapping[str, Any]) -> Any:
     import wandb
     id_file = workdir / "wandb_run.txt"
-    if resume_step is None or not id_file.exists():
-        io.write_atomic(id_file, uuid.uuid4().hex[:8] + "\n")
-    return wandb.init(**dataclasses.asdict(cfg), id=id_file.read_text().strip(), resume="allow",
+    known = None if resume_step is None else io.read(id_file)
+    if known is None:
+        io.write_atomic(id_file, known := uuid.uuid4().hex[:8].encode() + b"\n")
+    if not re.fullmatch(rb"[\w-]+\s*", known):
+        raise ConfigError("workdir", f"{id_file} holds no name of a Weights & Biases run ({known!r:.40}); move it away")
+    return wandb.init(**dataclasses.asdict(cfg), id=known.decode().strip(), resume="allow",
                       config=dict(run_config), dir=os.fspath(workdir) if io.is_local(workdir) else None)

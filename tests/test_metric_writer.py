@@ -236,6 +236,11 @@ def test_wandb_run_goes_on_under_its_id(tmp_path, monkeypatch):
     assert wandb.inits[0]["project"] == "digits" and wandb.inits[0]["resume"] == "allow"
     assert wandb.inits[0]["config"] == {"seed": 0}
     assert wandb.logs == [(1, {"lr": 0.5})] and wandb.exits == [0, 1, 0]
+    for content in (b"", b"two words", b"\xff"):
+        (tmp_path / "wandb_run.txt").write_bytes(content)
+        with pytest.raises(ConfigError, match=f"^workdir: {tmp_path}/wandb_run.txt holds no name .*; move it away$"):
+            writer(tmp_path, cfg, resume_step=1)
+        assert (tmp_path / "wandb_run.txt").read_bytes() == content
 
 
 @pytest.mark.parametrize("module, cfg, field", [
