@@ -4,17 +4,18 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from cb_vit.config import ConfigError
+from cb_vit.config import ConfigError, Failure
 
 Tree = Any
+T = TypeVar("T")
 # JAX's own is 300: so long would the processes of a run hang after one of them failed, and then abort.
 SHUTDOWN = 60  # seconds
 
@@ -119,3 +120,26 @@ def to_global(local: Tree, rows: np.ndarray, sharding: NamedSharding, batch_size
 def agree(flag: bool) -> bool:
     """The first process's `flag`, on all of them."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
+
+
+def worst(number: int) -> int:
+    """The highest `number` on any process; a barrier for all of them."""
+    return int(number) if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
+def together(action: Callable[[], T]) -> T:
+    """What `action()` returns on this process; where it fails on one of them it fails on all, and none waits in vain.
+
+    Raises:
+        Failure: another process has failed, and says why.
+    """
+    try:
+        result, error = action(), None
+    except Exception as found:
+        result, error = None, found
+    failed = worst(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise Failure("another process cannot go on; it says why")
+    return result

@@ -1,10 +1,20 @@
 """Paths and files, local or in a bucket (`gs://…`, with etils' epath)."""
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import uuid
+from collections.abc import Callable
+from typing import TypeVar
 
 from etils import epath
+
+from cb_vit import retry
+from cb_vit.config import Failure
+
+T = TypeVar("T")
+FILE, FOLDER, LINK, DEVICE = "a file", "a folder", "a link to what is not there", "neither a file nor a folder"
 
 
 def as_path(path: str | os.PathLike) -> epath.Path:
@@ -18,6 +28,60 @@ def as_path(path: str | os.PathLike) -> epath.Path:
 def is_local(path: str | os.PathLike) -> bool:
     """Whether `path` lies on a file system of this machine."""
     return "://" not in os.fspath(path)
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """Whether there is something at `path`; a link to nowhere is nothing.
+
+    Raises:
+        Failure: it cannot be told, which `Path.exists` takes for a no.
+    """
+    path = as_path(path)
+    return kind(path) not in (None, LINK) if is_local(path) else _asked(path, path.exists)
+
+
+def kind(path: str | os.PathLike) -> str | None:
+    """What is at a path of this machine: `FILE`, `FOLDER`, a `LINK` to nothing, a `DEVICE` or the like, or None.
+
+    Raises:
+        Failure: it cannot be told.
+    """
+    def look() -> str | None:
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            return LINK if os.path.lexists(path) else None
+        return FOLDER if stat.S_ISDIR(mode) else FILE if stat.S_ISREG(mode) else DEVICE
+
+    return _asked(as_path(path), look)
+
+
+def read(path: str | os.PathLike) -> bytes | None:
+    """The content of a file; None where there is none.
+
+    Raises:
+        Failure: there is something that cannot be read.
+    """
+    path = as_path(path)
+    try:
+        return _asked(path, path.read_bytes)
+    except FileNotFoundError:
+        if is_local(path) and os.path.lexists(path):
+            raise Failure(f"{path} is {LINK}; delete it, or bring that back") from None
+        return None
+
+
+def _asked(path: os.PathLike, question: Callable[[], T]) -> T:
+    try:
+        return retry.call(question)
+    except (FileNotFoundError, ImportError):
+        raise
+    except IsADirectoryError:
+        raise Failure(f"{path} is a folder, where a file should be; move it away") from None
+    except Exception as error:  # of whatever library reads there
+        raise Failure(f"{path} cannot be read ({retry.reason(error)}); nothing is changed") from None
 
 
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cb_vit import io
+from cb_vit import io, records
 from cb_vit.config import ConfigError
 from cb_vit.curves import Series, draw_curves
 
@@ -85,13 +86,15 @@ class MetricWriter:
         workdir: the run's folder, local or in a bucket.
         cfg: what is written besides `metrics.jsonl`.
         resume_step: the step the run goes on from: a torn last line and all records of later steps are dropped.
-            None starts afresh, and drops what an earlier attempt may have left.
+            None starts afresh; what an earlier attempt has left is kept beside it, as `metrics.1.jsonl` and so on.
         run_config: the run's settings, shown by Weights & Biases.
         primary: whether this process writes. The others check `cfg` alike, write nothing and record nothing.
         clock: seconds from any origin.
 
     Raises:
-        ConfigError: when a package that `cfg` needs is not installed; on every process, so that none waits.
+        ConfigError: when a package that `cfg` needs is not installed, on every process; or when `metrics.jsonl` is
+            something else.
+        Failure: when it cannot be read.
     """
 
     def __init__(self, workdir: str | os.PathLike, cfg: LoggingConfig, *, resume_step: int | None,
@@ -101,13 +104,13 @@ class MetricWriter:
         self._workdir = io.as_path(workdir)
         self._path = self._workdir / "metrics.jsonl"
         self._series: dict[str, dict[int, float]] = {}
-        self._lines: list[str] = []  # of a remote file, which can only be written whole
+        self._lines: list[bytes] = []  # of a remote file, which can only be written whole
         self._file = self._tensorboard = self._wandb = None
         self._upload_pace, self._plot_pace = Pace(10, 0.05, clock), Pace(10, 0.05, clock)
         if not primary:
             return
         self._workdir.mkdir(parents=True, exist_ok=True)
-        self._open_file(-1 if resume_step is None else resume_step)
+        self._open_file(resume_step)
         if cfg.tensorboard:
             self._tensorboard = _open_tensorboard(self._workdir / "tensorboard", resume_step)
         if cfg.wandb:
@@ -135,7 +138,7 @@ class MetricWriter:
             self._file.write(line)
             self._file.flush()
         else:
-            self._lines.append(line)
+            self._lines.append(line.encode())
             if self._upload_pace.due():
                 self.flush()
         if self._tensorboard:
@@ -174,7 +177,7 @@ class MetricWriter:
     def flush(self) -> None:
         """Put everything written so far where a later process finds it, e.g. before a checkpoint."""
         if self._primary and not self._file and self._lines:
-            self._upload_pace.run(lambda: io.write_atomic(self._path, "".join(self._lines)))
+            self._upload_pace.run(lambda: io.write_atomic(self._path, b"".join(self._lines)))
         if self._tensorboard:
             self._tensorboard.flush()
 
@@ -199,29 +202,15 @@ class MetricWriter:
     def __exit__(self, kind: Any, *exception: Any) -> None:
         self.close(failed=kind is not None)
 
-    def _open_file(self, last_step: int) -> None:
-        old = self._path.read_bytes().decode(errors="replace") if self._path.exists() else ""
-        kept, dropped = [], 0
-        lines = old.removesuffix("\n").split("\n") if old else []
-        for number, line in enumerate(lines, 1):
-            record = _parse_record(line)
-            if record is None:
-                if number < len(lines):
-                    logger.warning("%s:%d is not a record and is dropped: %.80r", self._path, number, line)
-            elif record["step"] <= last_step:
-                step = record.pop("step")
-                self._remember(step, {name: math.nan if v is None else v for name, v in record.items()})
-                kept.append(line + "\n")
-            else:
-                dropped += 1
-        if dropped:
-            logger.warning("%s: dropped %d records of steps after %d", self._path, dropped, last_step)
-        if "".join(kept) != old:
-            io.write_atomic(self._path, "".join(kept))
+    def _open_file(self, resume_step: int | None) -> None:
+        lines = records.reopen(self._path, resume_step)
+        for _, record in lines:
+            if record:
+                self._remember(record["step"], {name: v for name, v in record.items() if name != "step"})
         if io.is_local(self._path):
             self._file = open(self._path, "a", encoding="utf-8")
         else:
-            self._lines = kept
+            self._lines = [line for line, _ in lines]
 
     def _remember(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
@@ -241,17 +230,6 @@ def check_installed(cfg: LoggingConfig) -> None:
         if asked and importlib.util.find_spec(module) is None:
             raise ConfigError(f"config.{field}",
                               f"{module} is not installed; pip install '{package}', or leave {field} off")
-
-
-def _parse_record(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
-        return None
-    numbers = all(v is None or isinstance(v, int | float) and math.isfinite(v) for v in record.values())
-    return record if numbers else None
 
 
 def _number(name: str, value: Any) -> float:
@@ -287,7 +265,10 @@ def _write_tensorboard(writer: Any, step: int, scalars: Mapping[str, float]) -> 
 def _open_wandb(workdir: Any, cfg: WandbConfig, resume_step: int | None, run_config: Mapping[str, Any]) -> Any:
     import wandb
     id_file = workdir / "wandb_run.txt"
-    if resume_step is None or not id_file.exists():
-        io.write_atomic(id_file, uuid.uuid4().hex[:8] + "\n")
-    return wandb.init(**dataclasses.asdict(cfg), id=id_file.read_text().strip(), resume="allow",
+    known = None if resume_step is None else io.read(id_file)
+    if known is None:
+        io.write_atomic(id_file, known := uuid.uuid4().hex[:8].encode() + b"\n")
+    if not re.fullmatch(rb"[\w-]+\s*", known):
+        raise ConfigError("workdir", f"{id_file} holds no name of a Weights & Biases run ({known!r:.40}); move it away")
+    return wandb.init(**dataclasses.asdict(cfg), id=known.decode().strip(), resume="allow",
                       config=dict(run_config), dir=os.fspath(workdir) if io.is_local(workdir) else None)

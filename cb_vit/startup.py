@@ -46,7 +46,7 @@ def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
             or parameters of another model.
     """
     cfg, weights = settings.train, None
-    if (io.as_path(workdir) / "checkpoints").exists():
+    if io.exists(io.as_path(workdir) / "checkpoints"):
         known = recorded_classes(workdir)
     elif cfg.resume:
         resume_folder(cfg.resume)
@@ -64,8 +64,8 @@ def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
 
 def recorded_classes(workdir: str | os.PathLike) -> tuple[str, ...] | None:
     """The names of the classes of the run in `workdir`; None: not known."""
-    names = (workdir_lib.read_run(workdir) or {}).get("class_names")
-    return names and tuple(names)
+    notes = workdir_lib.read_run(workdir)
+    return notes and workdir_lib.class_names(notes, workdir)
 
 
 def build_evaluators(run: Experiment, class_names: Sequence[str] | None = None) -> dict[str, Any]:
@@ -150,10 +150,8 @@ def _restore(
     restored = checkpointer.restore_latest(run.shapes, run.scan)
     if restored is None:
         return None
-    step, old = int(restored[0].step), workdir_lib.read_config(workdir)
-    _check_stream(run, restored[1].get("stream"), old, workdir)
-    for line in workdir_lib.changes(old, run.settings.raw) if old else ():
-        logger.warning("changed since the last start: %s", line)
+    step = int(restored[0].step)
+    dist.together(lambda: _check_stream(run, restored[1].get("stream"), workdir))
     if step > run.total_steps:
         raise ConfigError(f"config.total_{run.cfg.total.unit}", f"the run ends at step {run.total_steps}, but the "
                           f"checkpoint in {checkpointer.directory} is of step {step}; use another workdir")
@@ -172,19 +170,16 @@ def stream(run: Experiment) -> dict[str, Any]:
             "examples": len(source), "fingerprint": contents_of(source).fingerprint}
 
 
-def _check_stream(
-    run: Experiment, recorded: Mapping[str, Any] | None, config: Mapping[str, Any] | None, workdir: str | os.PathLike
-) -> None:
-    """Refuse to go on with other batches than the checkpoint's.
+def _check_stream(run: Experiment, recorded: Mapping[str, Any] | None, workdir: str | os.PathLike) -> None:
+    """Refuse to go on with other batches than the checkpoint's; tell of all else that has changed.
 
     Args:
         run: that would go on.
         recorded: `stream` of the run when it was saved; None: by a version that kept no record in checkpoints, of which
             `config.json` and `run.json` say what they can.
-        config: `config.json`; None: it is not there.
         workdir: of the checkpoint.
     """
-    now = stream(run)
+    now, config = stream(run), workdir_lib.read_config(workdir)
     if recorded is None:
         logger.warning("the checkpoint does not say which data it was trained on: its files are not compared, only "
                        "what config.json and run.json of %s say", workdir)
@@ -194,6 +189,8 @@ def _check_stream(
             recorded["config"] = _of_stream(config)
     for line in workdir_lib.check_stream(recorded, now, run.cfg.allow_changed_data):
         logger.warning("the stream of batches changes: %s", line)
+    for line in workdir_lib.changes(config, run.settings.raw) if config else ():
+        logger.warning("changed since the last start: %s", line)
 
 
 def _of_stream(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,7 +206,7 @@ def resume_folder(workdir: str) -> epath.Path:
         ConfigError: there are none.
     """
     folder = io.as_path(workdir) / "checkpoints"
-    if not folder.exists():
+    if not io.exists(folder):
         raise ConfigError("config.resume", f"{folder} does not exist; give the workdir of a run")
     return folder
 

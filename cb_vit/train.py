@@ -58,6 +58,7 @@ def train_and_evaluate(
     """
     settings = check(config)
     workdir_lib.check_writable(workdir)
+    dist.together(lambda: workdir_lib.check_contents(workdir))
     run = startup.build(settings, workdir)
     evals = startup.build_evaluators(run)
     primary = jax.process_index() == 0
@@ -67,11 +68,11 @@ def train_and_evaluate(
         checkpointer = stack.enter_context(contextlib.closing(startup.open_checkpoints(run, workdir)))
         logger.info("%s", run)
         state, meta = startup.restore_or_create(run, workdir, checkpointer)
-        first = int(state.step)
+        writer = stack.enter_context(dist.together(lambda: MetricWriter(
+            workdir, settings.train, resume_step=checkpointer.latest_step(), run_config=settings.raw,
+            primary=primary)))
         if primary:
             workdir_lib.write_notes(workdir, settings.raw, startup.run_notes(run, evals, meta.get("model_init")))
-        writer = stack.enter_context(MetricWriter(
-            workdir, settings.train, resume_step=first or None, run_config=settings.raw, primary=primary))
         chrono = Chrono(run.total_steps, run.cfg.input.batch_size, devices=run.mesh.devices.ravel().tolist(),
                         examples_per_epoch=run.pipeline.examples_per_epoch)
         if "chrono" in meta:

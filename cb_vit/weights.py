@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from cb_vit import formats, hub, io, models
+from cb_vit import dist, formats, hub, io, models, retry, workdir
 from cb_vit.checkpoint import Checkpointer, Item
 from cb_vit.config import ConfigError
 from cb_vit.formats.conversion import convert
@@ -237,7 +236,7 @@ def _open(
     path: str, field: str, item: Item, key: str | None, prefix: str | None, model: Mapping[str, Any]
 ) -> Weights:
     folder, step = re.fullmatch(r"(.*?)(?:/checkpoints)?(?:@(\d+))?/*", path, re.DOTALL).groups()
-    if not path.startswith("hf://") and (io.as_path(folder) / "run.json").exists():
+    if not path.startswith("hf://") and io.exists(io.as_path(folder) / "run.json"):
         told = {"key": key, "prefix": prefix} | model
         if given := ", ".join(name for name, value in told.items() if value is not None):
             raise ConfigError(field, f"{path} is a run, which knows its model; leave out {given}")
@@ -263,15 +262,18 @@ def _check_local(path: str, file: str, field: str) -> None:
 def _open_run(folder: str, step: int | None, field: str, item: Item) -> Weights:
     notes_file = io.as_path(folder) / "run.json"
     try:
-        notes = json.loads(notes_file.read_text())
+        notes = dist.together(lambda: workdir.read_json(notes_file))
+    except ConfigError as error:
+        raise ConfigError(field, error.message) from None
+    try:
         module = models.get(notes["model_name"])
         model = module.Model(notes["num_classes"], **{**notes["model"], "scan": False})
         *size, channels = notes["image_shape"]
         normalisation = builder.build(notes["pp"], "pp").normalisation(channels)
         pp = next(iter(notes.get("pp_evals", {}).values()), None)
-        names = notes.get("class_names")
+        names = workdir.class_names(notes, folder)
         grid = module.patch_grid(model.config, tuple(size))
-    except (ValueError, TypeError, KeyError, ConfigError) as error:
+    except retry.PARSING as error:
         raise ConfigError(field, f"{notes_file} does not describe a model: {error!r}") from None
     try:
         with contextlib.closing(_checkpoints(folder)) as checkpointer:
@@ -284,7 +286,7 @@ def _open_run(folder: str, step: int | None, field: str, item: Item) -> Weights:
             return checkpointer.restore_params(found, like, item)
 
     return Weights(folder, "run", found, model, shapes, grid, normalisation, pp and _pixels_only(pp),
-                   names and tuple(names), (), fetch)
+                   names, (), fetch)
 
 
 def _open_file(path: str, file: str, key: str | None, prefix: str | None, model: Mapping[str, Any]) -> Weights:

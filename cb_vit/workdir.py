@@ -10,10 +10,20 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 from cb_vit import io
 from cb_vit.config import ConfigError
+from cb_vit.datasets.contents import pad
 
 logger = logging.getLogger(__name__)
+NOTES = ("config.json", "run.json")
+# What a run keeps in its workdir, and does with it.
+CONTENTS = {
+    **dict.fromkeys(NOTES, (io.FILE, os.R_OK)), "metrics.jsonl": (io.FILE, os.R_OK | os.W_OK),
+    **dict.fromkeys((".lock", "training_curves.png", "wandb_run.txt"), (io.FILE, 0)),
+    **dict.fromkeys(("checkpoints", "damaged_checkpoints", "tensorboard", "profile"),
+                    (io.FOLDER, os.R_OK | os.W_OK | os.X_OK))}
 
 
 @contextlib.contextmanager
@@ -33,7 +43,7 @@ def lock(workdir: str | os.PathLike, primary: bool = True) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
         file = open(path / ".lock", "a")
     except OSError as error:
-        raise ConfigError("workdir", f"cannot write in {path}: {error.strerror}") from None
+        raise ConfigError("workdir", f"cannot write in {path}: {error.strerror} ({error.filename})") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,21 +69,70 @@ def check_writable(workdir: str | os.PathLike) -> None:
         raise ConfigError("workdir", f"cannot write in {folder}: {existing} is not a writable folder")
 
 
+def check_contents(workdir: str | os.PathLike) -> None:
+    """Refuse a local workdir in which something else is in the place of what a run keeps there.
+
+    Raises:
+        ConfigError: names it.
+        Failure: a note cannot be read.
+    """
+    for name, (kind, access) in CONTENTS.items() if io.is_local(workdir) else ():
+        path = io.as_path(workdir) / name
+        if (found := io.kind(path)) not in (None, kind):
+            raise ConfigError("workdir", f"{path} is {found}, and a run keeps {kind} there; move it away")
+        if found and not os.access(path, access):
+            raise ConfigError("workdir", f"{path} cannot be used; see to its permissions")
+    for name in NOTES:
+        read_json(io.as_path(workdir) / name)
+
+
 def read_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
-    """The config the run in `workdir` was last started with; None if there is none."""
-    path = io.as_path(workdir) / "config.json"
-    if not path.exists():
+    """The config the run in `workdir` was last started with; None if there is none.
+
+    Raises:
+        ConfigError: it is none.
+        Failure: it cannot be read.
+    """
+    return read_json(io.as_path(workdir) / "config.json")
+
+
+def read_json(path: epath.Path) -> dict[str, Any] | None:
+    """What `config.json` or `run.json` says; None if there is none.
+
+    Raises:
+        ConfigError: it is nothing that a run has written.
+        Failure: it cannot be read.
+    """
+    if (data := io.read(path)) is None:
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError("workdir", f"{path} is not JSON ({error}); delete it or use another workdir") from None
+        content = json.loads(data)
+        flatten(content)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("workdir", f"{path} is not JSON ({error}); move it away, or use another workdir") from None
+    if not isinstance(content, dict):
+        raise ConfigError("workdir", f"{path} holds {content!r:.40}, no settings; move it away, or use another workdir")
+    return content
 
 
 def read_run(workdir: str | os.PathLike) -> dict[str, Any] | None:
-    """What `run.json` says of the run in `workdir`; None if there is none."""
-    path = io.as_path(workdir) / "run.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    """What `run.json` says of the run in `workdir`; None if there is none. Raises what `read_config` does."""
+    return read_json(io.as_path(workdir) / "run.json")
+
+
+def class_names(run: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[str, ...] | None:
+    """The names of the head's classes in what `run.json` says; None: not known.
+
+    Raises:
+        ConfigError: what stands there is none.
+    """
+    names, count = run.get("class_names"), run.get("num_classes")
+    if not names:
+        return None
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) <= (count or 0)):
+        raise ConfigError("workdir", f"class_names in run.json of {workdir} are no names of {count} classes: "
+                                     f"{names!r:.60}")
+    return pad(names, count)
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -1,19 +1,25 @@
 """Checkpoints: bit for bit there and back, onto any devices and layouts, and what happens to damaged ones."""
 import contextlib
+import errno
+import math
 import os
 import pathlib
 import re
 import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
-from cb_vit import experiment
-from cb_vit.checkpoint import Checkpointer, KeepBest, Mismatch, _checksum
-from cb_vit.config import ConfigError
+from cb_vit import damage, experiment, io, retry
+from cb_vit.checkpoint import Checkpointer, KeepBest
+from cb_vit.checkpoint_reading import Mismatch
+from cb_vit.config import ConfigError, Failure
+from cb_vit.damage import Unreadable
 from cb_vit.models.common import to_loop, to_scan
 from cb_vit.settings import check
 from cb_vit.train_state import TrainState
@@ -148,8 +154,8 @@ def test_restore_onto_other_devices_and_shardings(tmp_path, before, after):
 def test_blocks_taken_out_of_a_scanned_stack_keep_their_sharding(tmp_path, monkeypatch):
     """No device ever holds a whole copy of a sharded parameter, saving or restoring."""
     run, saved = build(**LAYOUTS["scan fsdp"]), []
-    from cb_vit import checkpoint
-    monkeypatch.setattr(checkpoint, "_checksum", lambda leaf, f=checkpoint._checksum: saved.append(leaf) or f(leaf))
+    from cb_vit import checkpoint_arrays as arrays
+    monkeypatch.setattr(arrays, "_checksum", lambda leaf, f=arrays._checksum: saved.append(leaf) or f(leaf))
     save(run, tmp_path, 1)
     restore(run, tmp_path)
     kernels = [leaf for leaf in saved if leaf.shape == (16, 32)]
@@ -212,10 +218,10 @@ def test_damage_is_noticed_set_aside_and_the_one_before_is_taken(tmp_path, run, 
     save(run, whole, 1, 2)
     expected = {step: filled(run, step) for step in (1, 2)}
     noticed = {}
-    for number, (what, damage) in enumerate(damages(whole / "checkpoints" / "2")):
+    for number, (what, harm) in enumerate(damages(whole / "checkpoints" / "2")):
         folder = tmp_path / str(number)
         shutil.copytree(whole, folder)
-        damage(folder / "checkpoints" / "2")
+        harm(folder / "checkpoints" / "2")
         caplog.clear()
         with opened(folder) as checkpointer:
             state, meta = checkpointer.restore_latest(run.shapes, False)
@@ -243,37 +249,198 @@ def test_after_a_damaged_checkpoint_its_step_can_be_saved_again(tmp_path, run):
 @pytest.mark.parametrize("item", ["params", "opt"])
 def test_a_bit_that_only_the_checksum_can_see_is_seen(tmp_path, run, caplog, monkeypatch, item):
     save(run, tmp_path, 1, 2)
-    restore_well = ocp.CheckpointManager.restore
+    restore_well = ocp.PyTreeCheckpointHandler.restore
 
-    def restore_badly(self, step, args):
-        found = dict(restore_well(self, step, args=args))
-        if step == 2 and item in found:
-            leaves, treedef = jax.tree.flatten(found[item])
-            last = np.array(leaves[-1])
-            last.view(np.uint32).flat[0] ^= 1
-            found[item] = jax.tree.unflatten(treedef, [*leaves[:-1], jax.device_put(last, leaves[-1].sharding)])
-        return found
+    def restore_badly(self, directory, args):
+        found = restore_well(self, directory, args=args)
+        if directory.parts[-2:] != ("2", item):
+            return found
+        leaves, treedef = jax.tree.flatten(found)
+        last = np.array(leaves[-1])
+        last.view(np.uint32).flat[0] ^= 1
+        return jax.tree.unflatten(treedef, [*leaves[:-1], jax.device_put(last, leaves[-1].sharding)])
 
-    monkeypatch.setattr(ocp.CheckpointManager, "restore", restore_badly)
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", restore_badly)
     assert restore(run, tmp_path)[1]["note"] == 1
     assert f"checksum of {item}/" in caplog.text
 
 
-def test_all_damaged_is_none_and_none_is_lost(tmp_path, run):
+def test_where_none_is_sound_none_is_given_up(tmp_path, run):
+    """A supervisor repeats its command at every preemption: what it repeats must not begin anew."""
     save(run, tmp_path, 1, 2, 3)
     for step in steps_in(tmp_path):
         flip(largest(tmp_path / "checkpoints" / str(step)))
+    before = snapshot(tmp_path)
+    for _ in range(2):
+        with pytest.raises(Failure, match=r"no checkpoint in .* is sound \(step 3: .*; step 2: .*; step 1: .*\); "
+                                          "nothing is changed.* set aside what is damaged: mkdir -p ") as error:
+            restore(run, tmp_path)
+        assert snapshot(tmp_path) == before
+    subprocess.run(str(error.value).partition("damaged: ")[2], shell=True, check=True)
     assert restore(run, tmp_path) is None
-    assert sorted(path.name for path in (tmp_path / "damaged_checkpoints").iterdir()) == ["1", "2", "3"]
-    assert restore(run, tmp_path) is None and steps_in(tmp_path) == []
+    assert sorted(path.name for path in (tmp_path / "damaged_checkpoints" / "checkpoints").iterdir()) == ["1", "2", "3"]
+
+
+def test_one_that_no_sound_one_precedes_stays(tmp_path, run):
+    """Also where an older one is sound but of another model: then nothing is known to be right."""
+    save(run, tmp_path, 1, 2)
+    empty(tmp_path / "checkpoints" / "2")
+    before = snapshot(tmp_path)
+    with pytest.raises(Mismatch, match="checkpoint 1 in "):
+        restore(build(devices=1, model=dict(depth=2)), tmp_path)
+    assert snapshot(tmp_path) == before
 
 
 def test_a_step_may_be_damaged_twice(tmp_path, run):
+    save(run, tmp_path, 1)
     for _ in range(2):
         save(run, tmp_path, 2)
         truncate(largest(tmp_path / "checkpoints" / "2"))
-        assert restore(run, tmp_path) is None
+        assert restore(run, tmp_path)[1]["note"] == 1
     assert sorted(path.name for path in (tmp_path / "damaged_checkpoints").iterdir()) == ["2", "2-2"]
+
+
+def test_what_cannot_be_set_aside_is_told(tmp_path, run):
+    save(run, tmp_path, 1, 2)
+    empty(tmp_path / "checkpoints" / "2")
+    (tmp_path / "damaged_checkpoints").write_text("")
+    with pytest.raises(Failure, match=f"checkpoint 2 in .* is damaged .* cannot be moved to {tmp_path}/damaged_"):
+        restore(run, tmp_path)
+
+
+# --- Trouble ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A workdir with small checkpoints of steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("pair")
+    with opened(folder, keep_last=9) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(small(step), {}, {"loss": step / 10})
+    return folder
+
+
+@pytest.fixture
+def workdir(pair, tmp_path):
+    return shutil.copytree(pair, tmp_path / "run")
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds slept between attempts, which nobody waits for."""
+    slept = []
+    monkeypatch.setattr(retry, "PATIENCE", retry.Patience(sleep=slept.append))
+    return slept
+
+
+def latest(folder, **settings):
+    """The step of the newest sound one."""
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "d")
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), small(0))
+    with opened(folder, **{"keep_last": 9, **settings}) as checkpointer:
+        return int(checkpointer.restore_latest(like, False)[0].step)
+
+
+def shapes_then_params(folder):
+    with opened(folder, read_only=True) as checkpointer:
+        step, shapes = checkpointer.params_shapes()
+        checkpointer.restore_params(step, placed(shapes))
+        return step
+
+
+READERS = {"restore": latest, "read only": lambda folder: latest(folder, read_only=True),
+           "keep best": lambda folder: latest(folder, keep_best=KeepBest("loss")), "parameters": shapes_then_params}
+
+
+def breaking(patch, match, error, hits=math.inf):
+    """Let the lowest readers meet `error` at paths that contain `match`, `hits` times; lists where they did."""
+    met = []
+
+    def broken(real):
+        def read(self, *args, **kw):
+            path = f"{args[0] if args else self}/"
+            if match in path and len(met) < hits:
+                met.append(path)
+                raise error
+            return real(self, *args, **kw)
+        return read
+
+    for owner, name in ((epath.gpath.PosixGPath, "read_bytes"), (epath.gpath.PosixGPath, "iterdir"),
+                        (ocp.PyTreeCheckpointHandler, "restore")):
+        patch.setattr(owner, name, broken(getattr(owner, name)))
+    return met
+
+
+EIO, DENIED = OSError(errno.EIO, "Input/output error"), PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize("where", ["/2/meta/", "/2/params/", "/checkpoints/"])
+def test_trouble_is_given_time_to_pass(workdir, monkeypatch, waits, where):
+    for read in READERS.values():
+        waits.clear()
+        with monkeypatch.context() as patch:
+            met = breaking(patch, where, EIO, 2)
+            assert read(workdir) == 2
+        assert len(met) == 2 and waits == [1, 2]
+    assert steps_in(workdir) == [1, 2] and not (workdir / "damaged_checkpoints").exists()
+
+
+@pytest.mark.parametrize("error, asked", [
+    (EIO, [1, 2, 4, 8]), (DENIED, []), (ValueError("UNAVAILABLE: 503"), [1, 2, 4, 8])])
+def test_trouble_that_stays_stops_every_reader_and_changes_nothing(workdir, monkeypatch, waits, error, asked):
+    before = snapshot(workdir)
+    for where, what in (("/2/meta/", "checkpoint 2 in "), ("/2/params/", "checkpoint 2 in "), ("/checkpoints/", "")):
+        for read in READERS.values():
+            waits.clear()
+            with monkeypatch.context() as patch, pytest.raises(Unreadable) as told:
+                breaking(patch, where, error)
+                read(workdir)
+            assert str(told.value) == f"{what}{workdir}/checkpoints cannot be read ({error}); nothing is changed"
+            assert waits == asked and snapshot(workdir) == before
+
+
+@pytest.mark.parametrize("error", [
+    FileNotFoundError("not found"), KeyError("params"), ValueError("NOT_FOUND: Error"), ValueError("Expecting value")])
+def test_what_cannot_be_looked_at_is_not_damaged(workdir, monkeypatch, waits, error):
+    """Orbax takes a file that cannot be opened for one that is not there."""
+    breaking(monkeypatch, "/2/params/", error)
+    monkeypatch.setattr(damage, "read_whole", lambda folder: os.listdir(workdir / "nowhere"))
+    with pytest.raises(Unreadable, match="checkpoint 2 in .*No such file"):
+        latest(workdir)
+    assert steps_in(workdir) == [1, 2]
+
+
+def test_damage_that_is_not_seen_again_is_none(workdir, monkeypatch):
+    breaking(monkeypatch, "/2/meta/", ValueError("Expecting value"), 1)
+    assert latest(workdir) == 2
+
+
+def test_the_best_is_not_forgotten_where_it_cannot_be_judged(workdir, caplog):
+    truncate(workdir / "checkpoints" / "1" / "meta" / "metadata")
+    with opened(workdir, keep_best=KeepBest("loss", mode="min")) as checkpointer:
+        for step, loss in ((3, 0.9), (4, 0.8)):
+            checkpointer.save(small(step), {}, {"loss": loss})
+    assert steps_in(workdir) == [1, 2, 4] and "keep_best cannot judge checkpoint 1, and so keeps it" in caplog.text
+
+
+def test_checkpoints_that_are_not_listed_are_not_taken_for_none(workdir, monkeypatch, waits):
+    """Orbax sees an empty folder where it cannot look into one."""
+    monkeypatch.setattr(ocp.CheckpointManager, "all_steps", lambda self: [])
+    with pytest.raises(Unreadable, match=r"Orbax does not find \[1, 2\]"):
+        latest(workdir)
+    assert waits == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize("make, what", [
+    (lambda path: path.write_text(""), io.FILE), (lambda path: path.symlink_to("nowhere"), io.LINK)])
+def test_what_is_no_folder_is_no_checkpoint(workdir, make, what):
+    make(workdir / "checkpoints" / "12")
+    with pytest.raises(ConfigError, match=f"^workdir: {workdir}/checkpoints/12 is {what}, and so no .*; move it away$"):
+        latest(workdir)
+    make(workdir / "x")
+    with pytest.raises(ConfigError, match=f"^workdir: {workdir}/x is not a folder; move it away$"):
+        Checkpointer(workdir / "x")
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -296,7 +463,6 @@ def test_a_newer_format_is_named(tmp_path, run, monkeypatch):
     from cb_vit import checkpoint
     monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
     save(run, tmp_path, 1)
-    monkeypatch.undo()
     with pytest.raises(Mismatch, match="format 2, this version reads 1"):
         restore(run, tmp_path)
 
@@ -319,7 +485,8 @@ def test_reading_only_changes_nothing(tmp_path, run):
     assert snapshot(tmp_path) == before
     truncate(largest(tmp_path / "checkpoints" / "3"))
     before = snapshot(tmp_path)
-    with pytest.raises(ConfigError, match=f"step 3 in {tmp_path}/checkpoints cannot be read"):
+    with pytest.raises(Failure, match=f"newest checkpoint in {tmp_path}/checkpoints is damaged .step 3: .*nothing is "
+                                      f"changed.* mv {tmp_path}/checkpoints/3 {tmp_path}/damaged_checkpoints/3$"):
         restore(run, tmp_path, read_only=True)
     assert snapshot(tmp_path) == before
 
@@ -367,16 +534,16 @@ def test_parameters_that_are_not_there_or_damaged(tmp_path, run, monkeypatch):
             checkpointer.params_shapes(item="ema")
         step, shapes = checkpointer.params_shapes()
         flip(largest(tmp_path / "checkpoints" / "2" / "params"))
-        with pytest.raises(ConfigError, match=f"step 2 in {tmp_path}/checkpoints cannot be read") as error:
+        with pytest.raises(ConfigError, match=f"step 2 in {tmp_path}/checkpoints is damaged") as error:
             checkpointer.restore_params(step, placed(shapes))
         assert "\n" not in str(error.value)
-        from cb_vit import checkpoint
-        checksum = checkpoint._checksum
-        monkeypatch.setattr(checkpoint, "_checksum", lambda leaf: checksum(leaf) ^ 1)
-        with pytest.raises(ConfigError, match="step 1 in .* cannot be read: checksum of params/"):
+        from cb_vit import checkpoint_arrays
+        checksum = checkpoint_arrays._checksum
+        monkeypatch.setattr(checkpoint_arrays, "_checksum", lambda leaf: checksum(leaf) ^ 1)
+        with pytest.raises(ConfigError, match="step 1 in .* is damaged .checksum of params/"):
             checkpointer.restore_params(1, placed(shapes))
         truncate(largest(tmp_path / "checkpoints" / "1" / "meta"))
-        with pytest.raises(ConfigError, match="step 1 in .* cannot be read"):
+        with pytest.raises(ConfigError, match="step 1 in .* is damaged"):
             checkpointer.params_shapes(1)
 
 
@@ -418,37 +585,3 @@ def test_a_step_is_saved_once(tmp_path, run):
     with opened(tmp_path) as checkpointer:
         assert not checkpointer.save(filled(run, 4, seed=1), {})
     assert_equal(restore(run, tmp_path)[0], filled(run, 4))
-
-
-# --- Checksums --------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
-def test_checksum_sees_every_change_and_no_sharding(dtype):
-    rng = np.random.default_rng(0)
-    values = rng.normal(size=(64, 32))
-    x = jnp.asarray(values > 0 if dtype == "bool" else 100 * values, dtype)
-    expected = int(_checksum(x))
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    for spec in [("a",), ("b", "a"), (("a", "b"),), (None, "b"), ()]:
-        where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-        assert int(_checksum(jax.device_put(x, where))) == expected
-    flat = np.asarray(x).reshape(-1)
-    for place in rng.integers(0, flat.size, 20):
-        changed = flat.copy()
-        changed.view(np.uint8)[place * flat.itemsize] ^= 1
-        assert int(_checksum(jnp.asarray(changed.reshape(x.shape)))) != expected
-    for i, j in rng.integers(0, flat.size, (20, 2)):
-        if flat[i] != flat[j]:
-            swapped = flat.copy()
-            swapped[[i, j]] = flat[[j, i]]
-            assert int(_checksum(jnp.asarray(swapped.reshape(x.shape)))) != expected
-    assert int(_checksum(x.T)) != expected and int(_checksum(x[::-1])) != expected
-
-
-def test_checksum_sees_swaps_of_round_numbers():
-    """Values with few bits set, swapped over round distances: where weighted sums modulo 2³² fail."""
-    for a, b in [(1.0, -1.0), (1.0, 2.0), (0.5, 0.0), (256.0, -0.0)]:
-        for distance in (1, 2, 256, 4096):
-            x, y = np.zeros((2, 8192), np.float32)
-            x[0], x[distance], y[0], y[distance] = a, b, b, a
-            assert int(_checksum(jnp.asarray(x))) != int(_checksum(jnp.asarray(y)))

@@ -6,7 +6,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cb_vit import dist
-from cb_vit.config import ConfigError
+from cb_vit.config import ConfigError, Failure
 
 
 def mesh_of(shape, names, order=None):
@@ -152,3 +152,12 @@ def test_a_process_count_that_is_no_number(joined, monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(ConfigError, match="^JAX_NUM_PROCESSES: expected a whole number, got 'two'$"):
         dist.initialize()
+
+
+def test_what_fails_on_one_process_fails_on_all(monkeypatch):
+    assert dist.worst(3) == 3 and dist.together(lambda: "result") == "result"
+    with pytest.raises(ZeroDivisionError):
+        dist.together(lambda: 1 / 0)
+    monkeypatch.setattr(dist, "worst", lambda number: 1)
+    with pytest.raises(Failure, match="another process cannot go on; it says why"):
+        dist.together(lambda: "result")

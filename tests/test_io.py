@@ -1,11 +1,13 @@
 """Paths, and files that are written whole or not at all."""
+import errno
 import os
 import pathlib
 
 import pytest
 from etils import epath
 
-from cb_vit import io
+from cb_vit import io, retry
+from cb_vit.config import Failure
 
 
 def test_paths_expand_and_know_where_they_lie(monkeypatch, tmp_path):
@@ -63,3 +65,31 @@ def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         io.write_atomic(tmp_path / "no" / "file", "x")
     assert os.listdir(tmp_path) == []
+
+
+def test_what_is_there_and_what_is_in_it(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "ring").symlink_to("ring")
+    os.mkfifo(tmp_path / "pipe")
+    kinds = dict(folder=io.FOLDER, file=io.FILE, link=io.LINK, ring=io.LINK, pipe=io.DEVICE, nothing=None)
+    assert {name: io.kind(tmp_path / name) for name in kinds} == kinds
+    assert [name for name in kinds if io.exists(tmp_path / name)] == ["folder", "file", "pipe"]
+    assert io.read(tmp_path / "file") == b"x" and io.read(tmp_path / "nothing") is None
+    for name, reason in (("folder", "is a folder, where a file should be; move it"), ("link", f"is {io.LINK}; delete")):
+        with pytest.raises(Failure, match=f"^{tmp_path}/{name} {reason}"):
+            io.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("ask, call", [(io.exists, "stat"), (io.kind, "stat"), (io.read, "read_bytes")])
+def test_what_cannot_be_told_is_not_taken_for_a_no(tmp_path, monkeypatch, ask, call):
+    def broken(*args):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    slept = []
+    monkeypatch.setattr(retry, "PATIENCE", retry.Patience(sleep=slept.append))
+    monkeypatch.setattr(os if call == "stat" else epath.gpath.PosixGPath, call, broken)
+    with pytest.raises(Failure, match=f"^{tmp_path}/x cannot be read .*Stale file handle.; nothing is changed$"):
+        ask(tmp_path / "x")
+    assert slept == [1, 2, 4, 8]

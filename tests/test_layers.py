@@ -9,10 +9,12 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = {name: number for number, names in enumerate((
     "config",
-    "registry",
+    "registry retry",
     "tree dist io order timing losses schedules curves",
-    "models pp datasets augment updates sharding metric_writer profiling workdir",
-    "optax train_state formats attention_maps", "hub refit",
+    "records damage",
+    "models pp datasets augment updates sharding metric_writer profiling",
+    "optax train_state formats attention_maps workdir", "hub refit",
+    "checkpoint_arrays", "checkpoint_reading",
     "checkpoint train_step input_pipeline",
     "evaluators weights",
     "distillation prediction export_run", "export",

@@ -28,6 +28,20 @@ OPEN_END = ("--config.schedule.decay_type=constant", "--config.schedule.warmup_s
             "--config.log_training_steps=1", "--config.model.dropout=0.1")
 
 
+# The notes of checkpoints, to the second process.
+UNREADABLE = """
+import os
+from etils import epath
+
+def read_bytes(self, real=epath.gpath.PosixGPath.read_bytes):
+    if os.environ.get("JAX_PROCESS_ID") == "1" and self.parent.name == "meta":
+        raise PermissionError(13, "Permission denied")
+    return real(self)
+
+epath.gpath.PosixGPath.read_bytes = read_bytes
+"""
+
+
 class Run:
     """`python main.py --config=configs/debug.py --workdir=FOLDER …`, under way."""
 
@@ -125,11 +139,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def two_processes(folder, cache, *overrides):
+def two_processes(folder, cache, *overrides, **environment):
     """The same run on two processes of two devices each."""
     port = free_port()
     return [Run(folder, cache, *overrides, devices=2, JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
-                JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(process)) for process in (0, 1)]
+                JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(process), **environment) for process in (0, 1)]
 
 
 def test_the_uninterrupted_run_is_complete(whole):
@@ -201,6 +215,15 @@ def test_two_processes_train_as_one_and_one_goes_on_from_two(tmp_path, cache):
     pair = two_processes(two, cache, *settings, "--config.total_steps=6")
     assert [run.wait() for run in pair] == [0, 0], "\n".join(run.said() for run in pair)
     assert saved_steps(two) == [6] and [r["step"] for r in timeless(two)] == [1, 2, 3, 3, 4, 5, 6, 6]
+    # What one of them cannot read stops both, and changes nothing.
+    (tmp_path / "sitecustomize.py").write_text(UNREADABLE)
+    before = {path: path.stat().st_mtime_ns for path in two.rglob("*")}
+    pair = two_processes(two, cache, *settings, "--config.total_steps=12", PYTHONPATH=str(tmp_path))
+    assert [run.wait() for run in pair] == [1, 1], "\n".join(run.said() for run in pair)
+    for run, reason in zip(pair, ("another process says why", r".Errno 13. Permission denied"), strict=True):
+        told = rf"^error: checkpoint 6 in {two}/checkpoints cannot be read \({reason}.*\); nothing is changed$"
+        assert re.search(told, run.said(), re.MULTILINE), run.said()
+    assert before == {path: path.stat().st_mtime_ns for path in two.rglob("*")}
     on = Run(two, cache, *settings, "--config.total_steps=12", devices=4)
     assert on.wait() == 0 and "resumed from step 6 " in on.said(), on.said()
     # Equal but for the order in which processes add up.

@@ -13,9 +13,10 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from cb_vit import train, workdir
-from cb_vit.config import ConfigError
+from cb_vit.config import ConfigError, Failure
 from cb_vit.datasets.core import DataError
 from cb_vit.evaluators.classification import Evaluator
 from cb_vit.metric_writer import MetricWriter
@@ -299,6 +300,49 @@ def test_a_changed_setting_is_told(finished, caplog):
     train_and_evaluate(tiny(lr=2e-2), finished)
     assert "config.lr: 0.01 -> 0.02" in caplog.text
     assert json.loads((finished / "config.json").read_text())["lr"] == 2e-2
+
+
+def unreadable(patch, folder):
+    real = epath.gpath.PosixGPath.read_bytes
+
+    def broken(self):
+        if self.parent.name == "meta":
+            raise PermissionError(13, "Permission denied")
+        return real(self)
+
+    patch.setattr(epath.gpath.PosixGPath, "read_bytes", broken)
+
+
+def all_damaged(patch, folder):
+    for path in (folder / "checkpoints").glob("*/meta/metadata"):
+        path.write_text("{")
+
+
+def nonsense(name):
+    return lambda patch, folder: (folder / name).write_text("[]\n")
+
+
+@pytest.mark.parametrize("harm, message", [
+    (unreadable, "checkpoint 8 in .* cannot be read .*Permission denied.; nothing is changed"),
+    (all_damaged, "no checkpoint in .* is sound .*; nothing is changed. .*: mkdir -p .* && mv "),
+    (nonsense("run.json"), r"workdir: .*run.json holds \[\], no settings; move it away"),
+    (nonsense("metrics.jsonl"), "workdir: .*metrics.jsonl holds no record .*; move it away")])
+def test_what_a_run_cannot_go_on_from_is_left_as_it_is(finished, monkeypatch, harm, message):
+    """Not even a config that has changed meanwhile is written down."""
+    harm(monkeypatch, finished)
+    before = {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in finished.rglob("*")}
+    for _ in range(2):
+        with pytest.raises((Failure, ConfigError), match=f"^{message}"):
+            train_and_evaluate(tiny(lr=2e-2), finished)
+    assert before == {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in before}
+
+
+def test_where_the_checkpoints_are_gone_the_records_are_not(whole, finished, caplog):
+    before = (finished / "metrics.jsonl").read_bytes()
+    shutil.rmtree(finished / "checkpoints")
+    train_and_evaluate(tiny(), finished)
+    assert (finished / "metrics.1.jsonl").read_bytes() == before and "this run begins anew" in caplog.text
+    assert timeless(finished) == timeless(whole[0])
 
 
 @pytest.mark.parametrize("field, value", [

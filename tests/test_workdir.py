@@ -7,9 +7,10 @@ import sys
 import textwrap
 
 import pytest
+from etils import epath
 
-from cb_vit import workdir
-from cb_vit.config import ConfigError
+from cb_vit import io, retry, workdir
+from cb_vit.config import ConfigError, Failure
 
 HOLDER = textwrap.dedent("""
     import sys
@@ -88,7 +89,7 @@ def test_check_writable_names_what_is_in_the_way(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_after_all(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=rf"^workdir: cannot write in {tmp_path}/file/x: Not a directory$"):
+    with pytest.raises(ConfigError, match=rf"^workdir: cannot write in {tmp_path}/file/x: Not a directory "):
         with workdir.lock(tmp_path / "file" / "x"):
             pass
 
@@ -155,6 +156,68 @@ def test_notes_are_written_and_read(tmp_path):
     assert workdir.read_config(path) == {"a": {"x": None}, "b": [1, 2]}
     assert json.loads((path / "run.json").read_text()) == {"format": 1}
     assert workdir.changes(workdir.read_config(path), {"b": (1, 2), "a": {"x": None}}) == []
-    (path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=rf"^workdir: {path}/config.json is not JSON .*; delete it or use another"):
-        workdir.read_config(path)
+
+
+NONSENSE = [b"", b"{", b"[]", b"3", b"null", b'"x"', b"\xff\xfe\x00", b"\x89PNG\r\n", b"[" * 100_000,
+            b'{"a": ' * 600 + b"1" + b"}" * 600, b'{"a": ' + b"9" * 10_000 + b"}"]
+
+
+@pytest.mark.parametrize("content", NONSENSE, ids=lambda content: repr(content[:12]))
+@pytest.mark.parametrize("name", ["config.json", "run.json"])
+def test_notes_that_are_none_are_refused_and_left(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"^workdir: {path} (is not JSON|holds) .*; move it away, or use") as error:
+        workdir.check_contents(tmp_path)
+    assert "\n" not in str(error.value) and path.read_bytes() == content
+
+
+FILES = ("config.json", "run.json", "metrics.jsonl", "wandb_run.txt", "training_curves.png", ".lock")
+FOLDERS = ("checkpoints", "damaged_checkpoints", "tensorboard", "profile")
+
+
+def test_what_a_run_itself_has_made_is_in_nobodys_way(tmp_path):
+    workdir.check_contents(tmp_path / "new")
+    for name in FILES:
+        (tmp_path / name).write_text("{}")
+    for name in FOLDERS:
+        (tmp_path / name).mkdir()
+    workdir.check_contents(tmp_path)
+
+
+@pytest.mark.parametrize("name", FILES + FOLDERS)
+def test_something_else_in_the_place_of_what_a_run_keeps_is_named(tmp_path, monkeypatch, name):
+    path, kind = tmp_path / name, "a file" if name in FILES else "a folder"
+    other = path.mkdir if name in FILES else path.touch
+    for make, found in ((lambda: path.symlink_to("nowhere"), io.LINK), (lambda: path.symlink_to(name), io.LINK),
+                        (lambda: os.mkfifo(path), io.DEVICE), (other, io.FOLDER if name in FILES else io.FILE)):
+        make()
+        with pytest.raises(ConfigError, match=f"^workdir: {path} is {found}, and a run keeps {kind} there; move it aw"):
+            workdir.check_contents(tmp_path)
+        assert os.path.lexists(path)
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "checkpoints"])
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, name):
+    (tmp_path / name).mkdir() if name in FOLDERS else (tmp_path / name).write_text("{}")
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode)  # a superuser may read anything
+    with pytest.raises(ConfigError, match=f"^workdir: {tmp_path}/{name} cannot be used; see to its permissions$"):
+        workdir.check_contents(tmp_path)
+
+
+def test_notes_are_read_patiently(tmp_path, monkeypatch):
+    workdir.write_notes(tmp_path, {"a": 1}, {})
+    errors, read = [OSError(5, "Input/output error")] * 2, epath.gpath.PosixGPath.read_bytes
+
+    def broken(self):
+        if errors:
+            raise errors.pop()
+        return read(self)
+
+    monkeypatch.setattr(epath.gpath.PosixGPath, "read_bytes", broken)
+    monkeypatch.setattr(retry, "PATIENCE", retry.Patience(sleep=lambda seconds: None))
+    assert workdir.read_config(tmp_path) == {"a": 1}
+    errors += [OSError(5, "Input/output error")] * 5
+    with pytest.raises(Failure, match=f"^{tmp_path}/config.json cannot be read .*Input/output error.; nothing is chan"):
+        workdir.read_config(tmp_path)

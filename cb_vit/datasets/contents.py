@@ -71,6 +71,11 @@ def listed(left_out: Mapping[str, int]) -> str:
     return f"; left out: {', '.join(parts)}" if parts else ""
 
 
+def pad(names: Sequence[str], count: int) -> tuple[str, ...]:
+    """Names of `count` classes, of which the last are never seen in training."""
+    return (*names, *(f"(unused {number})" for number in range(len(names), count)))
+
+
 def class_name(names: Sequence[str] | None, number: int) -> str:
     """What class `number` is called."""
     return names[number] if names else f"class {number}"

@@ -10,7 +10,7 @@ import numpy as np
 
 from cb_vit.config import ConfigError
 from cb_vit.datasets import labels
-from cb_vit.datasets.contents import DataError, class_name, contents_of, listed
+from cb_vit.datasets.contents import DataError, class_name, contents_of, listed, pad
 
 logger = logging.getLogger(__name__)
 MAX_CLASSES = 100_000  # above, a number in a name is a date or an id
@@ -148,7 +148,7 @@ def for_head(
         raise ConfigError(count_path, f"makes {count} classes and the data has {source.num_classes}, which are not "
                                       f"known to be among them; make it {source.num_classes}, or set "
                                       "config.allow_unused_classes=True")
-    names = source.class_names and (*source.class_names, *(f"(unused {i})" for i in range(source.num_classes, count)))
+    names = source.class_names and pad(source.class_names, count)
     return Relabelled(source, range(source.num_classes), count, names, _by_index(source))
 
 

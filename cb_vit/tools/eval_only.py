@@ -51,7 +51,7 @@ def main(config: ml_collections.ConfigDict) -> None:
 
 def _evaluate_run(settings: Settings, workdir: str) -> None:
     directory = io.as_path(workdir) / "checkpoints"
-    if not directory.exists():
+    if not io.exists(directory):
         raise ConfigError("--workdir", f"{directory} does not exist; give the workdir of a run")
     dist.initialize()
     known = startup.recorded_classes(workdir)

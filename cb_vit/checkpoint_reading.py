@@ -1,0 +1,198 @@
+"""Reading what lies in a folder of checkpoints: patiently, and giving up none on suspicion.
+
+Every process reads for itself, and what one of them meets counts for all: they succeed, try again or fail together.
+"""
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from cb_vit import damage, dist, io, retry
+from cb_vit.checkpoint_arrays import checksums, describe
+from cb_vit.config import ConfigError
+from cb_vit.damage import Damaged, Unreadable, Verdict
+from cb_vit.tree import names
+
+T = TypeVar("T")
+Tree = Any
+Item = Literal["params", "opt", "ema"]
+FORMAT = 1
+STEP = re.compile("0|[1-9][0-9]*")
+META, COMMITTED = "metadata", "commit_success.txt"  # Orbax's names
+
+
+class Mismatch(ConfigError):
+    """A sound checkpoint that holds another model or optimiser than the config describes."""
+
+
+class Reader:
+    """What reads a folder of checkpoints.
+
+    Args:
+        directory: the folder; it need not be there.
+    """
+
+    def __init__(self, directory: epath.Path):
+        self.directory, self._handlers = directory, handlers()
+
+    def folder(self, step: int) -> epath.Path:
+        """Where the checkpoint of a step lies."""
+        return self.directory / str(step)
+
+    def steps(self) -> list[int]:
+        """Steps in the folder, ascending.
+
+        Raises:
+            ConfigError: something else is in the place of the folder, or of a checkpoint.
+            Unreadable: it cannot be listed, which to Orbax is as if it were empty.
+        """
+        return self.patiently(None, lambda: self._locally(None, self._list))
+
+    def _list(self) -> list[int]:
+        local = io.is_local(self.directory)
+        try:
+            found = sorted(int(path.name) for path in self.directory.iterdir() if STEP.fullmatch(path.name))
+        except (FileNotFoundError, NotADirectoryError):
+            if local and os.path.lexists(self.directory):
+                raise ConfigError("workdir", f"{self.directory} is not a folder; move it away") from None
+            return []
+        for folder in map(self.folder, found if local else ()):
+            if (what := io.kind(folder)) not in (None, io.FOLDER):
+                raise ConfigError("workdir", f"{folder} is {what}, and so no checkpoint; move it away")
+        return found
+
+    def compare(self, steps: list[int], manager: ocp.CheckpointManager) -> None:
+        """See to it that Orbax's manager has found `steps`; in a bucket, what is half written does not count.
+
+        Raises:
+            Unreadable: it does not find one.
+        """
+        def look() -> None:
+            missed, local = set(steps) - set(manager.all_steps()), io.is_local(self.directory)
+            if there := [step for step in missed
+                         if local or COMMITTED in [path.name for path in self.folder(step).iterdir()]]:
+                manager.reload()
+                raise TimeoutError(f"Orbax does not find {there}")
+
+        self.patiently(None, lambda: self._locally(None, look))
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What is noted beside the arrays of a checkpoint; to be called in `patiently`."""
+        return self._locally(step, lambda: self._parse(step, (self.folder(step) / "meta" / META).read_bytes()))
+
+    def _parse(self, step: int, content: bytes) -> dict[str, Any]:
+        meta = json.loads(content)
+        if meta.pop("digest", None) != digest(meta):
+            raise Damaged("its notes have changed")
+        if meta["format"] != FORMAT:
+            raise Mismatch("workdir", f"checkpoint {step} in {self.directory} has format {meta['format']}, this "
+                                      f"version reads {FORMAT}; read it with the version that wrote it")
+        return meta
+
+    def arrays(self, step: int, meta: Mapping[str, Any], target: Mapping[Item, Tree]) -> dict[str, Tree]:
+        """Items of a checkpoint as `target` has them, their checksums verified; to be called in `patiently`."""
+        # Not through Orbax's manager: its barriers would keep the others waiting for a process whose reading fails.
+        arrays = self._locally(step, lambda: {
+            item: self._handlers[item].restore(self.folder(step) / item, args=ocp.args.PyTreeRestore(
+                tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)))
+            for item, tree in target.items()})
+        for name, value in zip(names(arrays), checksums(arrays), strict=True):
+            if meta["arrays"][name][-1] != value:
+                raise Damaged(f"checksum of {name} does not match")
+        return arrays
+
+    def patiently(self, step: int | None, read: Callable[[], T]) -> T:
+        """What `read()` returns; trouble is given time to pass, and damage a second look.
+
+        Args:
+            step: the checkpoint it reads; None: the list of them.
+            read: made of `meta` and `arrays`, so that it succeeds or fails alike on all processes.
+
+        Raises:
+            Damaged: proved.
+            Unreadable: trouble stays.
+        """
+        def attempt() -> T:
+            try:
+                return read()
+            except Damaged:
+                whole = functools.partial(damage.read_whole, self.folder(step))
+                self._locally(step, whole, suspicion=Verdict.PASSING)
+                return read()
+
+        return retry.call(attempt, lambda error: isinstance(error, Unreadable) and error.passing,
+                          lambda flag: bool(dist.worst(flag)))
+
+    def _locally(self, step: int | None, read: Callable[[], T], suspicion: Verdict = Verdict.DAMAGED) -> T:
+        """What `read()` returns on this process; if it fails on any, that is what it does on all of them.
+
+        Args:
+            step: as in `patiently`.
+            read: waits for no other process.
+            suspicion: what it means if it fails in a way that damage would explain.
+        """
+        try:
+            result, error = read(), None
+        except Exception as found:  # whatever a library raises at a broken file, or at a network that is down
+            result, error = None, found
+        verdict = damage.judge(error)
+        verdict = suspicion if verdict == Verdict.DAMAGED else verdict
+        worst = Verdict(dist.worst(verdict))
+        if worst == Verdict.SOUND:
+            return result
+        if verdict == Verdict.FOREIGN:
+            raise error
+        reason = retry.reason(damage.unwrap(error)) if verdict == worst else "another process says why"
+        if worst == Verdict.DAMAGED:
+            raise Damaged(reason)
+        what = self.directory if step is None else f"checkpoint {step} in {self.directory}"
+        raise Unreadable(f"{what} cannot be read ({reason}); nothing is changed", worst == Verdict.PASSING)
+
+
+def handlers() -> dict[str, Any]:
+    """Orbax's readers and writers of the items.
+
+    The first replica of an array writes it. Orbax's default, a slice of it from each replica, compiles a
+    program for every shape on every device before the first save.
+    """
+    arrays = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)))
+    return {"meta": ocp.JsonCheckpointHandler(filename=META), **{
+        item: ocp.PyTreeCheckpointHandler(type_handler_registry=arrays) for item in ("params", "opt", "ema")}}
+
+
+def digest(meta: Mapping[str, Any]) -> str:
+    """Of the notes of a checkpoint, kept among them."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def check_fit(where: str, meta: Mapping[str, Any], target: Tree) -> None:
+    """Refuse a checkpoint whose arrays are not those of `target`.
+
+    Args:
+        where: which it is, for the error.
+        meta: its notes.
+        target: shapes and dtypes, in loop layout.
+
+    Raises:
+        Mismatch: names an array.
+    """
+    another = "it is of another model or optimiser; use another workdir, or the config it was made with"
+    saved, here = {name: what[:-1] for name, what in meta["arrays"].items()}, describe(target)
+    for title, some in (("lacks", here.keys() - saved.keys()), ("has besides", saved.keys() - here.keys())):
+        if some:
+            shown = ", ".join(sorted(some)[:3]) + (" …" if len(some) > 3 else "")
+            raise Mismatch("workdir", f"{where} {title} {shown}: {another}")
+    for name, (shape, dtype) in here.items():
+        if saved[name] != [shape, dtype]:
+            was = f"{saved[name][1]} {saved[name][0]}"
+            raise Mismatch("workdir", f"{name} is {was} in {where} and {dtype} {shape} in this config: {another}")

@@ -1,0 +1,93 @@
+"""The lines of `metrics.jsonl`, and what becomes of them when a run begins again."""
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+from typing import Any
+
+from cb_vit import io
+from cb_vit.config import ConfigError
+
+logger = logging.getLogger(__name__)
+BEGIN = b'{"step": '  # of every record
+Line = tuple[bytes, dict[str, Any] | None]
+
+
+def reopen(path: os.PathLike, resume_step: int | None) -> list[Line]:
+    """Bring the file to where a run goes on from.
+
+    A torn last line and all records of later steps are dropped: the run makes them up. Lines that are no records are
+    somebody's, and stay as they are.
+
+    Args:
+        path: the file; it need not be there.
+        resume_step: the step the run goes on from. None: it begins anew, and what an earlier one has recorded is kept
+            beside the file, as `metrics.1.jsonl` and so on.
+
+    Returns:
+        The lines that are there now, each with its record (null as NaN), or None where it is none.
+
+    Raises:
+        ConfigError: not one line is a record, so the file is somebody's.
+        Failure: it cannot be read.
+    """
+    old = io.read(path) or b""
+    lines = _parse(old, path)
+    if resume_step is None:
+        if any(record for _, record in lines):
+            _keep_aside(path)
+            old = b""
+        lines = []
+    kept = [(line, record) for line, record in lines if record is None or record["step"] <= resume_step]
+    if dropped := len(lines) - len(kept):
+        logger.warning("%s: dropped %d records of steps after %d", path, dropped, resume_step)
+    content = b"".join(line for line, _ in kept)
+    if content != old:
+        io.write_atomic(path, content)
+    return kept
+
+
+def _keep_aside(path: os.PathLike) -> None:
+    names = (f"{path.stem}.{i}{path.suffix}" for i in itertools.count(1))
+    aside = next(other for other in map(path.parent.__truediv__, names) if not io.exists(other))
+    logger.warning("no checkpoint to go on from, so this run begins anew; what an earlier one has recorded in %s is "
+                   "kept as %s", path, aside)
+    path.rename(aside)
+
+
+def _parse(content: bytes, path: os.PathLike) -> list[Line]:
+    *lines, last = content.split(b"\n")
+    if last and not _torn(last):
+        lines.append(last)
+    parsed = [(line + b"\n", _parse_record(line)) for line in lines]
+    if lines and not any(record for _, record in parsed):
+        raise ConfigError("workdir", f"{path} holds no record of a run ({lines[0]!r:.60}); move it away")
+    for number, (line, record) in enumerate(parsed, 1):
+        if record is None:
+            logger.warning("%s:%d is not a record, and is left as it is: %.80r", path, number, line)
+    return parsed
+
+
+def _torn(line: bytes) -> bool:
+    """Whether an unfinished line may be what a kill, or the power, has left of a record."""
+    line = line.rstrip(b"\0")
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return line.startswith(BEGIN) or BEGIN.startswith(line)
+    return False
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            return None
+        if not all(v is None or isinstance(v, int | float) and math.isfinite(v) for v in record.values()):
+            return None
+    except (ValueError, OverflowError, RecursionError):
+        return None
+    return {name: math.nan if value is None else value for name, value in record.items()}
