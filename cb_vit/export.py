@@ -77,6 +77,7 @@ def check_target(dst: str, overwrite: bool) -> None:
     """
     if dst.startswith("hf://"):
         raise ConfigError("DST", f"{dst}: nothing is put on the hub from here; write it to this machine")
+    io.check_address(dst, "DST")
     path = io.as_path(dst)
     if not path.exists():
         if io.is_local(dst) and not _is_run(dst) and not path.parent.is_dir():

@@ -34,6 +34,7 @@ def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
             or parameters of another model.
     """
     cfg, weights = settings.train, None
+    _check_addresses(settings)
     if not (io.as_path(workdir) / "checkpoints").exists():
         if cfg.resume:
             resume_folder(cfg.resume)
@@ -43,6 +44,21 @@ def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
     if weights:
         _fit(run, weights)
     return run
+
+
+def _check_addresses(settings: Settings) -> None:
+    """Refuse what lies in a bucket that nothing here can open, before anything is fetched from elsewhere.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    cfg = settings.train
+    paths = {"resume": cfg.resume, "model_init": cfg.model_init, "input.data.data_dir": cfg.input.data.get("data_dir"),
+             "distillation.teacher": cfg.distillation and cfg.distillation.teacher,
+             **{f"evals.{name}.data.data_dir": config.data.get("data_dir") for name, config in settings.evals.items()}}
+    for field, path in paths.items():
+        if path and not path.startswith("hf://"):
+            io.check_address(path, f"config.{field}")
 
 
 def build_evaluators(run: Experiment) -> dict[str, Any]:

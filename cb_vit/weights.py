@@ -230,6 +230,8 @@ def open_weights(
         FormatError: a file that cannot be read.
     """
     path = os.fspath(path)
+    if not path.startswith("hf://"):
+        io.check_address(path, field)
     folder, step = re.fullmatch(r"(.*?)(?:/checkpoints)?(?:@(\d+))?/*", path, re.DOTALL).groups()
     if not path.startswith("hf://") and (io.as_path(folder) / "run.json").exists():
         if key or model:

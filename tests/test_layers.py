@@ -13,7 +13,7 @@ LAYERS = {name: number for number, names in enumerate((
     "tree dist io order timing losses schedules curves",
     "models pp datasets augment updates sharding metric_writer profiling workdir",
     "optax train_state formats attention_maps", "hub",
-    "checkpoint train_step input_pipeline",
+    "checkpoint train_step input_pipeline", "skip_errors",
     "evaluators weights",
     "distillation prediction export_run", "export",
     "settings", "experiment",

@@ -19,7 +19,7 @@ from cb_vit.config import ConfigError, parse
 from cb_vit.datasets.arrayrecord import ArrayRecords
 from cb_vit.datasets.core import KINDS, DataError, Spans, check_split, select
 from cb_vit.datasets.tfrecord import TFRecords, index_files
-from cb_vit.io import as_path
+from cb_vit.io import as_path, check_address
 from cb_vit.registry import suggest
 
 Records = ArrayRecords | TFRecords  # one interface: `paths`, and `read(number of the file, number of the record)`
@@ -72,6 +72,7 @@ def open_source(config: TfdsConfig, path: str) -> TfdsSource:
         ConfigError: under `path`: not prepared, unknown split, not image classification.
         DataError: when files are missing or damaged.
     """
+    check_address(config.data_dir or default_data_dir(), f"{path}.data_dir")
     return open_folder(find_folder(config, path), config, path)
 
 

@@ -79,9 +79,9 @@ def _start(program: Callable[..., None], parse: Callable[..., list[str]], news: 
     def guarded(argv: Sequence[str]) -> None:
         # absl has put its own handler in place by now; Orbax and JAX tell their news through it.
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=news, force=True)
-        absl_logging.set_verbosity(absl_logging.ERROR)
         for chatty in ("jax", "matplotlib"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
+        _hush_threads()
         try:
             program(argv)
             sys.stdout.flush()
@@ -94,6 +94,17 @@ def _start(program: Callable[..., None], parse: Callable[..., list[str]], news: 
             _fail("interrupted", status=130)
 
     app.run(guarded, flags_parser=parse)
+
+
+def _hush_threads() -> None:
+    """Let threads of libraries die in silence: what they died of is raised where their work is waited for.
+
+    Orbax logs it as well, once a thread; TensorStore and asyncio tell of what else was under way, which the end of the
+    program then cuts short.
+    """
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
 
 
 def require_workdir() -> str:

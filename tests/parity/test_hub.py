@@ -76,4 +76,4 @@ except FormatError as error:
     print(error)
 """)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(address) and "in the cache, if there is no network" in done.stdout
+    assert done.stdout.startswith(f"{address}: is not in the hub's cache, and HF_HUB_OFFLINE forbids to ask the hub. ")
