@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import logging
 import math
+import mmap
 import os
 import re
 import shutil
@@ -277,9 +278,11 @@ def check_workers(config: InputConfig, spec: Spec, rows: int) -> None:
     """
     if not config.num_workers or not os.path.isdir(SHARED):
         return
-    batch = rows * sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in spec.values())
-    # What Grain has under way for a worker, counted: its queue, as many on this side of it, and those changing hands.
-    needed = config.num_workers * (2 * config.prefetch + 4) * batch
+    arrays = [rows, *(rows * math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in spec.values())]
+    batch = sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in arrays)
+    # Counted in runs: queues on both sides of a worker and what changes hands, what waits for the devices; semaphores.
+    workers, ahead = config.num_workers, config.prefetch
+    needed = ((2 * workers + 1) * ahead + 2 * workers + 5) * batch + 2**20
     free = shutil.disk_usage(SHARED).free
     if needed > free:
         raise ConfigError("config.input.num_workers", f"{config.num_workers} processes pass batches through {SHARED} "

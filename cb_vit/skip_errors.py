@@ -20,15 +20,18 @@ class Judge:
         setting: what allows them, in words for errors.
         seed: of training; None: it evaluates.
         failed: those of the present epoch so far.
+        last: the last batch that had one, from 1.
     """
 
     pipeline: Pipeline
     setting: str
     seed: int | None = None
     failed: int = 0
+    last: int | None = None
 
-    def __post_init__(self):
-        self._last: int | None = None  # the last batch that had one
+    def state(self) -> dict[str, int | None]:
+        """What a resumed run needs, as JSON values."""
+        return {"failed": self.failed, "last": self.last}
 
     def add(self, step: int, masked: int) -> None:
         """Take account of batch number `step` (from 1), `masked` rows of which hold no example.
@@ -41,7 +44,7 @@ class Judge:
         failed = masked - padding
         self.failed += failed
         if failed:
-            self._last = step
+            self.last = step
         if failed == batch:
             raise DataError(f"of {batch:,} examples of a batch not one could be read{self._example()}; mend the data")
         share = error_share(self.pipeline.config.skip_errors)
@@ -63,7 +66,7 @@ class Judge:
 
     def _example(self) -> str:
         """One of those that this process has met, tried again: what is wrong with it may stand far up in the log."""
-        pipeline, step = self.pipeline, self._last
+        pipeline, step = self.pipeline, self.last
         if step is None:
             return ""
         order = range(len(pipeline.source)) if self.seed is None else pipeline.order(self.seed)

@@ -85,7 +85,7 @@ def train_and_evaluate(
             chrono.restore(meta["chrono"])
         profiler = stack.enter_context(Profiler(run.cfg.profile, workdir, primary))
         stop = stack.enter_context(stop_signal(checkpointer))
-        judge = Judge(run.pipeline, "config.input.skip_errors", run.cfg.seed, meta.get("epoch_skipped", 0))
+        judge = Judge(run.pipeline, "config.input.skip_errors", run.cfg.seed, **meta.get("errors", {}))
         loop = Loop(run, evals, checkpointer, writer, chrono, profiler, stop, judge, meta.get("examples_skipped", 0),
                     meta.get("model_init"))
         state = loop.run(state)
@@ -218,7 +218,7 @@ class Loop:
             self.judge.add(step, skipped)
         except DataError as error:
             self.checkpointer.wait()
-            raise DataError(f"step {step}: {error}. {self.checkpointer.last_good()}") from None
+            raise DataError(f"step {step}: {error}; {self.checkpointer.last_good()}") from None
 
     def _evaluate(self, step: int, state: TrainState, names: list[str]) -> dict[str, float]:
         scores: dict[str, float] = {}
@@ -238,7 +238,7 @@ class Loop:
         with self.chrono.paused("checkpoint"):
             self.writer.flush()
             meta = {"chrono": self.chrono.state(), "examples_skipped": self.examples_skipped,
-                    "epoch_skipped": self.judge.failed, "model_init": self.model_init}
+                    "errors": self.judge.state(), "model_init": self.model_init}
             self.checkpointer.save(state, meta, scores)
 
     def _say_goodbye(self, step: int, first: int, stopping: bool) -> None:

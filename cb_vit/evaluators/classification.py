@@ -56,8 +56,8 @@ class Evaluator:
         def sums(state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
             batch = preprocess.device(batch)
             logits, _ = predict_fn(state, batch["image"])
-            sums = batch_sums(logits, batch["labels"], batch["_mask"], loss(logits, batch["labels"]))
-            return {**sums, "skipped": jnp.sum(~batch["_mask"])}
+            found = batch_sums(logits, batch["labels"], batch["_mask"], loss(logits, batch["labels"]))
+            return {**found, "masked": jnp.sum(~batch["_mask"])}
 
         self._sums = jax.jit(sums, out_shardings=dist.replicated(sharding.mesh))
 
@@ -75,7 +75,7 @@ class Evaluator:
         with contextlib.closing(batches):
             for step, sums in enumerate(_one_behind(self._sums(train_state, batch) for batch in batches), 1):
                 values = {name: float(value) for name, value in jax.device_get(sums).items()}
-                judge.add(step, int(values.pop("skipped")))
+                judge.add(step, int(values.pop("masked")))
                 total = {name: total.get(name, 0.0) + value for name, value in values.items()}
         seen = total.pop("seen", 0.0)
         for name, value in total.items():

@@ -100,8 +100,9 @@ def _hush_threads() -> None:
     """Let threads of libraries die in silence: what they died of is raised where their work is waited for.
 
     Orbax logs it as well, once a thread; TensorStore and asyncio tell of what else was under way, which the end of the
-    program then cuts short.
+    program then cuts short; and a process that looks after shared memory tells of what it cleans up.
     """
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
