@@ -15,11 +15,13 @@ from cb_vit.config import ConfigError, Failure
 
 # The library that opens such an address, and how it is installed.
 BUCKETS = {"gs": ("gcsfs", "cb_vit[gcs]"), "s3": ("s3fs", "s3fs"), "az": ("adlfs", "adlfs")}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # whatever was being written, there is no room for it
 GONE = "it was removed, moved or unmounted; put it back"
+IN_THE_WAY = "something else is in its way there"
 WAYS_OUT = {
     errno.ENOSPC: "free some space there", errno.EDQUOT: "free some of the quota", errno.EFBIG: "raise ulimit -f",
     errno.EROFS: "mount it writable", errno.EACCES: "make it writable", errno.EPERM: "make it writable",
-    errno.ENOENT: GONE, errno.ENOTDIR: GONE, errno.ESTALE: GONE}
+    errno.ENOENT: GONE, errno.ESTALE: GONE, errno.ENOTDIR: IN_THE_WAY, errno.EISDIR: IN_THE_WAY}
 
 
 class CannotWrite(Failure):

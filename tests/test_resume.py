@@ -202,8 +202,8 @@ def test_a_disk_that_fills_ends_in_one_line_without_the_noise_of_threads(tmp_pat
     assert run.wait() == 1
     _, *told = [line for line in run.said().splitlines() if not line.startswith("step ")]  # after what is trained
     place = folder / "checkpoints"
-    assert told == [f"error: {place} cannot be written: File too large; raise ulimit -f, then give the same command again; "
-                    f"the last good checkpoint is step {saved_steps(folder)[-1]} in {place}"]
+    assert told == [f"error: {place} cannot be written: File too large; raise ulimit -f, then give the same command "
+                    f"again; the last good checkpoint is step {saved_steps(folder)[-1]} in {place}"]
 
 
 def test_two_processes_train_as_one_and_one_goes_on_from_two(tmp_path, cache):

@@ -19,6 +19,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from cb_vit import config as config_lib
+from cb_vit import io
 from cb_vit.config import ConfigError, Failure
 from cb_vit.registry import suggest
 
@@ -90,6 +91,10 @@ def _start(program: Callable[..., None], parse: Callable[..., list[str]], news: 
             sys.exit(1)
         except (ConfigError, Failure) as error:  # anything else is a fault of the program and keeps its traceback
             _fail(error)
+        except OSError as error:
+            if error.errno not in io.FULL:
+                raise
+            _fail(io.cannot_write(error.filename or "what this program prints", error))
         except KeyboardInterrupt:
             _fail("interrupted", status=130)
 
