@@ -24,7 +24,7 @@ from cb_vit import train_state as train_state_lib
 from cb_vit import train_step as train_step_lib
 from cb_vit.config import ConfigError, Duration, under
 from cb_vit.distillation import Teacher, make_teacher
-from cb_vit.input_pipeline import Pipeline, Spec, check_example, check_workers, example_spec
+from cb_vit.input_pipeline import Pipeline, Spec, check_example, example_spec
 from cb_vit.pp.builder import Preprocess
 from cb_vit.settings import Settings, TrainConfig
 from cb_vit.train_state import TrainState
@@ -194,7 +194,6 @@ def build(
     pipeline = Pipeline(cfg.input, source, settings.preprocess, dist.local_rows(batch_sharding, cfg.input.batch_size))
     spec = example_spec(source, settings.preprocess, cfg.input.skip_errors)
     check_example(settings.preprocess, spec, num_classes, "config.input.pp")
-    check_workers(cfg.input, spec, len(pipeline.rows))
     with under("config.model"):
         models.get(cfg.model_name).check_image_size(settings.model, spec["image"][0][:2])
     with under("config"):

@@ -110,7 +110,7 @@ def _unreachable(path: str, repo: str, revision: str | None, name: str) -> str |
 
 
 def _download(path: str, repo: str, revision: str | None, cached: bool, name: str) -> str | None:
-    """The file in the hub's cache, fetched if need be and not `cached` alone; None if it is neither there."""
+    """The file in the hub's cache, fetched if need be unless `cached`; None if it is neither there nor on the hub."""
     library = _library(path)
     errors = importlib.import_module("huggingface_hub.errors")
     try:

@@ -18,6 +18,7 @@ from cb_vit.config import ConfigError
 from cb_vit.evaluators import common as evaluators
 from cb_vit.evaluators.common import EvaluatorConfig, PredictFn
 from cb_vit.experiment import Experiment
+from cb_vit.input_pipeline import check_workers
 from cb_vit.settings import Settings, TrainConfig
 from cb_vit.train_state import TrainState
 from cb_vit.tree import flatten_with_names, map_with_names
@@ -41,6 +42,7 @@ def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
         elif cfg.model_init:
             weights = open_init(cfg)
     run = experiment.build(settings)
+    check_workers(cfg.input, run.example_spec, len(run.pipeline.rows))
     if weights:
         _fit(run, weights)
     return run
