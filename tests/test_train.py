@@ -30,6 +30,8 @@ from cb_vit.metric_writer import MetricWriter
 from cb_vit.train import NonFinite, train_and_evaluate
 
 pytestmark = [pytest.mark.filterwarnings("ignore:Sharding info not provided"),  # of reading a checkpoint as it is
+              # What else TensorStore was writing when its disk was full.
+              pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
               pytest.mark.usefixtures("compile_once")]
 TIMES = re.compile(r"uptime|core_hours|img/sec.*|mfu|z/secs/.*|.*_gib")
 PP = "flip_lr|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
@@ -445,7 +447,6 @@ def limit_files(folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what else TensorStore was writing
 @pytest.mark.parametrize("act, reason, way_out", [
     (replace, "No such file or directory", "it was removed, moved or unmounted; put it back"),
     (remove_checkpoints, "No such file or directory", "it was removed, moved or unmounted; put it back"),
