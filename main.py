@@ -4,7 +4,8 @@
     python main.py --config=configs/vit_i1k.py:variant=S/16,context=cb --workdir=gs://BUCKET/vit_s16 --config.seed=1
     python main.py --config=list
 
-The same command again goes on from the last checkpoint. On a pod, run it on every host.
+The same command again goes on from the last checkpoint. SIGTERM, SIGHUP (not under nohup) or Ctrl-C once saves and
+ends. On a pod, run it on every host.
 """
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import itertools
 import json
@@ -114,6 +115,7 @@ class Checkpointer:
         step = int(state.step)
         if step in self._manager.all_steps():
             return False
+        self._check_folder()
         arrays = in_loop(state.arrays)
         described = zip(describe(arrays).items(), checksums(arrays), strict=True)
         listed = {name: [*what, value] for (name, what), value in described}
@@ -121,10 +123,31 @@ class Checkpointer:
             {**meta, "format": FORMAT, "step": step, "metrics": dict(metrics or {}), "arrays": listed}))
         if self._best and metrics:
             self._best.judge(step, metrics)
-        self._manager.save(step, force=True, args=ocp.args.Composite(
-            **{item: ocp.args.PyTreeSave(tree) for item, tree in arrays.items()},
-            meta=ocp.args.JsonSave({**meta, "digest": digest(meta)})))
+        with self._saving():
+            self._manager.save(step, force=True, args=ocp.args.Composite(
+                **{item: ocp.args.PyTreeSave(tree) for item, tree in arrays.items()},
+                meta=ocp.args.JsonSave({**meta, "digest": digest(meta)})))
         return True
+
+    def check(self) -> None:
+        """Raise what has gone wrong in the background so far; waits for nothing."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def _check_folder(self) -> None:
+        """Refuse to save where the run's folder was: Orbax would make it anew, and nobody would look there."""
+        if io.is_local(self.directory) and not self.directory.exists():
+            raise io.cannot_write(self.directory, FileNotFoundError(errno.ENOENT, ""))
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Whatever Orbax and TensorStore make of storage that fails, as an `io.CannotWrite`."""
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            raise io.cannot_write(self.directory, error) from None
 
     def restore_latest(self, like: TrainState, scan: bool) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest sound checkpoint, each leaf straight onto its devices; None if there is none at all.
@@ -259,17 +282,36 @@ class Checkpointer:
         """The newest step on disk."""
         return self._manager.latest_step()
 
+    def last_good(self) -> str:
+        """The newest complete checkpoint, in words for an error; of a folder that has gone, the newest it had."""
+        steps = saved_steps(self.directory) or self._manager.all_steps()
+        return f"the last good checkpoint is step {max(steps)} in {self.directory}" if steps else \
+            "there is no checkpoint yet"
+
     def reached_preemption(self, step: int) -> bool:
         """Whether a process was told to end (several processes; needs `jax.distributed`)."""
         return self._manager.reached_preemption(step)
 
     def wait(self) -> None:
         """Wait until everything is on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        with self._saving():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, and let go of the folder."""
-        self._manager.close()
+        """Wait, and let go of the folder, also where the wait ends in an error."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # what went wrong has been told
+                self._manager.close()
+
+
+def saved_steps(directory: str | os.PathLike) -> list[int]:
+    """The steps of the complete checkpoints that a folder holds, ascending; none where it cannot be read."""
+    try:
+        return sorted(ocp.utils.checkpoint_steps(io.as_path(directory)))
+    except Exception:  # whatever storage that has gone makes of it
+        return []
 
 
 class _Best(preserve.PreservationPolicy):

@@ -77,6 +77,7 @@ def check_target(dst: str, overwrite: bool) -> None:
     """
     if dst.startswith("hf://"):
         raise ConfigError("DST", f"{dst}: nothing is put on the hub from here; write it to this machine")
+    io.check_address(dst, "DST")
     path = io.as_path(dst)
     if not path.exists():
         if io.is_local(dst) and not _is_run(dst) and not path.parent.is_dir():
@@ -124,7 +125,8 @@ def write_huggingface(dst: str, weights: Weights, params: Tree, overwrite: bool)
         if not overwrite and (io.as_path(folder) / name).exists():
             raise ConfigError("DST", f"there is a {name} beside {dst}; choose another folder, or overwrite it")
     for name, content in cards.items():  # before the weights, which mean nothing without them
-        io.write_atomic(io.as_path(folder) / name, json.dumps(content, indent=2) + "\n")
+        with io.writing(os.path.join(folder, name)):
+            io.write_atomic(os.path.join(folder, name), json.dumps(content, indent=2) + "\n")
     write_safetensors(dst, arrays, describe(config, weights.normalisation), overwrite)
     kind, = cards["config.json"]["architectures"]
     found = os.path.basename(dst) == IN_FOLDER[0]

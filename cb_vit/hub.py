@@ -18,6 +18,7 @@ from cb_vit.formats.index import read_index, shards
 from cb_vit.formats.names import Normalisation
 from cb_vit.formats.opening import IN_FOLDER
 
+TIMEOUT = 5  # seconds, for the hub's first answer
 CARDS = ("config.json", "preprocessor_config.json")
 DECODE = {1: "decode(1)", 3: "decode"}  # by channels; no other images are decoded
 # Of a Hugging Face `preprocessor_config.json`, numbered as Pillow's filters are.
@@ -40,12 +41,16 @@ def resolve(path: str) -> tuple[str, dict[str, Any]]:
     match = re.fullmatch(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<file>[^@]+))?", path)
     if match is None:
         raise FormatError(f"{path}: write hf://ORG/NAME, hf://ORG/NAME@REVISION or hf://ORG/NAME/FILE")
-    download = functools.partial(_download, path, match["repo"], match["revision"])
     names = [match["file"]] if match["file"] else list(IN_FOLDER)
+    silent = _unreachable(path, match["repo"], match["revision"], names[0])
+    download = functools.partial(_download, path, match["repo"], match["revision"], silent is not None)
     found = next((file for file in map(download, names) if isinstance(file, str)), None)
+    if found is None and silent:
+        raise FormatError(f"{path}: is not in the hub's cache, and {silent}. Where there is a network, run "
+                          f"`hf download {match['repo']}` and bring its cache here (HF_HUB_CACHE), or give a file")
     if found is None:
-        raise FormatError(f"{path}: has no file {' or '.join(names)} (in the cache, if there is no network); name the "
-                          f"file, as in hf://{match['repo']}/FILE")
+        raise FormatError(f"{path}: has no file {' or '.join(names)}; name the file, as in "
+                          f"hf://{match['repo']}/FILE")
     if found.endswith(".index.json"):
         for shard in shards(found, read_index(found)[0]):
             download(shard)
@@ -82,23 +87,44 @@ def evaluation(
     return f"{DECODE[len(mean)]}|{crop}vgg_value_range({mean}, {std})"
 
 
-def _download(path: str, repo: str, revision: str | None, name: str) -> str | None:
-    """The file in the hub's cache, fetched if need be; None if it is neither there nor in the cache."""
+def _library(path: str) -> Any:
     try:
-        library = importlib.import_module("huggingface_hub")
+        return importlib.import_module("huggingface_hub")
     except ImportError:
         raise FormatError(f"{path}: the hub needs a library: pip install huggingface_hub") from None
+
+
+def _unreachable(path: str, repo: str, revision: str | None, name: str) -> str | None:
+    """Why the hub does not answer, asked once and briefly: its library would ask six times for each file."""
+    library = _library(path)
     errors = importlib.import_module("huggingface_hub.errors")
     try:
-        return library.hf_hub_download(repo, name, revision=revision)
+        library.get_hf_file_metadata(library.hf_hub_url(repo, name, revision=revision), timeout=TIMEOUT)
+    except (errors.EntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError,
+            errors.HFValidationError):
+        return None  # it answers; what it says comes up again with the download
+    except errors.OfflineModeIsEnabled:
+        return "HF_HUB_OFFLINE forbids to ask the hub"
+    except Exception as error:  # of the library, or of that which it happens to be built on
+        reason = (str(error) or repr(error)).splitlines()[0][:200]
+        return f"{library.constants.ENDPOINT} cannot be reached ({reason}; HF_HUB_OFFLINE=1 spares the try)"
+    return None
+
+
+def _download(path: str, repo: str, revision: str | None, cached: bool, name: str) -> str | None:
+    """The file in the hub's cache, fetched if need be unless `cached`; None if it is neither there nor on the hub."""
+    library = _library(path)
+    errors = importlib.import_module("huggingface_hub.errors")
+    try:
+        return library.hf_hub_download(repo, name, revision=revision, local_files_only=cached)
     except errors.EntryNotFoundError:  # LocalEntryNotFoundError, without a network, is one of them
         return None
     except errors.GatedRepoError:
         raise FormatError(f"{path}: asks for its terms to be accepted; do so on its page and set HF_TOKEN") from None
     except errors.RepositoryNotFoundError:
         raise FormatError(f"{path}: no such repository, or a private one; for that set HF_TOKEN") from None
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
-        raise FormatError(f"{path}: {str(error).splitlines()[0][:200]}") from None
+    except Exception as error:  # of the library, and of that which it happens to be built on
+        raise FormatError(f"{path}: {(str(error) or repr(error)).splitlines()[0][:200]}") from None
 
 
 def _cards(files: Mapping[str, Path]) -> dict[str, Any]:

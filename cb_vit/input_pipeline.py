@@ -13,7 +13,11 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
+import mmap
 import os
+import re
+import shutil
 import signal
 import threading
 import time
@@ -35,6 +39,7 @@ logger = logging.getLogger(__name__)
 Example = dict[str, np.ndarray]
 Spec = dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and dtype of each array of an example
 Batches = Generator[Example, None, None]  # closing one ends the threads and processes that work for it
+SHARED = "/dev/shm"  # where Linux keeps shared memory
 PADDING = -1  # position in the source of a row that only fills up a batch
 
 
@@ -53,7 +58,9 @@ class InputConfig:
             image stand in a batch, and an epoch, of as many steps as ever, sees that part of the images.
         virtual_ranks: parts of a batch that count as the ranks of DeiT's distributed training: copies of an image go to
             different ranks, and mixup's groups are their rows. DeiT has 4 in a batch of 1024.
-        skip_errors: keep the row of an unreadable image, masked out of loss and metrics, instead of failing.
+        skip_errors: the share of the examples read in an epoch, on all hosts, that may be unreadable: their rows are
+            masked out of loss and metrics. True: 1 %; False: none, the first one ends the run. More than that, judged
+            from 1 000 examples on and at the epoch's end, or a batch without a readable example, ends it too.
     """
 
     data: dict[str, Any]
@@ -64,9 +71,10 @@ class InputConfig:
     prefetch: int = 2
     repeats: int = 1
     virtual_ranks: int = 4
-    skip_errors: bool = False
+    skip_errors: bool | float = False
 
     def __post_init__(self):
+        error_share(self.skip_errors)
         for name in ("batch_size", "num_workers", "num_threads", "prefetch", "repeats", "virtual_ranks"):
             least = 0 if name == "num_workers" else 1
             if getattr(self, name) < least:
@@ -90,7 +98,7 @@ class Loader:
     source: Source
     preprocess: Preprocess
     spec: Spec
-    skip_errors: bool
+    skip_errors: bool | float
 
     def __call__(self, index: int, rng: np.random.Generator) -> Example:
         """The example at `index` of the source, and "_mask": whether it is one."""
@@ -126,15 +134,28 @@ def load_example(source: Source, preprocess: Preprocess, index: int, rng: np.ran
         raise DataError(f"{features.get('id', index)}: {error}") from error
 
 
-def example_spec(source: Source, preprocess: Preprocess, skip_errors: bool) -> Spec:
+def error_share(skip_errors: bool | float) -> float:
+    """The setting `skip_errors` as the share of examples that may be unreadable.
+
+    Raises:
+        ConfigError: it is no share.
+    """
+    if not 0 <= skip_errors < 1 and skip_errors is not True:
+        raise ConfigError("skip_errors", f"is a share in [0, 1), or True for 1 %, got {skip_errors}")
+    return 0.01 if skip_errors is True else float(skip_errors)
+
+
+def example_spec(source: Source, preprocess: Preprocess, skip_errors: bool | float) -> Spec:
     """Shapes and dtypes of a preprocessed example, from the first one that can be read."""
     attempts = min(len(source), 100 if skip_errors else 1)
     for index in range(attempts):
         try:
             example = load_example(source, preprocess, index, np.random.default_rng(0))
-        except DataError:
-            if index + 1 == attempts:
+        except DataError as error:
+            if attempts == 1:
                 raise
+            if index + 1 == attempts:
+                raise DataError(f"not one of the first {attempts} examples could be read: {error}") from error
         else:
             return {name: (array.shape, array.dtype) for name, array in example.items()}
     raise DataError("the data source is empty")
@@ -206,10 +227,12 @@ class Pipeline:
         Each epoch is a permutation of its own of all examples; epochs follow each other without a
         gap, so a batch may hold the end of one and the beginning of the next; with repeats, `RepeatedOrder` holds.
         """
+        return self._batches(self.order(seed), _fold(seed, "augment"), start_step, total_steps)
+
+    def order(self, seed: int) -> grain.MapDataset:
+        """The global order of training: position → index in the source."""
         order = grain.MapDataset.range(len(self.source)).shuffle(seed=_fold(seed, "shuffle")).repeat()
-        if self.config.repeats > 1:
-            order = Reordered(order, self._order)
-        return self._batches(order, _fold(seed, "augment"), start_step, total_steps)
+        return Reordered(order, self._order) if self.config.repeats > 1 else order
 
     def evaluate(self) -> Batches:
         """Every example exactly once, in the source's order; the last batch is filled up with masked rows."""
@@ -234,7 +257,46 @@ class Pipeline:
             options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=cfg.prefetch)
             ds = ds.mp_prefetch(options, worker_init_fn=_LiveWithParent(os.getpid()))
         with contextlib.closing(iter(ds)) as loaded:
-            yield from loaded
+            try:
+                yield from loaded
+            except RuntimeError as error:
+                if died := re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error)):
+                    raise _died(int(died[1])) from None
+                raise
+
+
+def check_workers(config: InputConfig, spec: Spec, rows: int) -> None:
+    """Refuse more worker processes than the machine's shared memory can pass batches of.
+
+    Args:
+        config: `config.input`.
+        spec: of an example.
+        rows: of a batch that this process loads.
+
+    Raises:
+        ConfigError: names what is needed, and what there is.
+    """
+    if not config.num_workers or not os.path.isdir(SHARED):
+        return
+    arrays = [rows, *(rows * math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in spec.values())]
+    batch = sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in arrays)
+    # Counted in runs: queues on both sides of a worker and what changes hands, what waits for the devices; semaphores.
+    workers, ahead = config.num_workers, config.prefetch
+    needed = ((2 * workers + 1) * ahead + 2 * workers + 5) * batch + 2**20
+    free = shutil.disk_usage(SHARED).free
+    if needed > free:
+        raise ConfigError("config.input.num_workers", f"{config.num_workers} processes pass batches through {SHARED} "
+                          f"and need {needed / 2**20:,.1f} MiB there, of which {free / 2**20:,.1f} are free; make it "
+                          "larger (docker run --shm-size=…), or take fewer workers or a smaller prefetch; 0 needs none")
+
+
+def _died(status: int) -> DataError:
+    """Why a worker process has ended, as far as its exit status tells."""
+    reasons = {-signal.SIGBUS: f"{SHARED} is full: make it larger (docker run --shm-size=…), or lower "
+                               "config.input.num_workers or prefetch",
+               -signal.SIGKILL: "killed, as the system does when memory runs out; lower config.input.num_workers"}
+    return DataError(f"a process that loads data has ended (exit status {status}): "
+                     + reasons.get(status, "what it said stands above; config.input.num_workers=0 loads without it"))
 
 
 def to_device(batches: Batches, rows: np.ndarray, sharding: NamedSharding, batch_size: int,
@@ -279,7 +341,7 @@ class _LiveWithParent:
 
     def __call__(self, worker: int, workers: int) -> None:
         logging.basicConfig(level=logging.WARNING)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         threading.Thread(target=self._watch, daemon=True).start()
 

@@ -1,20 +1,36 @@
-"""Paths and files, local or in a bucket (`gs://…`, with etils' epath)."""
+"""Paths and files, local or in a bucket (`gs://…`, with etils' epath), and what it means that one cannot be written."""
 from __future__ import annotations
 
+import contextlib
 import errno
+import importlib.util
 import os
+import re
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from etils import epath
 
 from cb_vit import retry
-from cb_vit.config import Failure
+from cb_vit.config import ConfigError, Failure
 
 T = TypeVar("T")
 FILE, FOLDER, LINK, DEVICE = "a file", "a folder", "a link to what is not there", "neither a file nor a folder"
+# The library that opens such an address, and how it is installed.
+BUCKETS = {"gs": ("gcsfs", "cb_vit[gcs]"), "s3": ("s3fs", "s3fs"), "az": ("adlfs", "adlfs")}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # whatever was being written, there is no room for it
+GONE = "it was removed, moved or unmounted; put it back"
+IN_THE_WAY = "something else is in its way there"
+WAYS_OUT = {
+    errno.ENOSPC: "free some space there", errno.EDQUOT: "free some of the quota", errno.EFBIG: "raise ulimit -f",
+    errno.EROFS: "mount it writable", errno.EACCES: "make it writable", errno.EPERM: "make it writable",
+    errno.ENOENT: GONE, errno.ESTALE: GONE, errno.ENOTDIR: IN_THE_WAY, errno.EISDIR: IN_THE_WAY}
+
+
+class CannotWrite(Failure):
+    """What was to be left behind could not be written: names the place, the reason and the way out."""
 
 
 def as_path(path: str | os.PathLike) -> epath.Path:
@@ -82,6 +98,46 @@ def _asked(path: os.PathLike, question: Callable[[], T]) -> T:
         raise Failure(f"{path} is a folder, where a file should be; move it away") from None
     except Exception as error:  # of whatever library reads there
         raise Failure(f"{path} cannot be read ({retry.reason(error)}); nothing is changed") from None
+
+
+def check_address(path: str | os.PathLike, field: str) -> None:
+    """Refuse an address that nothing here can open, before it is needed.
+
+    Raises:
+        ConfigError: at `field`.
+    """
+    if is_local(path):
+        return
+    scheme = os.fspath(path).partition("://")[0]
+    if scheme not in BUCKETS:
+        known = ", ".join(f"{name}://" for name in BUCKETS)
+        raise ConfigError(field, f"{os.fspath(path)}: unknown kind of address {scheme}://; choices: {known}, or a path")
+    module, package = BUCKETS[scheme]
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(field, f"{os.fspath(path)} needs {module}: pip install '{package}', or use a local path")
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """A failure of the storage inside becomes a `CannotWrite` that names `path`; a bucket's may be any exception."""
+    try:
+        yield
+    except (ConfigError, Failure):
+        raise
+    except Exception as error:
+        if is_local(path) and not isinstance(error, OSError):
+            raise
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: str | os.PathLike, error: BaseException) -> CannotWrite:
+    """`error`, whatever library raised it, as a `CannotWrite` that names `path`."""
+    text, number = str(error) or repr(error), getattr(error, "errno", None)
+    if not number and (told := re.search(r"os_error_code='(\d+)'", text)):  # TensorStore
+        number = int(told[1])
+    number = number or next((known for known in WAYS_OUT if os.strerror(known) in text), None)
+    reason = os.strerror(number) if number else text.splitlines()[0][:200]
+    return CannotWrite(f"{os.fspath(path)} cannot be written: {reason}; {WAYS_OUT.get(number, 'see to the storage')}")
 
 
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:

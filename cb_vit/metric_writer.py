@@ -6,6 +6,7 @@ read back as NaN. Floats are written so that a float32 comes back bit for bit.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -103,16 +104,19 @@ class MetricWriter:
         self._primary, self._draws, self._closed = primary, primary and cfg.plot, False
         self._workdir = io.as_path(workdir)
         self._path = self._workdir / "metrics.jsonl"
+        self._local = io.is_local(workdir)
         self._series: dict[str, dict[int, float]] = {}
         self._lines: list[bytes] = []  # of a remote file, which can only be written whole
-        self._file = self._tensorboard = self._wandb = None
+        self._tensorboard = self._wandb = None
         self._upload_pace, self._plot_pace = Pace(10, 0.05, clock), Pace(10, 0.05, clock)
         if not primary:
             return
-        self._workdir.mkdir(parents=True, exist_ok=True)
-        self._open_file(resume_step)
+        with io.writing(self._path):
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            self._open_file(resume_step)
         if cfg.tensorboard:
-            self._tensorboard = _open_tensorboard(self._workdir / "tensorboard", resume_step)
+            with io.writing(self._workdir / "tensorboard"):
+                self._tensorboard = _open_tensorboard(self._workdir / "tensorboard", resume_step)
         if cfg.wandb:
             self._wandb = _open_wandb(self._workdir, cfg.wandb, resume_step, run_config)
 
@@ -125,6 +129,7 @@ class MetricWriter:
 
         Raises:
             ValueError: when a scalar is called "step" or is not one number, or after `close`.
+            CannotWrite: the storage fails, or the file is not there any more.
         """
         if self._closed:
             raise ValueError("the metric writer is closed")
@@ -134,17 +139,17 @@ class MetricWriter:
         self._remember(step, scalars)
         line = json.dumps({"step": int(step), **{n: v if math.isfinite(v) else None for n, v in scalars.items()}},
                           allow_nan=False) + "\n"
-        if self._file:
-            self._file.write(line)
-            self._file.flush()
+        if self._local:
+            with io.writing(self._path):
+                _append(self._path, line)
         else:
             self._lines.append(line.encode())
-            if self._upload_pace.due():
-                self.flush()
         if self._tensorboard:
-            _write_tensorboard(self._tensorboard, step, scalars)
-        if self._wandb:
-            self._wandb.log(scalars, step=int(step))
+            with io.writing(self._workdir / "tensorboard"):
+                _write_tensorboard(self._tensorboard, step, scalars)
+        if self._upload_pace.due():
+            self.flush()
+        self._tell_wandb(lambda run: run.log(scalars, step=int(step)))
 
     def recorded(self, step: int) -> set[str]:
         """Names of the scalars recorded at `step`, so that an evaluation there is not repeated.
@@ -167,50 +172,74 @@ class MetricWriter:
         if not self._draws or not (force or self._plot_pace.due()):
             return False
         try:
-            self._plot_pace.run(lambda: io.write_atomic(
-                self._workdir / "training_curves.png", draw_curves(self.history(), title=self._workdir.name)))
-        except Exception:  # a picture is not worth a run: metrics.jsonl has the numbers
+            self._plot_pace.run(self._draw)
+        except io.CannotWrite as error:  # a picture is not worth a run: metrics.jsonl has the numbers
+            logger.warning("%s; no more curves are drawn", error)
+            self._draws = False
+        except Exception:
             logger.exception("training_curves.png could not be drawn; no more are")
             self._draws = False
         return self._draws
 
     def flush(self) -> None:
         """Put everything written so far where a later process finds it, e.g. before a checkpoint."""
-        if self._primary and not self._file and self._lines:
-            self._upload_pace.run(lambda: io.write_atomic(self._path, b"".join(self._lines)))
-        if self._tensorboard:
-            self._tensorboard.flush()
+        self._upload_pace.run(self._upload)
 
     def close(self, failed: bool = False) -> None:
         """Draw and write what is left; `failed` marks the Weights & Biases run as failed. Harmless when repeated."""
         if self._closed:
             return
-        if self._primary:
-            self.plot(force=True)
-            self.flush()
-        if self._file:
-            self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish(exit_code=int(failed))
         self._closed = True
+        try:
+            if self._primary:
+                self.plot(force=True)
+                self.flush()
+            if self._tensorboard:
+                with io.writing(self._workdir / "tensorboard"):
+                    self._tensorboard.close()
+        finally:
+            self._tell_wandb(lambda run: run.finish(exit_code=int(failed)))
 
     def __enter__(self) -> MetricWriter:
         return self
 
     def __exit__(self, kind: Any, *exception: Any) -> None:
-        self.close(failed=kind is not None)
+        full = kind is not None and issubclass(kind, io.CannotWrite)
+        self._draws = self._draws and not full
+        with contextlib.suppress(*[io.CannotWrite] * full):  # it has been told
+            self.close(failed=kind is not None)
 
     def _open_file(self, resume_step: int | None) -> None:
         lines = records.reopen(self._path, resume_step)
         for _, record in lines:
             if record:
                 self._remember(record["step"], {name: v for name, v in record.items() if name != "step"})
-        if io.is_local(self._path):
-            self._file = open(self._path, "a", encoding="utf-8")
-        else:
+        if not self._local:
             self._lines = [line for line, _ in lines]
+        elif not self._path.exists():
+            self._path.touch()
+
+    def _tell_wandb(self, call: Callable[[Any], None]) -> None:
+        if self._wandb is None:
+            return
+        try:
+            call(self._wandb)
+        except Exception as error:  # of wandb's own kinds; not worth a run: metrics.jsonl has the numbers
+            logger.warning("Weights & Biases fails (%s); the run goes on without it", str(error).splitlines()[0])
+            self._wandb = None
+
+    def _draw(self) -> None:
+        picture, path = draw_curves(self.history(), title=self._workdir.name), self._workdir / "training_curves.png"
+        with io.writing(path):
+            io.write_atomic(path, picture)
+
+    def _upload(self) -> None:
+        if self._lines:
+            with io.writing(self._path):
+                io.write_atomic(self._path, b"".join(self._lines))
+        if self._tensorboard:
+            with io.writing(self._workdir / "tensorboard"):
+                self._tensorboard.flush()
 
     def _remember(self, step: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():
@@ -232,6 +261,35 @@ def check_installed(cfg: LoggingConfig) -> None:
                               f"{module} is not installed; pip install '{package}', or leave {field} off")
 
 
+def _append(path: os.PathLike, line: str) -> None:
+    """Add a line to a file that is there: one held open would take it even after its folder has gone."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(line)
+
+
+def check_login(cfg: LoggingConfig) -> None:
+    """Refuse to file a run with Weights & Biases where nobody has logged in; at a terminal it asks.
+
+    Raises:
+        ConfigError: at "config.wandb".
+    """
+    if cfg.wandb is None or cfg.wandb.mode != "online":
+        return
+    import wandb
+    try:
+        known = wandb.login(verify=False)
+    except Exception as error:  # of wandb's own kinds
+        raise _no_wandb(error) from None
+    if not known:
+        raise _no_wandb("no API key is known")
+
+
+def _no_wandb(reason: Any) -> ConfigError:
+    return ConfigError("config.wandb", f"{str(reason).splitlines()[0]}; run `wandb login`, or set "
+                                        "config.wandb.mode='offline' and `wandb sync` later")
+
+
 def _number(name: str, value: Any) -> float:
     if name == "step":
         raise ValueError("a scalar cannot be called 'step': that is the record's own")
@@ -243,23 +301,28 @@ def _number(name: str, value: Any) -> float:
 
 
 def _open_tensorboard(folder: os.PathLike, resume_step: int | None) -> Any:
-    from tensorboardX import FileWriter
+    # Not FileWriter: its thread dies of a full disk unheard, and then nobody empties the queue that it reads.
+    from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     first = 0 if resume_step is None else resume_step + 1
     try:  # the suffix because names differ by the second only, and a restart within it would overwrite
-        writer = FileWriter(os.fspath(folder), flush_secs=30, filename_suffix=f".{first:09d}")
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = EventsWriter(os.fspath(folder / "events"), filename_suffix=f".{first:09d}")
     except ImportError as error:  # its own client for buckets is missing
         raise ConfigError("config.tensorboard", f"cannot write to {folder}: {error}") from None
     # TensorBoard hides what earlier event files hold from this step on.
-    writer.add_event(Event(step=first, file_version="brain.Event:2"))
-    writer.add_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+    now = time.time()
+    writer.write_event(Event(wall_time=now, step=first, file_version="brain.Event:2"))
+    writer.write_event(Event(wall_time=now, step=first, session_log=SessionLog(status=SessionLog.START)))
     return writer
 
 
 def _write_tensorboard(writer: Any, step: int, scalars: Mapping[str, float]) -> None:
     # Not SummaryWriter.add_scalar, which would file "val/prec@1" as "val/prec_1".
+    from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.proto.summary_pb2 import Summary
-    writer.add_summary(Summary(value=[Summary.Value(tag=n, simple_value=v) for n, v in scalars.items()]), step)
+    summary = Summary(value=[Summary.Value(tag=n, simple_value=v) for n, v in scalars.items()])
+    writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
 
 
 def _open_wandb(workdir: Any, cfg: WandbConfig, resume_step: int | None, run_config: Mapping[str, Any]) -> Any:
@@ -267,8 +330,13 @@ def _open_wandb(workdir: Any, cfg: WandbConfig, resume_step: int | None, run_con
     id_file = workdir / "wandb_run.txt"
     known = None if resume_step is None else io.read(id_file)
     if known is None:
-        io.write_atomic(id_file, known := uuid.uuid4().hex[:8].encode() + b"\n")
+        known = uuid.uuid4().hex[:8].encode() + b"\n"
+        with io.writing(id_file):
+            io.write_atomic(id_file, known)
     if not re.fullmatch(rb"[\w-]+\s*", known):
         raise ConfigError("workdir", f"{id_file} holds no name of a Weights & Biases run ({known!r:.40}); move it away")
-    return wandb.init(**dataclasses.asdict(cfg), id=known.decode().strip(), resume="allow",
-                      config=dict(run_config), dir=os.fspath(workdir) if io.is_local(workdir) else None)
+    try:
+        return wandb.init(**dataclasses.asdict(cfg), id=known.decode().strip(), resume="allow",
+                          config=dict(run_config), dir=os.fspath(workdir) if io.is_local(workdir) else None)
+    except Exception as error:  # of wandb's own kinds: no network, no such entity, …
+        raise _no_wandb(error) from None

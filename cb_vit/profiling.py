@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -71,7 +72,8 @@ class Profiler:
         if not self._active:
             return
         self._active = False
-        jax.profiler.stop_trace()
+        with self._writing():
+            jax.profiler.stop_trace()
         logger.info("profile written to %s; open it with `pip install xprof; xprof --logdir %s`, or drop its "
                     "*.trace.json.gz on https://ui.perfetto.dev", self.folder, self.folder)
 
@@ -83,5 +85,15 @@ class Profiler:
 
     def _start(self) -> None:
         logger.info("profiling steps %d to %d", self._steps[0], self._steps[-1])
-        jax.profiler.start_trace(os.fspath(self.folder))
+        with self._writing():
+            jax.profiler.start_trace(os.fspath(self.folder))
         self._active = True
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A failure of the storage, which JAX tells as one of its own, as an `io.CannotWrite`."""
+        try:
+            with io.writing(self.folder):
+                yield
+        except jax.errors.JaxRuntimeError as error:
+            raise io.cannot_write(self.folder, error) from None

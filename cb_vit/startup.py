@@ -21,6 +21,7 @@ from cb_vit.datasets.contents import contents_of, describe, report
 from cb_vit.evaluators import common as evaluators
 from cb_vit.evaluators.common import EvaluatorConfig, PredictFn
 from cb_vit.experiment import Experiment
+from cb_vit.input_pipeline import check_workers
 from cb_vit.settings import Settings, TrainConfig
 from cb_vit.train_state import TrainState
 from cb_vit.tree import flatten_with_names, map_with_names
@@ -46,6 +47,7 @@ def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
             or parameters of another model.
     """
     cfg, weights = settings.train, None
+    _check_addresses(settings)
     if io.exists(io.as_path(workdir) / "checkpoints"):
         known = recorded_classes(workdir)
     elif cfg.resume:
@@ -55,6 +57,7 @@ def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
         weights = open_init(cfg) if cfg.model_init else None
         known = weights and weights.class_names
     run = experiment.build(settings, known_classes=known)
+    check_workers(cfg.input, run.example_spec, len(run.pipeline.rows))
     for line in describe("config.input.data", run.pipeline.source):
         logger.info("%s", line)
     if weights:
@@ -66,6 +69,21 @@ def recorded_classes(workdir: str | os.PathLike) -> tuple[str, ...] | None:
     """The names of the classes of the run in `workdir`; None: not known."""
     notes = workdir_lib.read_run(workdir)
     return notes and workdir_lib.class_names(notes, workdir)
+
+
+def _check_addresses(settings: Settings) -> None:
+    """Refuse what lies in a bucket that nothing here can open, before anything is fetched from elsewhere.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    cfg = settings.train
+    paths = {"resume": cfg.resume, "model_init": cfg.model_init, "input.data.data_dir": cfg.input.data.get("data_dir"),
+             "distillation.teacher": cfg.distillation and cfg.distillation.teacher,
+             **{f"evals.{name}.data.data_dir": config.data.get("data_dir") for name, config in settings.evals.items()}}
+    for field, path in paths.items():
+        if path and not path.startswith("hf://"):
+            io.check_address(path, f"config.{field}")
 
 
 def build_evaluators(run: Experiment, class_names: Sequence[str] | None = None) -> dict[str, Any]:

@@ -17,17 +17,19 @@ from typing import Any
 import jax
 import ml_collections
 
-from cb_vit import dist, experiment, startup
+from cb_vit import dist, experiment, io, startup
 from cb_vit import workdir as workdir_lib
 from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import Failure
+from cb_vit.datasets.core import DataError
 from cb_vit.evaluators.common import EMA, measure
 from cb_vit.experiment import Experiment
 from cb_vit.input_pipeline import to_device
-from cb_vit.metric_writer import MetricWriter
+from cb_vit.metric_writer import MetricWriter, check_login
 from cb_vit.optax import peak_lr
 from cb_vit.profiling import Profiler
 from cb_vit.settings import check
+from cb_vit.skip_errors import Judge
 from cb_vit.timing import Chrono, memory_stats, peak_flops
 from cb_vit.train_state import TrainState
 
@@ -53,19 +55,23 @@ def train_and_evaluate(
 
     Raises:
         ConfigError: the config cannot work, by itself or with what the workdir holds; nothing of that is changed.
-        DataError: an example cannot be read.
+        DataError: an example cannot be read, or with `skip_errors` more of them than that allows.
+        CannotWrite: the storage of the run has failed; names the last good step.
         NonFinite: training has diverged.
     """
     settings = check(config)
     workdir_lib.check_writable(workdir)
     dist.together(lambda: workdir_lib.check_contents(workdir))
+    primary = jax.process_index() == 0
+    dist.together(lambda: check_login(settings.train) if primary else None)
     run = startup.build(settings, workdir)
     evals = startup.build_evaluators(run)
-    primary = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(workdir_lib.lock(workdir, primary))
         stack.enter_context(run.context())
-        checkpointer = stack.enter_context(contextlib.closing(startup.open_checkpoints(run, workdir)))
+        checkpointer = startup.open_checkpoints(run, workdir)
+        stack.enter_context(name_last_good(checkpointer))
+        stack.enter_context(contextlib.closing(checkpointer))
         logger.info("%s", run)
         state, meta = startup.restore_or_create(run, workdir, checkpointer)
         writer = stack.enter_context(dist.together(lambda: MetricWriter(
@@ -79,7 +85,8 @@ def train_and_evaluate(
             chrono.restore(meta["chrono"])
         profiler = stack.enter_context(Profiler(run.cfg.profile, workdir, primary))
         stop = stack.enter_context(stop_signal(checkpointer))
-        loop = Loop(run, evals, checkpointer, writer, chrono, profiler, stop, meta.get("examples_skipped", 0),
+        judge = Judge(run.pipeline, "config.input.skip_errors", run.cfg.seed, **meta.get("errors", {}))
+        loop = Loop(run, evals, checkpointer, writer, chrono, profiler, stop, judge, meta.get("examples_skipped", 0),
                     meta.get("model_init"))
         state = loop.run(state)
         return {"step": int(state.step), **{name: float(values[-1]) for name, (_, values) in writer.history().items()}}
@@ -97,7 +104,8 @@ class Loop:
         chrono: times the run.
         profiler: traces some steps.
         stop: at every step, in turn: whether to save and end there.
-        examples_skipped: unreadable examples met since the run began.
+        judge: of the unreadable examples of the present epoch.
+        examples_skipped: those met since the run began.
         model_init: where its first parameters came from, as `startup.begin_from` has it.
     """
 
@@ -108,6 +116,7 @@ class Loop:
     chrono: Chrono
     profiler: Profiler
     stop: Callable[[int], bool]
+    judge: Judge
     examples_skipped: int = 0
     model_init: Mapping[str, Any] | None = None
 
@@ -188,7 +197,8 @@ class Loop:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         if not values.pop("finite"):
             raise self._diverged(step, values)
-        self.examples_skipped += values.pop("examples_skipped")
+        self._count_errors(step, values.pop("examples_skipped"))
+        self.checkpointer.check()
         if not self._due(step, self.log_steps):
             return
         run = self.experiment
@@ -201,6 +211,15 @@ class Loop:
         self.writer.write(step, values)
         logger.info(self.chrono.progress_line(step, values))
         self.writer.plot()
+
+    def _count_errors(self, step: int, skipped: int) -> None:
+        """Count the unreadable examples of `step`; stop if there are too many of them."""
+        self.examples_skipped += skipped
+        try:
+            self.judge.add(step, skipped)
+        except DataError as error:
+            self.checkpointer.wait()
+            raise DataError(f"step {step}: {error}; {self.checkpointer.last_good()}") from None
 
     def _evaluate(self, step: int, state: TrainState, names: list[str]) -> dict[str, float]:
         scores: dict[str, float] = {}
@@ -220,7 +239,7 @@ class Loop:
         with self.chrono.paused("checkpoint"):
             self.writer.flush()
             meta = {"chrono": self.chrono.state(), "examples_skipped": self.examples_skipped,
-                    "model_init": self.model_init, "stream": self.stream}
+                    "errors": self.judge.state(), "model_init": self.model_init, "stream": self.stream}
             self.checkpointer.save(state, meta, scores)
 
     def _say_goodbye(self, step: int, first: int, stopping: bool) -> None:
@@ -233,26 +252,27 @@ class Loop:
     def _diverged(self, step: int, values: dict[str, float]) -> NonFinite:
         shown = ", ".join(f"{name} {values[name]:g}" for name in ("training_loss", "l2_grads", "l2_params"))
         self.checkpointer.wait()
-        good = self.checkpointer.latest_step()
-        kept = f"the last good checkpoint is step {good} in {self.checkpointer.directory}" if good is not None else \
-            "there is no checkpoint yet"
-        return NonFinite(f"step {step} is not finite ({shown}); {kept}. A lower lr, a longer warm-up or grad_clip_norm "
-                         "may help")
+        return NonFinite(f"step {step} is not finite ({shown}); {self.checkpointer.last_good()}. A lower lr, a longer "
+                         "warm-up or grad_clip_norm may help")
+
+
+@contextlib.contextmanager
+def name_last_good(checkpointer: Checkpointer) -> Iterator[None]:
+    """A `CannotWrite` raised inside says what the run can go on from."""
+    try:
+        yield
+    except io.CannotWrite as error:
+        raise io.CannotWrite(f"{error}, then give the same command again; {checkpointer.last_good()}") from None
 
 
 @contextlib.contextmanager
 def stop_signal(checkpointer: Checkpointer) -> Iterator[Callable[[int], bool]]:
     """`stop(step)`: whether to save and end now, because SIGTERM came, or Ctrl-C, the second of which ends at once.
 
-    One process keeps its own flag; several agree on a step through Orbax, which needs `jax.distributed`.
+    SIGHUP, of a terminal that closes, counts as SIGTERM, unless it is ignored, as `nohup` has it. One process keeps its
+    own flag; several agree on a step through Orbax, which needs `jax.distributed` and knows SIGTERM alone.
     """
-    if jax.process_count() > 1:
-        yield checkpointer.reached_preemption
-        return
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # a notebook's worker: no signals there
-        yield lambda step: False
-        return
+    flag, several = threading.Event(), jax.process_count() > 1
 
     def stop(number: int, frame: Any) -> None:
         flag.set()
@@ -260,9 +280,16 @@ def stop_signal(checkpointer: Checkpointer) -> Iterator[Callable[[int], bool]]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             logger.info("stopping after this step; Ctrl-C again ends at once, without saving")
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {signal.SIGHUP: lambda *_: signal.raise_signal(signal.SIGTERM)}
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        handlers.clear()
+    if not several:
+        handlers |= {signal.SIGTERM: stop, signal.SIGINT: stop}
+    if threading.current_thread() is not threading.main_thread():  # a notebook's worker: no signals there
+        handlers.clear()
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield lambda step: flag.is_set()
+        yield checkpointer.reached_preemption if several else lambda step: flag.is_set()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: installed by a library in C

@@ -226,7 +226,10 @@ def open_weights(
         ConfigError: at `field`, what is missing or cannot be read of a run.
         FormatError: a file that cannot be read.
     """
-    weights = _open(os.fspath(path), field, item, key, prefix, model)
+    path = os.fspath(path)
+    if not path.startswith("hf://"):
+        io.check_address(path, field)
+    weights = _open(path, field, item, key, prefix, model)
     if num_classes is not None:
         weights = with_classes(weights, num_classes)
     return weights if channels is None else with_channels(weights, channels)

@@ -55,11 +55,12 @@ def lock(workdir: str | os.PathLike, primary: bool = True) -> Iterator[None]:
 
 
 def check_writable(workdir: str | os.PathLike) -> None:
-    """Refuse a local workdir that cannot be made or written, before time is spent.
+    """Refuse a workdir that cannot be made or written, before time is spent.
 
     Raises:
-        ConfigError: names the folder that is in the way.
+        ConfigError: names the folder that is in the way, or what is not installed for a bucket.
     """
+    io.check_address(workdir, "workdir")
     if not io.is_local(workdir):
         return
     folder = existing = os.path.abspath(os.path.expanduser(workdir))
@@ -218,10 +219,11 @@ def run_notes(
 def write_notes(workdir: str | os.PathLike, config: Mapping[str, Any] | None, run: Mapping[str, Any]) -> None:
     """Write `config.json`, where a config made the run, and `run.json`, as `run_notes` gives it."""
     path = io.as_path(workdir)
-    path.mkdir(parents=True, exist_ok=True)
     for name, content in (("config.json", config), ("run.json", run)):
         if content is not None:
-            io.write_atomic(path / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
+            with io.writing(path / name):
+                path.mkdir(parents=True, exist_ok=True)
+                io.write_atomic(path / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -54,7 +54,7 @@ def base() -> ml_collections.ConfigDict:
     config.input = ml_collections.ConfigDict(dict(
         batch_size=placeholder(int), pp=placeholder(str), num_workers=placeholder(int), num_threads=placeholder(int),
         prefetch=placeholder(int), repeats=placeholder(int), virtual_ranks=placeholder(int),
-        skip_errors=placeholder(bool)))
+        skip_errors=placeholder(object)))  # a share, or True
     config.model = ml_collections.ConfigDict({name: placeholder(kind) for name, kind in _MODEL.items()})
     config.mixup = dict(mixup_alpha=placeholder(float), cutmix_alpha=placeholder(float), prob=placeholder(float),
                         switch_prob=placeholder(float), mode=placeholder(str), group_size=placeholder(int))
@@ -78,8 +78,9 @@ def schedule(**settings: Any) -> ml_collections.ConfigDict:
 
 
 def classification(**settings: Any) -> ml_collections.ConfigDict:
-    """An evaluator of accuracy and loss, whose cadence `log_*` can be overridden."""
-    block = {"type": "classification", "loss_name": "softmax_xent", **_lengths("log"), **settings}
+    """An evaluator of accuracy and loss, whose cadence `log_*` and `skip_errors` can be overridden."""
+    block = {"type": "classification", "loss_name": "softmax_xent", **_lengths("log"),
+             "skip_errors": placeholder(object), **settings}
     return ml_collections.ConfigDict(block)
 
 

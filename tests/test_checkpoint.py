@@ -5,8 +5,10 @@ import math
 import os
 import pathlib
 import re
+import resource
 import shutil
 import subprocess
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +18,11 @@ import pytest
 from etils import epath
 
 from cb_vit import damage, experiment, io, retry
-from cb_vit.checkpoint import Checkpointer, KeepBest
+from cb_vit.checkpoint import Checkpointer, KeepBest, saved_steps
 from cb_vit.checkpoint_reading import Mismatch
 from cb_vit.config import ConfigError, Failure
 from cb_vit.damage import Unreadable
+from cb_vit.io import CannotWrite
 from cb_vit.models.common import to_loop, to_scan
 from cb_vit.settings import check
 from cb_vit.train_state import TrainState
@@ -131,6 +134,42 @@ def test_loop_and_scan_read_each_others_checkpoints(tmp_path, before, after):
     state, _ = restore(new, tmp_path)
     assert_equal(state, jax.tree.map(np.asarray, (to_scan if after else to_loop)(filled(old, 3))))
     assert_placed(state, new)
+
+
+# --- Storage that fails -----------------------------------------------------------------------------------------
+
+def test_a_save_that_fails_in_the_background_is_told_once_and_the_one_before_stays(tmp_path):
+    """No file can grow past 4 KiB, as on a disk that is full."""
+    big = TrainState(jnp.int32(2), {"w": jnp.arange(9000.0)}, {}, jnp.asarray(True))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said = rf"^{tmp_path}/checkpoints cannot be written: File too large; raise ulimit -f$"
+    for told in (Checkpointer.check, Checkpointer.wait, Checkpointer.close, None):
+        with pytest.raises(CannotWrite, match=said), opened(tmp_path, keep_last=9) as checkpointer:
+            checkpointer.save(small(1), {})
+            checkpointer.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+            try:
+                checkpointer.save(big, {})
+                while checkpointer._manager.is_saving_in_progress():
+                    time.sleep(0.01)
+                if told is None:
+                    checkpointer.save(small(3), {})
+                told(checkpointer)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert saved_steps(tmp_path / "checkpoints") == [1]
+        assert checkpointer.last_good() == f"the last good checkpoint is step 1 in {tmp_path}/checkpoints"
+
+
+def test_a_folder_that_has_gone_is_not_made_anew(tmp_path):
+    with opened(tmp_path) as checkpointer:
+        assert checkpointer.last_good() == "there is no checkpoint yet"
+        checkpointer.save(small(1), {})
+        checkpointer.wait()
+        shutil.rmtree(tmp_path)
+        with pytest.raises(CannotWrite, match=r"No such file or directory; it was removed, moved or unmounted; put "):
+            checkpointer.save(small(2), {})
+        assert not tmp_path.exists() and "step 1 in" in checkpointer.last_good()
 
 
 LAYOUTS = {

@@ -114,7 +114,21 @@ def test_broken_examples_fail_or_are_left_out():
     with pytest.raises(DataError, match="example 3 is broken"):
         evaluate(labels, logits, broken=(3, 0)[:1])
     rows = sorted(set(range(N)) - {0, 40, 100})
-    assert_same(evaluate(labels, logits, broken=(0, 40, 100), skip_errors=True), expected(labels, logits, rows=rows))
+    for devices, batch_size in ((1, 8), (5, 50), (1, 101)):  # the last batch of 50 holds the last example alone
+        got = evaluate(labels, logits, devices, batch_size, broken=(0, 40, 100), skip_errors=0.03)
+        assert_same(got, expected(labels, logits, rows=rows))
+
+
+def test_no_more_examples_are_left_out_than_allowed():
+    labels, logits = random(10)
+    labels[[5, 6]] = -1  # without a label, but not broken
+    assert_same(evaluate(labels, logits, broken=(7,), skip_errors=True),
+                expected(labels, logits, rows=[i for i in range(N) if i != 7]))
+    for broken, message in (((7, 100), "2 of 101 examples could not be read, such as example 100 is broken; mend "),
+                            (range(8, 16), "of 8 examples of a batch not one could be read, such as example 8 is "),
+                            (range(1, N), "of 8 examples of a batch not one could be read, such as example 8 is ")):
+        with pytest.raises(DataError, match=f"^{message}"):
+            evaluate(labels, logits, broken=broken, skip_errors=True)
 
 
 def test_masked_rows_add_nothing_whatever_is_in_them():

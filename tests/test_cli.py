@@ -109,6 +109,17 @@ def test_help_shows_the_program_and_its_flags_and_no_more():
         assert result.stdout.count("\n") < 25
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_where_output_has_no_room_it_ends_in_one_line(tmp_path):
+    script = tmp_path / "tool.py"
+    script.write_text("from cb_vit.tools import cli\ncli.run_plain(lambda: print('x'), 'usage')\n")
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, script], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+                                env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert result.returncode != 0 and result.stderr == (
+        "error: what this program prints cannot be written: No space left on device; free some space there\n")
+
+
 def test_the_list_of_configs_has_a_line_for_each():
     result = run("--config=list")
     assert result.returncode == 0 and not result.stderr

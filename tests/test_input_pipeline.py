@@ -1,4 +1,5 @@
 """The input pipeline: which examples are in which batch, whoever loads them, and what happens to broken ones."""
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from cb_vit import datasets, dist
 from cb_vit.config import ConfigError
 from cb_vit.datasets.core import DataError
-from cb_vit.input_pipeline import InputConfig, Pipeline, to_device
+from cb_vit.input_pipeline import InputConfig, Pipeline, check_workers, to_device
 from cb_vit.pp import builder
 
 N = 37  # examples; prime, so that no batch size divides an epoch. Each has a class of its own: its label names it.
@@ -99,12 +101,34 @@ def test_workers_change_nothing_survive_signals_and_end_with_the_iterator(refere
         got = list(itertools.islice(batches, workers))  # one from each: all of them are up
         assert len(children := multiprocessing.active_children()) == workers
         for child in children:  # as a scheduler does to all processes of a job, and a terminal on control-C
-            os.kill(child.pid, signal.SIGTERM)
-            os.kill(child.pid, signal.SIGINT)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                os.kill(child.pid, number)
         got += itertools.islice(batches, 12 - start - workers)
         assert_same(got, reference[start:], [1, 4, 5])
         batches.close()
         assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_is_killed_is_told_in_one_line():
+    batches = pipeline(num_workers=1).train(3, 0, 1000)
+    next(batches)
+    [child] = multiprocessing.active_children()
+    os.kill(child.pid, signal.SIGBUS)
+    with pytest.raises(DataError, match=r"^a process that loads data has ended \(exit status -7\): /dev/shm is full: "):
+        list(batches)
+
+
+@pytest.mark.parametrize("workers, prefetch, free, enough", [
+    (2, 2, 1.7e6, True), (2, 2, 1.5e6, False), (4, 2, 1.7e6, False), (2, 8, 1.7e6, False), (0, 2, 0, True)])
+def test_workers_that_shared_memory_cannot_hold_are_refused(monkeypatch, workers, prefetch, free, enough):
+    """A batch is 8 × 64 × 16 bytes and two pages, and 19 of them and 1 MiB are what two workers need."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=free))
+    config = InputConfig(data={}, batch_size=8, pp="", num_workers=workers, prefetch=prefetch)
+    spec = {"image": ((64, 16, 3), np.dtype(np.uint8)), "label": ((), np.dtype(np.int32))}
+    refused = pytest.raises(ConfigError, match=rf"^config\.input\.num_workers: {workers} processes pass batches "
+                                               r"through /dev/shm and need .* MiB there, of which .* are free; ")
+    with contextlib.nullcontext() if enough else refused:
+        check_workers(config, spec, rows=8)
 
 
 # --- Order ------------------------------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 import errno
 import os
 import pathlib
+import re
 
 import pytest
 from etils import epath
 
 from cb_vit import io, retry
-from cb_vit.config import Failure
+from cb_vit.config import ConfigError, Failure
 
 
 def test_paths_expand_and_know_where_they_lie(monkeypatch, tmp_path):
@@ -59,6 +60,44 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_on_disk(tmp_path, monke
     io.write_atomic(path, "new")
     assert seen == [("fsync", "old"), ("replace", "new", "old")]
     assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("number, way_out", [
+    (errno.ENOSPC, "free some space there"), (errno.EDQUOT, "free some of the quota"), (errno.ENOENT, io.GONE),
+    (errno.EACCES, "make it writable"), (errno.EROFS, "mount it writable"), (errno.ESTALE, io.GONE),
+    (errno.EIO, "see to the storage")])
+def test_whoever_says_that_storage_fails_it_ends_in_one_line(number, way_out):
+    """The system itself; TensorStore, which gives its number; and XLA, which gives its words."""
+    told = os.strerror(number)
+    for error in (OSError(number, told, "x.tmp"), ValueError(f"UNKNOWN: x\ny: {told} [os_error_code='{number}']")):
+        with pytest.raises(io.CannotWrite, match=rf"^/a/b cannot be written: {told}; {way_out}$"):
+            raise io.cannot_write("/a/b", error)
+    with pytest.raises(io.CannotWrite, match=rf"; {way_out}$"):
+        raise io.cannot_write("/a/b", RuntimeError(f"INTERNAL: /a/b/c; {told}"))
+
+
+def test_only_what_the_storage_raises_is_its_fault():
+    for path, error, expected in (
+            ("/a", OSError(28, ""), io.CannotWrite), ("/a", KeyError("x"), KeyError),
+            ("gs://a", KeyError("x"), io.CannotWrite), ("gs://a", ConfigError("a", "b"), ConfigError)):
+        with pytest.raises(expected), io.writing(path):
+            raise error
+
+
+@pytest.mark.parametrize("path, error", [
+    ("/a/b", None), ("gs://b/x", "gs://b/x needs gcsfs: pip install 'cb_vit[gcs]', or use a local path"),
+    ("s3://b/x", "s3://b/x needs s3fs: pip install 's3fs', or use a local path"),
+    ("http://b/x", "http://b/x: unknown kind of address http://; choices: gs://, s3://, az://, or a path")])
+def test_an_address_needs_what_opens_it(monkeypatch, path, error):
+    monkeypatch.setattr(io.importlib.util, "find_spec", lambda name: None)
+    if error is None:
+        io.check_address(path, "workdir")
+        return
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'workdir: {error}')}$"):
+        io.check_address(path, "workdir")
+    monkeypatch.setattr(io.importlib.util, "find_spec", lambda name: name)
+    if "needs" in error:
+        io.check_address(path, "workdir")
 
 
 def test_a_folder_that_is_not_there(tmp_path):

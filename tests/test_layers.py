@@ -15,7 +15,7 @@ LAYERS = {name: number for number, names in enumerate((
     "models pp datasets augment updates sharding metric_writer profiling",
     "optax train_state formats attention_maps workdir", "hub refit",
     "checkpoint_arrays", "checkpoint_reading",
-    "checkpoint train_step input_pipeline",
+    "checkpoint train_step input_pipeline", "skip_errors",
     "evaluators weights",
     "distillation prediction export_run", "export",
     "settings", "experiment",

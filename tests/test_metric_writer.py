@@ -1,7 +1,9 @@
 """What is written is what is read back: across restarts, strict parsers, TensorBoard and pictures."""
+import contextlib
 import io
 import json
 import math
+import shutil
 import struct
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from PIL import Image
 from cb_vit import metric_writer
 from cb_vit.config import ConfigError, parse
 from cb_vit.curves import draw_curves
+from cb_vit.io import CannotWrite
 from cb_vit.metric_writer import LoggingConfig, MetricWriter, Pace, WandbConfig
 
 PLAIN = LoggingConfig(plot=False)
@@ -209,6 +212,51 @@ def test_tensorboard_events_read_back_under_the_same_names(tmp_path):
     assert starts == [0, 2]  # what TensorBoard hides of the earlier files
 
 
+@pytest.mark.parametrize("act", ["remove", "move", "replace", "remove the file"])
+def test_a_folder_that_has_gone_is_told_and_not_made_anew(tmp_path, act):
+    """Also where TensorBoard and the picture are asked for."""
+    folder = tmp_path / "run"
+    with pytest.raises(CannotWrite, match=rf"^{folder}/metrics.jsonl cannot be written: No such file or directory; "):
+        with writer(folder, LoggingConfig(tensorboard=True)) as w:
+            w.write(1, {"lr": 1})
+            if act == "remove":
+                shutil.rmtree(folder)
+            elif act == "remove the file":
+                (folder / "metrics.jsonl").unlink()
+            else:
+                folder.rename(tmp_path / "elsewhere")
+            if act == "replace":
+                folder.mkdir()
+            w.write(2, {"lr": 1})
+    assert not (folder / "metrics.jsonl").exists() and not (folder / "training_curves.png").exists()
+
+
+@pytest.mark.parametrize("what", ["_append", "_write_tensorboard"])
+def test_a_disk_that_fills_is_told_once(tmp_path, monkeypatch, caplog, what):
+    monkeypatch.setattr(metric_writer, what, fill)
+    with pytest.raises(CannotWrite, match=r"cannot be written: No space left on device; free some space there$"):
+        with writer(tmp_path, LoggingConfig(tensorboard=True)) as w:
+            monkeypatch.setattr(metric_writer.io, "write_atomic", fill)  # of the picture, at the end
+            w.write(1, {"lr": 1})
+    assert not caplog.text
+
+
+def test_a_picture_is_not_worth_a_run(tmp_path, monkeypatch, caplog):
+    with writer(tmp_path, LoggingConfig()) as w:
+        monkeypatch.setattr(metric_writer.io, "write_atomic", fill)
+        w.write(1, {"lr": 1})
+        assert not w.plot(force=True) and not w.plot(force=True)
+        w.write(2, {"lr": 1})
+    [line] = caplog.messages
+    assert line == (f"{tmp_path}/training_curves.png cannot be written: No space left on device; free some space "
+                    "there; no more curves are drawn")
+    assert len(records(tmp_path)) == 2
+
+
+def fill(*args):
+    raise OSError(28, "No space left on device")
+
+
 class FakeWandb(types.ModuleType):
     def __init__(self):
         super().__init__("wandb")
@@ -241,6 +289,31 @@ def test_wandb_run_goes_on_under_its_id(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=f"^workdir: {tmp_path}/wandb_run.txt holds no name .*; move it away$"):
             writer(tmp_path, cfg, resume_step=1)
         assert (tmp_path / "wandb_run.txt").read_bytes() == content
+
+
+def test_what_wandb_says_of_login_and_network_is_one_line(tmp_path, monkeypatch, caplog):
+    def fail(*args, **kw):
+        raise Exception("No API key configured.\nUse `wandb login`")
+
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    online, offline = (LoggingConfig(wandb=WandbConfig("p", mode=mode), plot=False) for mode in ("online", "offline"))
+    for login, refused in ((fail, r"No API key configured\."), (lambda **kw: False, "no API key is known"),
+                           (lambda **kw: True, None)):
+        wandb.login = login
+        metric_writer.check_login(offline)
+        metric_writer.check_login(PLAIN)
+        expected = refused and pytest.raises(ConfigError, match=rf"^config\.wandb: {refused}; run `wandb login`, or")
+        with expected or contextlib.nullcontext():
+            metric_writer.check_login(online)
+    with writer(tmp_path, online) as w:
+        w._wandb.log = fail
+        w.write(1, {"lr": 1})
+        w.write(2, {"lr": 1})
+    assert caplog.messages == ["Weights & Biases fails (No API key configured.); the run goes on without it"]
+    wandb.init = fail
+    with pytest.raises(ConfigError, match=r"^config\.wandb: No API key configured\.; run"):
+        writer(tmp_path, online)
 
 
 @pytest.mark.parametrize("module, cfg, field", [

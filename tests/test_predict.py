@@ -299,7 +299,7 @@ def test_options_about_pictures_that_are_not_made(options, deit, folder):
 
 
 def test_a_folder_for_pictures_that_cannot_be_made(deit, folder):
-    with pytest.raises(Failure, match=r"a\.png\.png cannot be written: Not a directory$"):
+    with pytest.raises(Failure, match=r"a\.png\.png cannot be written: Not a directory; something else is in its"):
         tool.predict([f"{folder}/a.png"], deit, Options(attention=f"{folder}/c.jpeg/looks"))
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from cb_vit.config import ConfigError, parse
+from cb_vit.io import CannotWrite
 from cb_vit.profiling import ProfileConfig, Profiler
 
 
@@ -31,6 +32,22 @@ def traced(workdir):
         events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
         traces.append(sorted(int(e["args"]["step_num"]) for e in events if e.get("name") == "train"))
     return traces
+
+
+@pytest.mark.parametrize("act", ["start_trace", "stop_trace"])
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: x; No space left on device")])
+def test_a_disk_that_fills_is_told_in_one_line(tmp_path, work, monkeypatch, act, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    monkeypatch.setattr(jax.profiler, act, fail)
+    with pytest.raises(CannotWrite, match=rf"^{tmp_path}/profile cannot be written: No space left on device; free "):
+        with Profiler(ProfileConfig(start_step=1, num_steps=1), tmp_path) as profiler:
+            run(profiler, work, (1, 2))
 
 
 def test_traces_exactly_the_asked_steps(tmp_path, work, caplog):

@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -207,6 +208,18 @@ def test_sigterm_saves_the_step_and_exits_with_0(whole, tmp_path, cache):
     assert_as_if_never_stopped(folder, whole)
 
 
+def test_a_disk_that_fills_ends_in_one_line_without_the_noise_of_threads(tmp_path, cache):
+    folder = tmp_path / "run"
+    run = Run(folder, cache, *RUN)
+    assert run.until(lambda: saved_steps(folder)), run.said()
+    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (20000, 20000))  # as if it could hold no more
+    assert run.wait() == 1
+    _, *told = [line for line in run.said().splitlines() if not line.startswith("step ")]  # after what is trained
+    place = folder / "checkpoints"
+    assert told == [f"error: {place} cannot be written: File too large; raise ulimit -f, then give the same command "
+                    f"again; the last good checkpoint is step {saved_steps(folder)[-1]} in {place}"]
+
+
 def test_two_processes_train_as_one_and_one_goes_on_from_two(tmp_path, cache):
     settings = (*OPEN_END, "--config.evals.val.log_steps=3", "--config.ckpt_steps=3")
     one, two = tmp_path / "one", tmp_path / "two"
@@ -235,12 +248,13 @@ def test_two_processes_train_as_one_and_one_goes_on_from_two(tmp_path, cache):
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, cache):
+def test_a_hang_up_of_one_of_two_processes_stops_both_at_the_same_step(tmp_path, cache):
+    """SIGHUP becomes SIGTERM, which is what Orbax waits for."""
     folder = tmp_path / "run"
     pair = two_processes(folder, cache, *OPEN_END, "--config.evals.val.log_steps=100000",
                          "--config.ckpt_steps=100000", "--config.total_steps=100000")
     assert pair[0].until(lambda: len(lines(folder)) >= 5), pair[0].said()
-    pair[1].process.send_signal(signal.SIGTERM)
+    pair[1].process.send_signal(signal.SIGHUP)
     assert [run.wait() for run in pair] == [0, 0], "\n".join(run.said() for run in pair)
     [step] = saved_steps(folder)
     assert all(f"told to stop: saved at step {step};" in run.said() for run in pair)

@@ -1,11 +1,16 @@
 """The training loop end to end, in one process: what a run leaves behind, and that a stop anywhere changes nothing."""
+import contextlib
 import json
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
+import sys
 import threading
+import time
+import types
 from pathlib import Path
 
 import jax
@@ -15,14 +20,19 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from cb_vit import train, workdir
+from cb_vit import io, train, workdir
+from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import ConfigError, Failure
 from cb_vit.datasets.core import DataError
+from cb_vit.datasets.fake import FakeSource
 from cb_vit.evaluators.classification import Evaluator
+from cb_vit.io import CannotWrite
 from cb_vit.metric_writer import MetricWriter
 from cb_vit.train import NonFinite, train_and_evaluate
 
 pytestmark = [pytest.mark.filterwarnings("ignore:Sharding info not provided"),  # of reading a checkpoint as it is
+              # What else TensorStore was writing when its disk was full.
+              pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
               pytest.mark.usefixtures("compile_once")]
 TIMES = re.compile(r"uptime|core_hours|img/sec.*|mfu|z/secs/.*|.*_gib")
 PP = "flip_lr|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
@@ -227,18 +237,32 @@ def test_a_run_cannot_end_before_its_checkpoint(finished):
 
 
 def test_stopped_at_every_step_it_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch, caplog, handler):
-    """SIGTERM or Ctrl-C while each step but the last runs: every time the step is saved and the run ends."""
+    """SIGTERM, SIGHUP or Ctrl-C while each step but the last runs: every time the step is saved and the run ends."""
     caplog.set_level(logging.INFO)
     first = []
     on_step(monkeypatch, lambda step: first and os.kill(os.getpid(), first.pop()))
     for step in range(1, 8):
-        first[:] = [signal.SIGINT if step % 2 else signal.SIGTERM]
+        first[:] = [(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[step % 3]]
         assert train_and_evaluate(tiny(), tmp_path)["step"] == step
         assert saved_steps(tmp_path) == [step] and f"told to stop: saved at step {step}" in caplog.text
         assert signal.getsignal(signal.SIGTERM) is handler
     assert train_and_evaluate(tiny(), tmp_path)["step"] == 8
     assert timeless(tmp_path) == timeless(whole[0])
     assert_same_state(saved(tmp_path, 8), saved(whole[0], 8))
+
+
+def test_a_hang_up_that_is_ignored_stays_so(tmp_path):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with contextlib.closing(Checkpointer(tmp_path)) as checkpointer, train.stop_signal(checkpointer) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop(1)
+            signal.raise_signal(signal.SIGTERM)
+            assert stop(2)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_told_to_stop_it_saves_before_it_evaluates(whole, tmp_path, monkeypatch):
@@ -407,7 +431,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path):
 
 def test_unreadable_examples_are_counted_from_the_beginning(tmp_path, monkeypatch):
     config = tiny(total_steps=12, ckpt_steps=5, **{
-        "log_training_steps": 4, "input.skip_errors": True, "input.pp": "decode|" + PP,
+        "log_training_steps": 4, "input.skip_errors": 0.1, "input.pp": "decode|" + PP,
         "input.data": data(encoded=True, broken=(3, 7, 20))})
     with monkeypatch.context() as patch:
         on_step(patch, lambda step: step == 8 and crash())
@@ -417,6 +441,96 @@ def test_unreadable_examples_are_counted_from_the_beginning(tmp_path, monkeypatc
     assert [r["examples_skipped"] for r in records(tmp_path) if "training_loss" in r] == [3, 6, 9]  # epochs of 4 steps
     with pytest.raises(DataError):
         train_and_evaluate(config | dict(input=config["input"] | dict(skip_errors=False)), tmp_path / "strict")
+
+
+def test_too_many_unreadable_examples_end_a_run_also_one_that_was_interrupted(tmp_path, monkeypatch):
+    """Three of an epoch of 32, of which 0.09 are 2.88; no state of the step that shows it is saved."""
+    config = tiny(ckpt_steps=1, evals={}, **{
+        "input.skip_errors": 0.09, "input.pp": "decode|" + PP, "input.data": data(encoded=True, broken=(3, 7, 20))})
+    refused = (r"^step 4: 3 of 32 examples could not be read, such as train#\d+: decode: .*; mend the data, or allow "
+               r"more: config\.input\.skip_errors is 0\.09; the last good checkpoint is step 3 in ")
+    with pytest.raises(DataError, match=refused):
+        train_and_evaluate(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        on_step(patch, lambda step: step == 3 and terminate())
+        assert train_and_evaluate(config, tmp_path / "stopped")["step"] == 3
+    with pytest.raises(DataError, match=refused):
+        train_and_evaluate(config, tmp_path / "stopped")
+    assert saved_steps(tmp_path / "stopped") == saved_steps(tmp_path / "whole") == [3]
+
+
+def test_data_that_goes_away_ends_the_run_at_the_first_empty_batch(tmp_path, monkeypatch):
+    gone, read = [], FakeSource.__getitem__
+
+    def unplugged(self, index):
+        if gone:
+            raise OSError(5, "Input/output error")
+        return read(self, index)
+
+    monkeypatch.setattr(FakeSource, "__getitem__", unplugged)
+    on_step(monkeypatch, lambda step: step == 3 and gone.append(True))
+    with pytest.raises(DataError, match=r"^step \d+: of 8 examples of a batch not one could be read, such as example "
+                                        r"\d+: \[Errno 5\] Input/output error; mend the data; the last good "):
+        train_and_evaluate(tiny(total_steps=40, ckpt_steps=1, evals={}, **{"input.skip_errors": 0.9}), tmp_path)
+    assert 3 <= max(saved_steps(tmp_path)) < 30
+
+
+# --- Storage that fails -----------------------------------------------------------------------------------------
+
+def replace(folder):
+    folder.rename(folder.parent / "elsewhere")
+    folder.mkdir()
+
+
+def remove_checkpoints(folder):
+    shutil.rmtree(folder / "checkpoints")
+
+
+def limit_files(folder):
+    """As a quota or a full disk would, no file can grow past 4 KiB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("act, reason, way_out", [
+    (replace, "No such file or directory", "it was removed, moved or unmounted; put it back"),
+    (remove_checkpoints, "No such file or directory", "it was removed, moved or unmounted; put it back"),
+    (limit_files, "File too large", "raise ulimit -f")])
+def test_storage_that_fails_ends_the_run_in_one_line(tmp_path, monkeypatch, act, reason, way_out):
+    folder = tmp_path / "run"
+    on_step(monkeypatch, lambda step: step == 5 and (time.sleep(0.2), act(folder)))  # the save of step 3 is over
+    try:
+        with pytest.raises(CannotWrite) as error:
+            train_and_evaluate(tiny(total_steps=12), folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert re.fullmatch(rf"{folder}/\S+ cannot be written: {reason}; {way_out}, then give the same command again; the "
+                        rf"last good checkpoint is step 3 in {folder}/checkpoints", str(error.value))
+    assert act is not replace or os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("changes, field", [
+    ({"model_init": "gs://b/run"}, "config.model_init"), ({"resume": "s3://b/run"}, "config.resume"),
+    ({"input.data": dict(name="imagenet2012", split="train", data_dir="gs://b/tfds")}, "config.input.data.data_dir"),
+    ({"evals.val.data": dict(name="imagenet2012", split="train", data_dir="gs://b/tfds")},
+     "config.evals.val.data.data_dir"), ({}, "workdir")])
+def test_what_a_bucket_needs_is_told_first(tmp_path, monkeypatch, changes, field):
+    monkeypatch.setattr(io.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(train.startup, "open_init", crash)
+    with pytest.raises(ConfigError, match=rf"^{field}: \w+://b/\w+ needs (gcsfs: pip install 'cb_vit\[gcs\]'|s3fs: pip "
+                                          r"install 's3fs'), or use a local path$"):
+        train_and_evaluate(tiny(**changes), "gs://b/run" if field == "workdir" else tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nobody_logged_in_at_weights_and_biases_is_told_before_anything_is_built(tmp_path, monkeypatch):
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__, wandb.login = types.SimpleNamespace(), lambda verify: False
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(train.startup, "build", crash)
+    with pytest.raises(ConfigError, match=r"^config\.wandb: no API key is known; run `wandb login`, or set "):
+        train_and_evaluate(tiny(wandb=dict(project="p")), tmp_path / "run")
+    with pytest.raises(Crash):
+        train_and_evaluate(tiny(wandb=dict(project="p", mode="offline")), tmp_path / "run")
 
 
 def test_several_evaluators_and_the_best_checkpoint(tmp_path):

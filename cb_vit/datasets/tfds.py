@@ -20,7 +20,7 @@ from cb_vit.datasets.arrayrecord import ArrayRecords
 from cb_vit.datasets.contents import Contents, DataError, fingerprint
 from cb_vit.datasets.core import KINDS, SourceConfig, Spans, select
 from cb_vit.datasets.tfrecord import TFRecords, index_files
-from cb_vit.io import as_path
+from cb_vit.io import as_path, check_address
 from cb_vit.registry import suggest
 
 Records = ArrayRecords | TFRecords  # one interface: `paths`, `sizes`, `read(number of file, number of record)`
@@ -70,6 +70,7 @@ def open_source(config: TfdsConfig, path: str) -> TfdsSource:
         ConfigError: under `path`: not prepared, unknown split, not image classification.
         DataError: when files are missing or damaged.
     """
+    check_address(config.data_dir or default_data_dir(), f"{path}.data_dir")
     return open_folder(find_folder(config, path), config, path)
 
 

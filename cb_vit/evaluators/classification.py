@@ -1,8 +1,10 @@
 """Top-1 and top-5 accuracy and loss, each example counted once on any number of devices."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,10 @@ from cb_vit.evaluators.common import EvaluatorConfig, PredictFn
 from cb_vit.input_pipeline import InputConfig, Pipeline, to_device
 from cb_vit.losses import LOSSES
 from cb_vit.pp.builder import Preprocess
+from cb_vit.skip_errors import Judge
 from cb_vit.train_state import TrainState
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,8 @@ class Evaluator:
         def sums(state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
             batch = preprocess.device(batch)
             logits, _ = predict_fn(state, batch["image"])
-            return batch_sums(logits, batch["labels"], batch["_mask"], loss(logits, batch["labels"]))
+            found = batch_sums(logits, batch["labels"], batch["_mask"], loss(logits, batch["labels"]))
+            return {**found, "masked": jnp.sum(~batch["_mask"])}
 
         self._sums = jax.jit(sums, out_shardings=dist.replicated(sharding.mesh))
 
@@ -59,15 +65,18 @@ class Evaluator:
         """Yields `prec@1`, `prec@5` and `loss`, means over all labelled examples.
 
         `prec@5` is left out where there are no more than five classes.
+
+        Raises:
+            DataError: more of them cannot be read than `skip_errors` allows.
         """
         batches = to_device(self._pipeline.evaluate(), self._rows, self._sharding, self.config.batch_size)
+        judge = Judge(self._pipeline, f"skip_errors of the evaluator {self.config.prefix!r}")
         total: dict[str, float] = {}
-        previous = None
-        for batch in batches:
-            current = self._sums(train_state, batch)
-            total = _add(total, previous)  # of the batch before: the device is never waited for
-            previous = current
-        total = _add(total, previous)
+        with contextlib.closing(batches):
+            for step, sums in enumerate(_one_behind(self._sums(train_state, batch) for batch in batches), 1):
+                values = {name: float(value) for name, value in jax.device_get(sums).items()}
+                judge.add(step, int(values.pop("masked")))
+                total = {name: total.get(name, 0.0) + value for name, value in values.items()}
         seen = total.pop("seen", 0.0)
         for name, value in total.items():
             yield name, value / seen if seen else float("nan")
@@ -91,7 +100,11 @@ def batch_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array, losses: ja
     return {name: jnp.sum(value, dtype=jnp.float32) for name, value in sums.items()}
 
 
-def _add(total: dict[str, float], sums: dict[str, jax.Array] | None) -> dict[str, float]:
-    values = {} if sums is None else {name: float(value) for name, value in jax.device_get(sums).items()}
-    return {name: total.get(name, 0.0) + values[name] for name in values} or total
-
+def _one_behind(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each once the next is under way: the device is never waited for."""
+    items = iter(items)
+    for previous in items:
+        for item in items:
+            yield previous
+            previous = item
+        yield previous

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from cb_vit import datasets
 from cb_vit.config import ConfigError, Duration, parse
 from cb_vit.datasets.contents import describe
-from cb_vit.input_pipeline import check_example, example_spec
+from cb_vit.input_pipeline import check_example, error_share, example_spec
 from cb_vit.pp import builder
 from cb_vit.registry import Registry
 from cb_vit.train_state import TrainState
@@ -47,7 +47,7 @@ class EvaluatorConfig:
         log: how often, e.g. `log_epochs=1`; also always at the last step.
         batch_size: examples in a global batch; None: that of training.
         prefix: put before its metrics' names; None: the block's name and "/".
-        skip_errors: leave an unreadable image out instead of failing.
+        skip_errors: the share of the split that may be unreadable, and is left out; see `InputConfig`.
     """
 
     type: str
@@ -56,9 +56,10 @@ class EvaluatorConfig:
     log: Duration
     batch_size: int | None = None
     prefix: str | None = None
-    skip_errors: bool = False
+    skip_errors: bool | float = False
 
     def __post_init__(self):
+        error_share(self.skip_errors)
         if self.batch_size is not None and self.batch_size < 1:
             raise ConfigError("batch_size", f"must be at least 1, got {self.batch_size}")
         if self.log.value == 0:

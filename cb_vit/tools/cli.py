@@ -19,6 +19,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from cb_vit import config as config_lib
+from cb_vit import io
 from cb_vit.config import ConfigError, Failure
 from cb_vit.registry import suggest
 
@@ -79,9 +80,9 @@ def _start(program: Callable[..., None], parse: Callable[..., list[str]], news: 
     def guarded(argv: Sequence[str]) -> None:
         # absl has put its own handler in place by now; Orbax and JAX tell their news through it.
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=news, force=True)
-        absl_logging.set_verbosity(absl_logging.ERROR)
         for chatty in ("jax", "matplotlib"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
+        _hush_threads()
         try:
             program(argv)
             sys.stdout.flush()
@@ -90,10 +91,26 @@ def _start(program: Callable[..., None], parse: Callable[..., list[str]], news: 
             sys.exit(1)
         except (ConfigError, Failure) as error:  # anything else is a fault of the program and keeps its traceback
             _fail(error)
+        except OSError as error:
+            if error.errno not in io.FULL:
+                raise
+            _fail(io.cannot_write(error.filename or "what this program prints", error))
         except KeyboardInterrupt:
             _fail("interrupted", status=130)
 
     app.run(guarded, flags_parser=parse)
+
+
+def _hush_threads() -> None:
+    """Let threads of libraries die in silence: what they died of is raised where their work is waited for.
+
+    Orbax logs it as well, once a thread; TensorStore and asyncio tell of what else was under way, which the end of the
+    program then cuts short; and a process that looks after shared memory tells of what it cleans up.
+    """
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
 
 
 def require_workdir() -> str:

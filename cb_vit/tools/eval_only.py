@@ -50,6 +50,7 @@ def main(config: ml_collections.ConfigDict) -> None:
 
 
 def _evaluate_run(settings: Settings, workdir: str) -> None:
+    io.check_address(workdir, "--workdir")
     directory = io.as_path(workdir) / "checkpoints"
     if not io.exists(directory):
         raise ConfigError("--workdir", f"{directory} does not exist; give the workdir of a run")

@@ -209,11 +209,9 @@ def _draw(picture: str, found: Prediction, view: attention_maps.View, names: Seq
     title = f"{_label(names, found.classes[0])}   {found.probabilities[0]:.1%}"
     png = attention_maps.draw_maps(found.image, dict(zip(view.titles, found.maps, strict=True)), title,
                                    f"attention of {view.who}  \u00b7  {os.path.basename(found.path)}")
-    try:
+    with io.writing(picture):
         os.makedirs(os.path.dirname(picture), exist_ok=True)
         io.write_atomic(picture, png)
-    except OSError as error:
-        raise Failure(f"{picture} cannot be written: {error.strerror}") from None
 
 
 def _progress(predictions: Iterable[Prediction], total: int) -> Iterator[Prediction]:

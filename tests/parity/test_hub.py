@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,8 @@ def cache(tmp_path_factory):
     return home, model.apply({"params": params}, image)[0].tolist()
 
 
-def offline(home, code):
-    environment = os.environ | {"HF_HUB_CACHE": str(home), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+def offline(home, code, **how):
+    environment = os.environ | {"HF_HUB_CACHE": str(home), "JAX_PLATFORMS": "cpu"} | (how or {"HF_HUB_OFFLINE": "1"})
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True,
                           timeout=120)
 
@@ -65,6 +66,20 @@ for address in ("hf://somebody/vit", "hf://somebody/vit@main", "hf://somebody/vi
                       "vgg_value_range((127.5, 127.5, 127.5), (63.75, 63.75, 63.75))")
 
 
+def test_a_hub_out_of_reach_is_asked_once(cache):
+    """Nobody listens at that port: what is in the cache is found, and of the rest it is told where to get it."""
+    start = time.monotonic()
+    done = offline(cache[0], """
+from cb_vit import weights
+print(weights.open_weights("hf://somebody/vit", "path").pp)
+weights.open_weights("hf://somebody/else", "path")
+""", HF_ENDPOINT="http://localhost:9")
+    assert done.stdout.startswith("decode|") and "Retrying" not in done.stderr and time.monotonic() - start < 40
+    assert done.stderr.splitlines()[-1].startswith(
+        "cb_vit.formats.files.FormatError: hf://somebody/else: is not in the hub's cache, and http://localhost:9 "
+        "cannot be reached (")
+
+
 @pytest.mark.parametrize("address", ["hf://somebody/else", "hf://somebody/vit/other.safetensors"])
 def test_what_is_not_in_the_cache(cache, address):
     done = offline(cache[0], f"""
@@ -76,7 +91,7 @@ except FormatError as error:
     print(error)
 """)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(address) and "in the cache, if there is no network" in done.stdout
+    assert done.stdout.startswith(f"{address}: is not in the hub's cache, and HF_HUB_OFFLINE forbids to ask the hub. ")
 
 
 def test_a_repository_in_several_files(cache):
