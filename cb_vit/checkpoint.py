@@ -27,13 +27,14 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
 
 from cb_vit import damage, dist, io, retry
 from cb_vit.checkpoint_arrays import checksums, describe, in_loop, in_loop_layout, shardings
-from cb_vit.checkpoint_reading import FORMAT, Item, Reader, check_fit, digest, handlers
+from cb_vit.checkpoint_reading import FORMAT, Item, Mismatch, Reader, check_fit, digest, handlers
 from cb_vit.config import ConfigError, Failure
 from cb_vit.damage import Damaged
 from cb_vit.models.common import to_scan
 from cb_vit.train_state import TrainState
 from cb_vit.tree import unflatten_names
 
+__all__ = ["Checkpointer", "Item", "KeepBest", "Mismatch", "in_loop_layout", "saved_steps"]
 logger = logging.getLogger(__name__)
 Tree = Any
 
