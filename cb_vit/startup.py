@@ -20,8 +20,8 @@ from cb_vit.evaluators.common import EvaluatorConfig, PredictFn
 from cb_vit.experiment import Experiment
 from cb_vit.settings import Settings, TrainConfig
 from cb_vit.train_state import TrainState
-from cb_vit.tree import flatten_with_names, map_with_names
-from cb_vit.weights import LoadConfig, Weights, fold_normalisation, open_weights, same_normalisation
+from cb_vit.tree import first_match, flatten_with_names, map_with_names
+from cb_vit.weights import LoadConfig, Weights, compare, fold_normalisation, open_weights, same_normalisation
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def begin_from(run: Experiment, weights: Weights) -> tuple[TrainState, dict[str,
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own[name].sharding if fits else everywhere)
 
     loaded = weights.read(map_with_names(place, weights.shapes))
-    for line in lines:
+    for line in (*weights.notes, *lines):
         logger.info("parameters of %s: %s", weights, line)
     taken = (run.cfg.model_load or LoadConfig()).params
     note = {"path": weights.path, "step": weights.step, "params": taken, "report": [*weights.notes, *lines]}
@@ -178,10 +178,15 @@ def begin_from(run: Experiment, weights: Weights) -> tuple[TrainState, dict[str,
 def _fit(run: Experiment, weights: Weights) -> tuple[Callable[[Any, Any], Any], list[str]]:
     """(initial parameters, loaded ones) → parameters, and what became of each; from shapes alone."""
     module, cfg, load = models.get(run.cfg.model_name), run.settings.model, run.cfg.model_load or LoadConfig()
-    own, trained = run.settings.preprocess.normalisation(run.example_spec["image"][0][-1]), weights.normalisation
-    folds = trained is not None and len(trained[0]) == len(own[0]) and not same_normalisation(trained, own)
+    own = run.settings.preprocess.normalisation(run.example_spec["image"][0][-1])
+    anew = first_match("embedding/kernel", [(regex, True) for regex in load.dont_load], False)
+    try:
+        trained = own if anew else weights.known_normalisation()
+    except ConfigError as error:
+        raise ConfigError("config.model_init", error.message) from None
+    folds = len(trained[0]) == len(own[0]) and not same_normalisation(trained, own)
     lines = ["embedding: normalised pixels mean something else here, which is folded into it"] * folds
-    lines += ["how its pixels were normalised is not known; taken to be as they are here"] * (trained is None)
+    lines += compare(weights.model.config, cfg)
 
     def merge(init: Any, loaded: Any) -> tuple[Any, Any]:
         return module.merge(
