@@ -52,7 +52,7 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
         found += zip(names, blocks, strict=True)
         spelt.update(dict.fromkeys(names, name))
     notes = [f"{depth} scanned blocks are taken apart" for depth, in depths]
-    params, usual = unique(found, path), {"gelu": "tanh", "layer_norm_eps": 1e-6}
+    params, usual = unique(found, path), {"gelu": "tanh", "layer_norm_eps": 1e-6, "posemb": "learn"}
     if not old and "pos_embedding" not in params:
         usual["posemb"] = "sincos2d"  # big_vision has no other that is not learned
     guess = {} if {"cls", "MAPHead_0/probe"} & params.keys() else {"pool_type": "gap"}

@@ -142,6 +142,7 @@ class Said:
         image_size: (height, width) in pixels of the images that the positions are for; None: not said.
         no_embed_class: whether positions lack entries of class tokens; None: not said.
         class_names: in the order of their numbers; None: not said.
+        known: whether it names an architecture that is known here.
         guessable: what it does not say may be what all published models have: it names nothing that is unknown here.
     """
 
@@ -149,6 +150,7 @@ class Said:
     image_size: tuple[int, int] | None = None
     no_embed_class: bool | None = None
     class_names: tuple[str, ...] | None = None
+    known: bool = False
     guessable: bool = True
 
 
@@ -162,7 +164,10 @@ def timm(card: Mapping[str, Any], path: str) -> Said:
     pretrained = nested or ({key: value for key, value in card.items() if key in PRETRAINED} if "architecture" in card
                             else {})
     _told(pretrained, PRETRAINED, path)
-    known = _architecture(card.get("architecture"), path)
+    known = _architecture(card.get("architecture"))
+    if "rope" in str(card.get("architecture")):
+        raise FormatError(f"{path}: its config.json names the architecture {show(card['architecture'])}, whose rotary "
+                          "positions are not supported")
     model = {**known, **_told({key: value for key, value in card.items() if key in TOP}, TOP, path),
              **_told(arguments, ARGUMENTS, path)}
     size = None
@@ -175,7 +180,7 @@ def timm(card: Mapping[str, Any], path: str) -> Said:
     bare = arguments.get("no_embed_class")
     if bare is None and known:
         bare = bool(re.fullmatch(_NO_EMBED_CLASS, card["architecture"]))
-    return Said(model, size, bare, _names(labels), bool(known) or not card.get("architecture"))
+    return Said(model, size, bare, _names(labels), bool(known), bool(known) or not card.get("architecture"))
 
 
 def huggingface(card: Mapping[str, Any], path: str) -> Said:
@@ -229,7 +234,7 @@ def _read(read: Callable[[Any], Any], key: str, value: Any, path: str, choices: 
             else "which cannot be")) from None
 
 
-def _architecture(name: Any, path: str) -> dict[str, Any]:
+def _architecture(name: Any) -> dict[str, Any]:
     """What the name of one of timm's architectures settles; {}: it is not known here."""
     for regex, heads, gelu in _ARCHITECTURES:
         if isinstance(name, str) and re.fullmatch(regex, name):

@@ -211,7 +211,7 @@ def _fold(
 ) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
     """Positions of tokens are added to the tokens themselves, so that what remains is a grid: the sums are the same."""
     if "pos_embedding" not in params:
-        if model.get("posemb") != "sincos2d":
+        if model["posemb"] != "sincos2d":
             raise FormatError(f"{path}: it has no position embedding; rotary or relative positions, or none, are not "
                               "supported, and fixed ones are to be asked for: posemb='sincos2d'")
         return params, grid

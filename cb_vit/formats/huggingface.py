@@ -85,9 +85,9 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
         return _full(theirs[0], body, "dist" in params) if theirs else name
 
     return Reading(
-        "huggingface", params, [spelt[name] for name in unknown], spell, said.model, {"pool_type": "tok"}, guess,
-        2 if "dist" in params else 1, said.image_size, images.normalisation(config),
-        IMAGENET if "dist" in params else None, said.class_names)
+        "huggingface", params, [spelt[name] for name in unknown], spell, said.model,
+        {"pool_type": "tok", "posemb": "learn"}, guess, 2 if "dist" in params else 1, said.image_size,
+        images.normalisation(config), IMAGENET if "dist" in params else None, said.class_names)
 
 
 def to_huggingface(

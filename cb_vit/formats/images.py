@@ -176,7 +176,9 @@ def _size(size: int | tuple[int, int]) -> dict[str, int]:
 def _divide(values: Any, factor: Any) -> Any:
     """In units of pixels from 0 to 1, where pixels are multiplied by `factor` first; None: that is no number."""
     try:
-        by = 1 if math.isclose(255 * factor, 1, rel_tol=1e-6) else 255 * factor
+        if math.isclose(255 * factor, 1, rel_tol=1e-6):
+            return values
+        by = 255 * factor
         return [value / by for value in values] if isinstance(values, list | tuple) else values / by
     except (TypeError, ZeroDivisionError):
         return None

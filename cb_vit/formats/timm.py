@@ -105,6 +105,8 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
                        said.model.get("num_heads") if num_heads is None else num_heads, guess if guessable else None)
     params, unknown = NAMES.read(tensors, heads, path)
 
+    # Of DeiT-III's own names are the files of RoPE-ViT as well, whose rotary positions, besides these, leave no trace.
+    usual = {} if deit and not said.known else {"posemb": "learn"}
     scaled = any(name.endswith(".ls1.gamma") for name in tensors)
     guess |= {"layer_norm_eps": 1e-6} if said.guessable else {}
     guess |= {"gelu": "erf"} if guessable else {}
@@ -114,7 +116,7 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
     if tokens == ["cls_token"] and said.no_embed_class is not False:
         entries = 0 if said.no_embed_class else None
     return Reading(
-        "deit" if deit else "timm", params, unknown, _spell, said.model, {}, guess, entries, said.image_size,
+        "deit" if deit else "timm", params, unknown, _spell, said.model, usual, guess, entries, said.image_size,
         images.normalisation(config), IMAGENET if deits else None, said.class_names)
 
 
