@@ -74,7 +74,7 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
     tensors = unique(((_bare(name), tensor) for name, tensor in tensors.items()), path)
     said, guess = cards.huggingface(config, path), {}
     heads = pick_heads(tensors, ".layernorm_before.weight", ".intermediate.dense.weight", path,
-                       said.model.get("num_heads") if num_heads is None else num_heads, guess)
+                       said.model.get("num_heads") if num_heads is None else num_heads, guess, True)
     params, unknown = NAMES.read(tensors, heads, path)
     guess |= {"gelu": "erf", "layer_norm_eps": 1e-12}
 

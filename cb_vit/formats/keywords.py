@@ -13,7 +13,7 @@ from cb_vit.formats.names import Reading
 from cb_vit.models.vit import Config, resolve
 
 # What arrays may leave open, with an example.
-_OPEN = {"gelu": "erf", "layer_norm_eps": 1e-6, "pool_type": "gap", "posemb": "learn"}
+_OPEN = {"num_heads": None, "gelu": "erf", "layer_norm_eps": 1e-6, "pool_type": "gap", "posemb": "learn"}
 # What γ begins at in a model made anew; here it is loaded. The value of DeiT-III's own code.
 LAYER_SCALE = 1e-4
 
@@ -65,8 +65,10 @@ def settle(
     card = {name: value for name, value in reading.model.items() if name not in given}
     told = {**agree(seen, card, path, "its config.json says {}"), **agree(seen, given, path)}
     guess = {name: value for name, value in reading.guess.items() if name not in told or name == "num_heads"}
-    model = {"context": "none", **reading.usual, **guess, **told}
-    if unsaid := {name: value for name, value in _OPEN.items() if name not in model}:
+    model = {"context": "none", **reading.usual, **told, **guess}
+    if unsaid := {name: value for name, value in _OPEN.items() if model.get(name) is None}:
+        if "num_heads" in unsaid:
+            unsaid["num_heads"] = max(1, model["width"] // 64)
         raise FormatError(f"{path}: neither the file nor a config.json beside it says {' and '.join(unsaid)}; give "
                           f"{spelt(unsaid)} or whatever is right")
     against = [f"{name}={asked[name]!r} as asked for, where {who} {before[name]!r}"

@@ -194,19 +194,20 @@ def parts(tensor: Tensor, functions: Sequence[Callable[[np.ndarray], np.ndarray]
 
 
 def pick_heads(
-    tensors: Mapping[str, Tensor], norm: str, mlp: str, path: str, told: int | None, guess: dict[str, Any] | None
+    tensors: Mapping[str, Tensor], norm: str, mlp: str, path: str, told: int | None, guess: dict[str, Any], may: bool
 ) -> int:
-    """How many heads a model has, as PyTorch's files do not say.
+    """How many heads a model has, as PyTorch's files do not say; 1 where nobody knows.
 
     Args:
         tensors: under their own names.
         norm, mlp: how they end for the scale of a block's first norm, and for the kernel of its MLP's first layer.
         path: of the file, for errors.
         told: what others say, if they do.
-        guess: where a guess is put down; it is what all published models of the same sizes have. None: not allowed.
+        guess: where it is put down if it is what all published models of the same sizes have, or None: nobody knows.
+        may: whether it may be guessed.
 
     Raises:
-        FormatError: it cannot be as told, or nobody says.
+        FormatError: it cannot be as told.
     """
     norms = [math.prod(tensor.shape) for name, tensor in tensors.items() if name.endswith(norm)]
     if not norms:
@@ -216,12 +217,10 @@ def pick_heads(
         raise FormatError(f"{path}: num_heads={told} does not divide the width of the file, {width}")
     if told is not None:
         return told
-    heads = next((heads for *sizes, heads in PUBLISHED if (width, len(norms)) == tuple(sizes[:2])
-                  and inner == {(sizes[2],)}), None)
-    if heads is None or guess is None:
-        raise FormatError(f"{path}: the file does not say how many heads its width of {width} has; give num_heads")
-    guess["num_heads"] = heads
-    return heads
+    found = [heads for *sizes, heads in PUBLISHED if may and (width, len(norms)) == tuple(sizes[:2])
+             and inner == {(sizes[2],)}]
+    guess["num_heads"] = found[0] if found else None
+    return guess["num_heads"] or 1
 
 
 def flat(params: Any, config: Config, grid: tuple[int, int] | None) -> dict[str, np.ndarray]:

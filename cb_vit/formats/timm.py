@@ -102,7 +102,7 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
     tokens = [name for name in ("cls_token", "dist_token") if name in tensors]
     guessable = said.guessable and "cls_token" in tensors  # SigLIP's, without, have either GELU, and some other heads
     heads = pick_heads(tensors, ".norm1.weight", ".mlp.fc1.weight", path,
-                       said.model.get("num_heads") if num_heads is None else num_heads, guess if guessable else None)
+                       said.model.get("num_heads") if num_heads is None else num_heads, guess, guessable)
     params, unknown = NAMES.read(tensors, heads, path)
 
     # Of DeiT-III's own names are the files of RoPE-ViT as well, whose rotary positions, besides these, leave no trace.
