@@ -20,7 +20,8 @@ from cb_vit.formats import write_npz, write_safetensors
 from cb_vit.formats.big_vision import to_big_vision
 from cb_vit.formats.conversion import UNSEEN, describe
 from cb_vit.formats.huggingface import config_json, to_huggingface
-from cb_vit.formats.names import HALF, Normalisation
+from cb_vit.formats.images import evaluation, preprocessor
+from cb_vit.formats.names import HALF, Normalisation, as_normalisation
 from cb_vit.formats.opening import IN_FOLDER
 from cb_vit.formats.timm import snippet, to_timm
 from cb_vit.registry import Registry
@@ -55,6 +56,11 @@ def export(
     """
     write = _writer(dst, names)
     check_target(dst, overwrite)
+    if normalisation is not None:
+        try:
+            normalisation = as_normalisation(normalisation, weights.shapes["embedding"]["kernel"].shape[2])
+        except ValueError as error:
+            raise ConfigError("normalisation", str(error)) from None
     if normalisation := normalisation or weights.normalisation:
         # Seven digits: those of the float32 that a run's preprocessing computes in.
         mean, std = (tuple(float(f"{value:.7g}") for value in values) for values in normalisation)
@@ -107,7 +113,7 @@ def write_timm(dst: str, weights: Weights, params: Tree, overwrite: bool) -> lis
     """
     config, size = weights.model.config, image_size(weights)
     arrays = to_timm(params, config, grid=weights.grid)
-    write_safetensors(dst, arrays, describe(config, weights.normalisation), overwrite)
+    write_safetensors(dst, arrays, _metadata(weights), overwrite)
     return ["", "# In PyTorch:", snippet(config, weights.model.num_classes, size, dst)]
 
 
@@ -118,20 +124,22 @@ def write_huggingface(dst: str, weights: Weights, params: Tree, overwrite: bool)
     """
     config, size, folder = weights.model.config, image_size(weights), os.path.dirname(dst) or "."
     arrays = to_huggingface(params, config, grid=weights.grid)
-    cards = {"config.json": config_json(config, weights.model.num_classes, size, weights.class_names)}
+    cards, unsaid = {"config.json": config_json(config, weights.model.num_classes, size, weights.class_names)}, []
     if weights.normalisation:
-        cards["preprocessor_config.json"] = _preprocessor(size, weights.normalisation)
+        pp = weights.pp or evaluation({}, weights.normalisation, weights.grid, config.patch_size)[0]
+        cards["preprocessor_config.json"], unsaid = preprocessor(pp, weights.normalisation)
     for name in cards:
         if not overwrite and (io.as_path(folder) / name).exists():
             raise ConfigError("DST", f"there is a {name} beside {dst}; choose another folder, or overwrite it")
     for name, content in cards.items():  # before the weights, which mean nothing without them
         with io.writing(os.path.join(folder, name)):
             io.write_atomic(os.path.join(folder, name), json.dumps(content, indent=2) + "\n")
-    write_safetensors(dst, arrays, describe(config, weights.normalisation), overwrite)
+    write_safetensors(dst, arrays, _metadata(weights), overwrite)
     kind, = cards["config.json"]["architectures"]
     found = os.path.basename(dst) == IN_FOLDER[0]
-    note = [] if found else [f"note      from_pretrained finds only {IN_FOLDER[0]}: give the file that name"]
-    return [*note, "", "# In PyTorch:", f"from transformers import {kind}", "",
+    notes = [] if found else [f"note      from_pretrained finds only {IN_FOLDER[0]}: give the file that name"]
+    notes += [f"note      preprocessor_config.json has no words for {', '.join(unsaid)}"] if unsaid else []
+    return [*notes, "", "# In PyTorch:", f"from transformers import {kind}", "",
             f"model = {kind}.from_pretrained({folder!r}).eval()"]
 
 
@@ -142,6 +150,10 @@ def write_big_vision(dst: str, weights: Weights, params: Tree, overwrite: bool) 
 
 
 NAMES = Registry("kind of names", {"timm": write_timm, "huggingface": write_huggingface})
+
+
+def _metadata(weights: Weights) -> dict[str, str]:
+    return describe(weights.model.config, weights.normalisation, weights.grid)
 
 
 def _writer(dst: str, names: str) -> Any:
@@ -165,7 +177,7 @@ def _is_run(dst: str) -> bool:
 def _unsaid(dst: str, weights: Weights) -> Iterator[str]:
     """What `dst`, just written, does not say of its model, found by looking into it."""
     rows, columns = weights.grid or (1, 1)
-    grid = {} if rows == columns or _is_run(dst) else {"grid": weights.grid}
+    grid = {"grid": weights.grid} if rows != columns and dst.endswith(".npz") else {}
     found, config = open_weights(dst, "DST", **grid), weights.model.config
     lacking = {name: value for name in UNSEEN if (value := getattr(config, name)) != getattr(found.model.config, name)}
     if lacking | grid:
@@ -182,11 +194,3 @@ def show_normalisation(normalisation: Normalisation) -> str:
     mean, std = (f"{values[0]:g}" if len(set(values)) == 1 else "(" + ", ".join(f"{value:g}" for value in values) + ")"
                  for values in normalisation)
     return f"(v - {mean}) / {std} of v from 0 to 1"
-
-
-def _preprocessor(size: tuple[int, int], normalisation: Normalisation) -> dict[str, Any]:
-    """The content of a `preprocessor_config.json`; transformers resizes to the size itself, without a crop."""
-    (height, width), (mean, std) = size, normalisation
-    return {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": height, "width": width},
-            "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-            "image_mean": list(mean), "image_std": list(std)}

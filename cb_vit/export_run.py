@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cb_vit import hub, io
+from cb_vit import io
 from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import ConfigError
+from cb_vit.formats.images import evaluation
 from cb_vit.formats.names import HALF, Normalisation
 from cb_vit.registry import parse_calls
 from cb_vit.train_state import TrainState
@@ -66,7 +67,7 @@ def write_run(dst: str, weights: Weights, params: Any, overwrite: bool) -> list[
 def _preprocessing(weights: Weights) -> str:
     """Preprocessing for evaluation, with the normalisation that the weights have now."""
     normalisation = weights.normalisation
-    known = weights.pp or hub.evaluation({}, normalisation, weights.grid, weights.model.config.patch_size)
+    known = weights.pp or evaluation({}, normalisation, weights.grid, weights.model.config.patch_size)[0]
     before = [call.text for call in parse_calls(known, "pp") if call.name not in RANGES]
     return "|".join([*before, _range(normalisation)])
 

@@ -1,4 +1,4 @@
-"""The Hugging Face hub, and the cards that lie beside weights: what they say of a model's images.
+"""The Hugging Face hub, and the cards that lie beside weights; what they say is for `formats` to understand.
 
 Needs `pip install huggingface_hub` for `hf://` only. Without a network its cache is used.
 """
@@ -15,14 +15,10 @@ from typing import Any
 
 from cb_vit.formats import FormatError
 from cb_vit.formats.index import read_index, shards
-from cb_vit.formats.names import Normalisation
 from cb_vit.formats.opening import IN_FOLDER
 
 TIMEOUT = 5  # seconds, for the hub's first answer
 CARDS = ("config.json", "preprocessor_config.json")
-DECODE = {1: "decode(1)", 3: "decode"}  # by channels; no other images are decoded
-# Of a Hugging Face `preprocessor_config.json`, numbered as Pillow's filters are.
-RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
 def resolve(path: str) -> tuple[str, dict[str, Any]]:
@@ -56,35 +52,6 @@ def resolve(path: str) -> tuple[str, dict[str, Any]]:
             download(shard)
     cards = {name: Path(card) for name in CARDS if (card := download(name))}
     return found, _cards(cards)
-
-
-def evaluation(
-    card: Mapping[str, Any], normalisation: Normalisation | None, grid: tuple[int, int] | None, patch: tuple[int, int]
-) -> str | None:
-    """Preprocessing for evaluation as the cards say, else at the size of the positions, cropped as DeiT does (0.875).
-
-    Args:
-        card: as `resolve` gives it.
-        normalisation: (mean, std) of pixels from 0 to 1; None: not known.
-        grid: rows and columns of patches that the positions are for; None: not known.
-        patch: height and width of a patch in pixels.
-
-    Returns:
-        A string for `pp.builder`; None: not enough is known.
-    """
-    if normalisation is None or len(normalisation[0]) not in DECODE:
-        return None
-    timm = card.get("pretrained_cfg", card)
-    size = tuple(timm["input_size"][1:]) if "input_size" in timm else grid and tuple(
-        rows * side for rows, side in zip(grid, patch, strict=True))
-    if not size:
-        return None
-    method = timm.get("interpolation") or RESAMPLE.get(card.get("resample"), "bicubic")
-    crop = "" if "resample" in card and "crop_pct" not in timm else \
-        f"resize_small({int(min(size) / timm.get('crop_pct', 0.875))}, {method!r})|central_crop({size})|"
-    mean, std = (tuple(round(255 * value, 6) for value in values) for values in normalisation)
-    crop = crop or f"resize({size}, {method!r})|"  # transformers' own: to the size itself
-    return f"{DECODE[len(mean)]}|{crop}vgg_value_range({mean}, {std})"
 
 
 def _library(path: str) -> Any:
@@ -130,7 +97,8 @@ def _download(path: str, repo: str, revision: str | None, cached: bool, name: st
 def _cards(files: Mapping[str, Path]) -> dict[str, Any]:
     """What the cards say together; a folder may hold other files of these names, which say nothing of weights."""
     cards = [_json(file) for file in files.values() if file.exists()]
-    known = ("architecture", "architectures", "model_type", "pretrained_cfg", "image_mean")
+    known = ("architecture", "architectures", "model_type", "pretrained_cfg", "image_mean", "image_processor_type",
+             "feature_extractor_type")
     return {key: value for card in cards if any(name in card for name in known) for key, value in card.items()}
 
 

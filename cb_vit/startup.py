@@ -24,10 +24,11 @@ from cb_vit.experiment import Experiment
 from cb_vit.input_pipeline import check_workers
 from cb_vit.settings import Settings, TrainConfig
 from cb_vit.train_state import TrainState
-from cb_vit.tree import flatten_with_names, map_with_names
+from cb_vit.tree import first_match, flatten_with_names, map_with_names
 from cb_vit.weights import (
     LoadConfig,
     Weights,
+    compare,
     fold_normalisation,
     open_weights,
     same_normalisation,
@@ -274,11 +275,15 @@ def _fit(run: Experiment, weights: Weights) -> tuple[Callable[[Any, Any], Any], 
     """(initial parameters, loaded ones) → parameters, and what became of each; from shapes alone."""
     module, cfg, load = models.get(run.cfg.model_name), run.settings.model, run.cfg.model_load or LoadConfig()
     other, said = _compare_classes(run, weights)
-    own, trained = run.settings.preprocess.normalisation(run.example_spec["image"][0][-1]), weights.normalisation
-    folds = trained is not None and len(trained[0]) == len(own[0]) and not same_normalisation(trained, own)
+    own = run.settings.preprocess.normalisation(run.example_spec["image"][0][-1])
+    anew = first_match("embedding/kernel", [(regex, True) for regex in load.dont_load], False)
+    try:
+        trained = own if anew else weights.known_normalisation()
+    except ConfigError as error:
+        raise ConfigError("config.model_init", error.message) from None
+    folds = len(trained[0]) == len(own[0]) and not same_normalisation(trained, own)
     lines = ["embedding: normalised pixels mean something else here, which is folded into it"] * folds
-    lines += ["how its pixels were normalised is not known; taken to be as they are here"] * (trained is None)
-    lines += said
+    lines += [*compare(weights.model.config, cfg), *said]
 
     def merge(init: Any, loaded: Any) -> tuple[Any, Any]:
         return module.merge(

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,8 +24,9 @@ from jaxtyping import Array, Float
 from cb_vit import dist, formats, hub, io, models, retry, workdir
 from cb_vit.checkpoint import Checkpointer, Item
 from cb_vit.config import ConfigError
-from cb_vit.formats.conversion import convert
-from cb_vit.formats.names import Normalisation
+from cb_vit.formats.conversion import UNSEEN, convert
+from cb_vit.formats.images import evaluation
+from cb_vit.formats.names import Normalisation, as_normalisation
 from cb_vit.formats.opening import IN_FOLDER
 from cb_vit.models.common import Report
 from cb_vit.models.resample import METHODS
@@ -76,7 +78,8 @@ class Weights:
         normalisation: (mean, std), each [c], of pixels from 0 to 1, that the model was trained with; None: not known.
         pp: preprocessing for evaluation, from a file's bytes to the model's images; None: not known.
         class_names: None: not known.
-        notes: what was folded or assumed in reading, one line each.
+        doubts: what was assumed in reading, or asked for although the file says otherwise, one line each.
+        notes: the doubts, and what was folded or cannot be known, one line each.
         fetch: reads the parameters, each leaf where the given shapes with shardings put it.
     """
 
@@ -89,6 +92,7 @@ class Weights:
     normalisation: Normalisation | None
     pp: str | None
     class_names: tuple[str, ...] | None
+    doubts: tuple[str, ...]
     notes: tuple[str, ...]
     fetch: Callable[[Tree], Tree]
 
@@ -106,19 +110,28 @@ class Weights:
             like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), self.shapes)
         return self.fetch(like)
 
+    def known_normalisation(self) -> Normalisation:
+        """How the model's pixels were normalised.
+
+        Raises:
+            ConfigError: that is not known.
+        """
+        if self.normalisation is None:
+            raise ConfigError("normalisation", f"{self.path} does not say how its pixels were normalised; write that "
+                              "down with `python -m cb_vit.tools.convert SRC DST.safetensors --mean=… --std=…`")
+        return self.normalisation
+
     def adapter(self, preprocess: Preprocess) -> Callable[[Float[Array, "b y x c"]], Float[Array, "b y x c"]]:
         """From images as `preprocess` normalises them to images as the model knows them.
 
         Raises:
             ConfigError: it is not known how the model's images were normalised.
         """
-        if self.normalisation is None:
-            raise ConfigError("normalisation", f"{self.path} does not say how its pixels were normalised; write that "
-                              "down with `python -m cb_vit.tools.convert SRC DST.safetensors --mean=… --std=…`")
-        own = preprocess.normalisation(len(self.normalisation[0]))
-        if same_normalisation(own, self.normalisation):
+        trained = self.known_normalisation()
+        own = preprocess.normalisation(len(trained[0]))
+        if same_normalisation(own, trained):
             return lambda image: image
-        scale, shift = (values.reshape(1, 1, 1, -1) for values in between(self.normalisation, own))
+        scale, shift = (values.reshape(1, 1, 1, -1) for values in between(trained, own))
         return lambda image: image * scale + shift
 
 
@@ -147,21 +160,27 @@ def load(
 
     Raises:
         ConfigError: a folder that holds no run, or a keyword that fits no model.
-        FormatError: a file that cannot be read, is of another architecture, or contradicts `model`.
+        FormatError: a file that cannot be read, is of another architecture, contradicts `model`, or does not say what
+            only `model` can.
+
+    Warns:
+        UserWarning: of what is assumed, as all published models of that kind agree, and of what `model` contradicts.
     """
-    if normalisation is not None:
-        _check_normalisation(normalisation)
     weights = open_weights(path, "path", "params" if params == "raw" else params, key=key, prefix=prefix,
                            num_classes=num_classes, channels=channels, **model)
     for note in weights.notes:
         logger.info("%s: %s", weights, note)
+    for doubt in weights.doubts:
+        warnings.warn(f"{path}: {doubt}", stacklevel=2)
+    if normalisation is not None:
+        try:
+            normalisation = as_normalisation(normalisation, weights.shapes["embedding"]["kernel"].shape[2])
+        except ValueError as error:
+            raise ConfigError("normalisation", str(error)) from None
     tree = weights.read(None if place is None else place(weights.shapes))
     if normalisation is not None:
         if weights.normalisation is None:
             raise ConfigError("normalisation", f"{path} does not say how its pixels were normalised: nothing to fold")
-        if np.shape(normalisation) != np.shape(weights.normalisation):
-            raise ConfigError("normalisation", f"is of {len(normalisation[0])} channels, and {path} is of images with "
-                                               f"{len(weights.normalisation[0])}")
         tree = fold_normalisation(tree, weights.normalisation, normalisation)
     return weights.model, tree
 
@@ -195,18 +214,13 @@ def merge(
     weights = open_weights(path, "init_file", key=key, prefix=prefix, channels=channels)
     params, report = models.get("vit").merge(init_params, weights.read(), config, dont_load, posemb_resize,
                                              image_size=image_size, loaded_grid=weights.grid)
-    return params, Report((*report.lines, *weights.notes))
+    return params, Report((*report.lines, *weights.notes, *compare(weights.model.config, config)))
 
 
-def _check_normalisation(normalisation: Any) -> None:
-    try:
-        (mean, std), lengths = normalisation, {len(values) for values in normalisation}
-        fits = len(lengths) == 1 and np.isfinite(mean).all() and np.isfinite(std).all() and min(std) > 0
-    except (TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise ConfigError("normalisation", "expected (mean, std) with a number for each channel, std above 0, such as "
-                                           f"((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)); got {normalisation!r}")
+def compare(trained: Any, config: Any) -> list[str]:
+    """Lines on settings that change what parameters compute, but the shape of none: in training and here."""
+    pairs = ((name, getattr(trained, name), getattr(config, name)) for name in (*UNSEEN, "posemb"))
+    return [f"{name}: trained with {before!r}, {here!r} here" for name, before, here in pairs if before != here]
 
 
 def open_weights(
@@ -272,7 +286,7 @@ def _open_run(folder: str, step: int | None, field: str, item: Item) -> Weights:
         module = models.get(notes["model_name"])
         model = module.Model(notes["num_classes"], **{**notes["model"], "scan": False})
         *size, channels = notes["image_shape"]
-        normalisation = builder.build(notes["pp"], "pp").normalisation(channels)
+        normalisation = as_normalisation(builder.build(notes["pp"], "pp").normalisation(channels), channels)
         pp = next(iter(notes.get("pp_evals", {}).values()), None)
         names = workdir.class_names(notes, folder)
         grid = module.patch_grid(model.config, tuple(size))
@@ -289,7 +303,7 @@ def _open_run(folder: str, step: int | None, field: str, item: Item) -> Weights:
             return checkpointer.restore_params(found, like, item)
 
     return Weights(folder, "run", found, model, shapes, grid, normalisation, pp and _pixels_only(pp),
-                   names, (), fetch)
+                   names, (), (), fetch)
 
 
 def _open_file(path: str, file: str, key: str | None, prefix: str | None, model: Mapping[str, Any]) -> Weights:
@@ -308,9 +322,9 @@ def _open_file(path: str, file: str, key: str | None, prefix: str | None, model:
 
         return map_with_names(one, like)
 
-    return Weights(path, found.format, None, module, shapes, found.grid, found.normalisation,
-                   hub.evaluation(card, found.normalisation, found.grid, module.config.patch_size),
-                   found.class_names, found.notes, fetch)
+    pp, note = evaluation(card, found.normalisation, found.grid, module.config.patch_size)
+    return Weights(path, found.format, None, module, shapes, found.grid, found.normalisation, pp, found.class_names,
+                   found.doubts, (*found.doubts, *found.notes, *([note] if note else ())), fetch)
 
 
 def _pixels_only(pp: str) -> str:

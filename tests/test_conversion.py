@@ -94,11 +94,12 @@ def flax_shapes(attention="MultiHeadDotProductAttention_0", norm="LayerNorm_1", 
 
 
 AUGREG = dict(attention="MultiHeadDotProductAttention_1", norm="LayerNorm_2", mlp="MlpBlock_3")
+EPSILON = 1e-2  # of the norms in references; as large as it must be to be seen
 POSITIONS = {"pos_embedding": (1, GRID**2, D)}
 
 
 def layer_norm(x, scale, bias):
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * scale + bias
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + EPSILON) * scale + bias
 
 
 def softmax(x):
@@ -159,18 +160,19 @@ def hf_getter(arrays, prefix):
 @pytest.mark.parametrize("activation, kind", [("gelu", "erf"), ("gelu_new", "tanh")])
 def test_huggingface_vit_computes_what_its_layers_say(activation, kind):
     arrays = random(hf_shapes())
-    found = understand(arrays, config={"num_attention_heads": H, "hidden_act": activation})
+    found = understand(arrays, config={"num_attention_heads": H, "hidden_act": activation, "layer_norm_eps": EPSILON})
     tokens = torch_reference(hf_getter(arrays, "vit."), IMAGES, DEPTH, [arrays["vit.embeddings.cls_token"]], kind=kind)
     logits = tokens[:, 0] @ arrays["classifier.weight"].T + arrays["classifier.bias"]
     np.testing.assert_allclose(run(found)[0], logits, rtol=1e-4, atol=1e-5)
     assert found.format == "huggingface" and found.model["gelu"] == kind and found.num_classes == CLASSES
     assert found.normalisation is None and any("normalised is not known" in note for note in found.notes)
-    assert any("1e-12" in note for note in found.notes)
+    assert found.model["layer_norm_eps"] == EPSILON and found.doubts == ()
+    assert understand(arrays, config={"num_attention_heads": H}).model["layer_norm_eps"] == 1e-12
 
 
 def test_huggingface_distilled_deit_computes_what_its_layers_say():
     arrays = random(hf_shapes("deit.", distilled=True))
-    found = understand(arrays, num_heads=H)
+    found = understand(arrays, num_heads=H, layer_norm_eps=EPSILON)
     cls = [arrays["deit.embeddings.cls_token"], arrays["deit.embeddings.distillation_token"]]
     tokens = torch_reference(hf_getter(arrays, "deit."), IMAGES, DEPTH, cls)
     heads = [tokens[:, i] @ arrays[f"{name}_classifier.weight"].T + arrays[f"{name}_classifier.bias"]
@@ -179,31 +181,35 @@ def test_huggingface_distilled_deit_computes_what_its_layers_say():
     np.testing.assert_allclose(out["logits_cls"], heads[0], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(out["logits_dist"], heads[1], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(logits, sum(heads) / 2, rtol=1e-4, atol=1e-5)
-    assert found.normalisation[0][0] == 0.485
+    assert found.normalisation[0][0] == 0.485 and "normalisation=((0.485, " in found.doubts[0]
 
 
 def test_huggingface_pooler_is_pre_logits():
     arrays = random(hf_shapes("", head=False, **{"pooler.dense.weight": (D, D), "pooler.dense.bias": (D,)}))
-    found = understand(arrays, num_heads=H)
+    found = understand(arrays, num_heads=H, layer_norm_eps=EPSILON)
     tokens = torch_reference(hf_getter(arrays, ""), IMAGES, DEPTH, [arrays["embeddings.cls_token"]])
     expected = np.tanh(tokens[:, 0] @ arrays["pooler.dense.weight"].T + arrays["pooler.dense.bias"])
     np.testing.assert_allclose(run(found)[0], expected, rtol=1e-4, atol=1e-5)
     assert found.num_classes is None and found.model["rep_size"] == D
-    assert understand(arrays, num_heads=H, rep_size=True).model == found.model
+    assert understand(arrays, num_heads=H, layer_norm_eps=EPSILON, rep_size=True).model == found.model
 
 
 def test_what_config_json_says():
     arrays = random(hf_shapes() | {"vit.embeddings.position_embeddings": (1, 2 * 6 + 1, D)})
     config = {"num_attention_heads": 8, "image_size": [2 * P, 6 * P], "patch_size": P, "layer_norm_eps": 1e-6,
-              "id2label": {"1": "cat", "10": "dog", "2": "emu"}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+              "id2label": {"1": "cat", "0": "ant", "4": "dog", "2": "bee", "3": "cow"}, "image_mean": [0.5] * 3,
+              "image_std": [0.25] * 3}
     found = understand(arrays, config=config | {"hidden_act": "gelu"}, context="none")
     assert found.grid == (2, 6) and found.model["num_heads"] == 8
-    assert found.class_names == ("cat", "emu", "dog")
+    assert found.class_names == ("ant", "cat", "bee", "cow", "dog")
     assert found.normalisation == ((0.5,) * 3, (0.25,) * 3)
-    assert not any("1e-12" in note or "assumed" in note for note in found.notes)
-    assert understand(arrays, config=config | {"id2label": {"0": "LABEL_0"}}).class_names is None
-    assert understand(arrays, config=config, num_heads=2).model["num_heads"] == 2
-    with pytest.raises(FormatError, match="activation 'quick_gelu'; supported .*gelu_pytorch_tanh"):
+    assert found.doubts == () and found.model["layer_norm_eps"] == 1e-6
+    for labels in ({"0": "LABEL_0"}, {"0": "ant", "1": "cat"}, {"0": "ant", "9": "cat"}, ["ant"], "ant", {"0": 3}):
+        assert understand(arrays, config=config | {"id2label": labels}).class_names is None
+    found = understand(arrays, config=config, num_heads=2)
+    assert found.model["num_heads"] == 2
+    assert found.doubts == ("num_heads=2 as asked for, where its config.json says 8",)
+    with pytest.raises(FormatError, match="hidden_act='quick_gelu', which is not supported; .*'gelu_new'"):
         understand(arrays, config=config | {"hidden_act": "quick_gelu"})
 
 
@@ -230,7 +236,7 @@ def by_hand(arrays, i, heads=H):
 @pytest.mark.parametrize("tokens, entries", [(1, 1), (1, 0), (2, 2)])
 def test_timm_by_hand(tokens, entries):
     arrays = random(timm_shapes(tokens, entries=entries))
-    found = understand(arrays, num_heads=H)
+    found = understand(arrays, num_heads=H, **{} if entries else {"grid": (GRID, GRID)})
     positions = arrays["pos_embed"]
     expected = {
         "embedding/kernel": np.einsum("dcyx->yxcd", arrays["patch_embed.proj.weight"]),
@@ -243,16 +249,22 @@ def test_timm_by_hand(tokens, entries):
         expected |= {"head_dist/kernel": arrays["head_dist.weight"].T, "head_dist/bias": arrays["head_dist.bias"]}
     assert_same(read(found), expected | by_hand(arrays, 0) | by_hand(arrays, 1))
     assert found.format == "timm" and found.grid == (GRID, GRID) and found.num_classes == CLASSES
-    assert found.model == dict(SIZES, patch_size=(P, P), pool_type="tok", gelu="erf", context="none",
-                               distilled=tokens == 2)
-    assert any("gelu='erf' and context='none' assumed" in note for note in found.notes)
+    assert found.model == dict(SIZES, patch_size=(P, P), pool_type="tok", gelu="erf", layer_norm_eps=1e-6,
+                               posemb="learn", context="none", distilled=tokens == 2)
+    assert any("context='none' assumed: parameters do not show it" in note for note in found.notes)
+    guessed = ["layer_norm_eps=1e-06", "gelu='erf'"] + ["grid=(3, 3)"] * (tokens == 1 == entries)
+    guessed += ["normalisation=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))"] * (tokens == 2)
+    assert found.doubts == (
+        f"{', '.join(guessed)} assumed, as all published models of this kind have it; the file does not say",)
     assert any("added to the tokens" in note for note in found.notes) == bool(entries)
 
 
 def test_deit_3s_own_names():
     scales = {f"blocks.{i}.gamma_{j}": (D,) for i in range(DEPTH) for j in (1, 2)}
     arrays = random(timm_shapes(entries=0, **scales))
-    found = understand(arrays, num_heads=H)
+    with pytest.raises(FormatError, match="says posemb; give posemb='learn' or whatever is right"):
+        understand(arrays, num_heads=H)  # RoPE-ViT's files look the same
+    found = understand(arrays, num_heads=H, posemb="learn")
     params = read(found)
     for i in range(DEPTH):
         for j in (1, 2):
@@ -278,23 +290,26 @@ def test_timms_variants_of_a_file():
     found = understand(logits, num_heads=H)
     assert found.model["rep_size"] == D
     np.testing.assert_array_equal(read(found)["pre_logits/kernel"], logits["pre_logits.fc.weight"].T)
-    config = {"model_args": {"act_layer": "gelu_tanh", "num_heads": 8}, "pretrained_cfg": {"mean": [1.0], "std": [2.0]}}
+    config = {"model_args": {"act_layer": "gelu_tanh", "num_heads": 8}, "pretrained_cfg": {"mean": [1], "std": [2]}}
     found = understand(arrays, config=config)
-    assert (found.model["gelu"], found.model["num_heads"], found.normalisation) == ("tanh", 8, ((1.0,), (2.0,)))
-    with pytest.raises(FormatError, match="activation 'silu'; supported are gelu, gelu_tanh"):
-        understand(arrays, config={"model_args": {"act_layer": "silu"}}, num_heads=H)
+    assert (found.model["gelu"], found.model["num_heads"], found.normalisation) == ("tanh", 8, ((1.0,) * 3, (2.0,) * 3))
 
 
 def test_heads_that_a_file_does_not_tell():
     shapes = lambda width: {  # noqa: E731
         name: tuple(width * size // D if size % D == 0 else size for size in shape)
         for name, shape in timm_shapes(depth=1).items()}
-    for width, heads in ((192, 3), (1280, 16), (320, 5)):
-        arrays = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes(width).items()}
-        found = understand(arrays)
-        assert found.model["num_heads"] == heads and any("num_heads" in note for note in found.notes)
-    with pytest.raises(FormatError, match="file: the file does not say how many heads its width of 96 has; give num_h"):
-        understand({name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes(96).items()})
+    for width in (32, 64, 96, 192, 1280):  # none of them is published with one block
+        with pytest.raises(FormatError, match=f"says num_heads; give num_heads={max(1, width // 64)} or whatever is r"):
+            understand({name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes(width).items()})
+    arrays = {name: np.broadcast_to(np.float32(0), shape) for name, shape in timm_shapes(depth=12).items()}
+    widen = lambda shape: tuple({D: 192, 3 * D: 576, F: 768}.get(size, size) for size in shape)  # noqa: E731
+    arrays = {name: np.broadcast_to(np.float32(0), widen(array.shape)) for name, array in arrays.items()}
+    found = understand(arrays)
+    assert found.model["num_heads"] == 3 and found.doubts[0].startswith("num_heads=3, ")
+    del arrays["cls_token"]
+    with pytest.raises(FormatError, match="give num_heads"):  # SigLIP's width of 768 has 12 heads, or 16
+        understand(arrays, gelu="erf", grid=(2, 5))
     with pytest.raises(FormatError, match="num_heads=7 does not divide the width of the file, 32"):
         understand(random(timm_shapes()), num_heads=7)
 
@@ -319,7 +334,8 @@ def test_augreg_by_hand(tokens):
     assert_same(read(found), expected)
     assert found.format == "augreg" and found.normalisation == ((0.5,) * 3, (0.5,) * 3)
     assert found.model == dict(SIZES, patch_size=(P, P), pool_type="tok" if tokens else "gap", rep_size=6, gelu="tanh",
-                               context="none", distilled=False)
+                               layer_norm_eps=1e-6, posemb="learn", context="none", distilled=False)
+    assert found.doubts == () if tokens else found.doubts[0].startswith("pool_type='gap' assumed")
 
 
 def test_big_vision_is_ours_already(tmp_path):
@@ -378,19 +394,27 @@ def test_bfloat16_is_read_as_float32():
 def test_a_fixed_position_embedding():
     found = understand(random(flax_shapes()))
     assert found.model["posemb"] == "sincos2d" and found.grid is None
-    assert any("sincos2d" in note for note in found.notes)
     assert understand(random(flax_shapes()), grid=(2, 4)).grid == (2, 4)
 
 
+@pytest.mark.parametrize("shapes", [lambda: without(timm_shapes(), "pos_embed"), lambda: flax_shapes(**AUGREG),
+                                    lambda: without(hf_shapes(), "vit.embeddings.position_embeddings")])
+def test_without_a_position_embedding_it_is_no_fixed_one_unless_asked_for(shapes):
+    with pytest.raises(FormatError, match="no position embedding; rotary .* are to be asked for: posemb='sincos2d'"):
+        understand(random(shapes()), num_heads=H)
+    assert understand(random(shapes()), num_heads=H, posemb="sincos2d").model["posemb"] == "sincos2d"
+
+
 MODELS = [
-    dict(pool_type="tok", gelu="erf"), dict(pool_type="tok", gelu="erf", distilled=True),
+    dict(pool_type="tok", gelu="erf"), dict(pool_type="tok", layer_norm_eps=1e-3),
+    dict(pool_type="tok", gelu="erf", distilled=True),
     dict(pool_type="tok", gelu="erf", layer_scale=1e-4), dict(pool_type="gap", gelu="tanh"),
     dict(pool_type="map", gelu="erf"), dict(pool_type="none", gelu="erf"),
     dict(pool_type="tok", context="cb", context_at="msa_end", context_layers=(1,)),
     dict(pool_type="tok", context="cb_s", layer_scale=1e-4, distilled=True),
     dict(pool_type="gap", context="cb_s", context_layers=(0,))]
 SEEN = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "gelu", "pool_type", "distilled", "layer_scale",
-        "context", "context_at", "context_layers", "posemb", "rep_size")
+        "layer_norm_eps", "context", "context_at", "context_layers", "posemb", "rep_size")
 
 
 def assert_same_model(found, config):
@@ -528,7 +552,7 @@ def without(shapes, *names):
 @pytest.mark.parametrize("shapes, match", [
     (without(timm_shapes(), "blocks.1.attn.qkv.bias"), "read as timm, the file lacks 'blocks.1.attn.qkv.bias'$"),
     (without(timm_shapes(), "patch_embed.proj.weight"), "it lacks 'patch_embed.proj.weight'"),
-    (without(timm_shapes(), "cls_token"), r"position embedding is \[1, 10, 32\].*0 class tokens.*give grid"),
+    (without(timm_shapes(), "cls_token"), "says gelu; give gelu='erf' or whatever is right"),
     (without(timm_shapes(), "head.bias"), "has besides 'head.weight'"),
     (timm_shapes(surprise=(1,)), "has besides 'surprise'$"),
     (timm_shapes(**{"norm.bias": (D + 1,)}), r"has 'norm.bias' of \[33\] and not \[32\]$"),
@@ -596,7 +620,8 @@ def test_overrides():
     arrays = random(flax_shapes(**POSITIONS))
     found = understand(arrays, context="cb", context_layers=[1], gelu="erf", pool_type="0", patch_size=P, depth=None)
     assert found.model == dict(SIZES, patch_size=(P, P), pool_type="0", context="cb", context_layers=(1,), gelu="erf",
-                               distilled=False)
+                               layer_norm_eps=1e-6, posemb="learn", distilled=False)
+    assert found.doubts == () and any("context='cb' as asked for: par" in note for note in found.notes)
     scale = {f"blocks.{i}.ls{j}.gamma": (D,) for i in range(DEPTH) for j in (1, 2)}
     assert understand(random(timm_shapes(**scale)), num_heads=H, layer_scale=0.5).model["layer_scale"] == 0.5
     with pytest.raises(ConfigError, match="^model.contxt: unknown; did you mean context"):
@@ -616,13 +641,48 @@ def test_where_cb_s_stands_can_be_seen(kw):
 
 def test_metadata():
     arrays = random(timm_shapes())
-    config = resolve(Config(**SIZES, pool_type="tok", context="cb"))
-    found = understand(arrays, metadata=describe(config))
+    config = resolve(Config(**SIZES, pool_type="tok", context="cb", layer_norm_eps=1e-3))
+    found = understand(arrays, metadata=describe(config, grid=(GRID, GRID)))
     assert found.model["num_heads"] == H and found.model["context"] == "cb" and found.normalisation is None
-    assert understand(arrays, metadata=describe(config), context="none").model["context"] == "none"
-    for damaged in ("{", "[]", '{"model": 3}'):
-        with pytest.raises(FormatError, match="metadata"):
-            understand(arrays, metadata={"cb_vit": damaged})
+    assert found.model["layer_norm_eps"] == 1e-3 and found.doubts == ()
+    found = understand(arrays, metadata=describe(config, grid=(GRID, GRID)), context="none")
+    assert found.model["context"] == "none"
+    assert found.doubts == ("context='none' as asked for, where its metadata say 'cb'",)
+    with pytest.raises(FormatError, match="its metadata say num_heads=4, its config.json 8; give num_heads"):
+        understand(arrays, metadata=describe(config), config={"model_args": {"num_heads": 8}})
+    said = json.loads(describe(config)["cb_vit"])
+    for damaged in ("{", "[]", '{"model": 3}', *(json.dumps(said | change) for change in (
+            {"model": {"num_heads": "four"}}, {"model": {"width": 3}}, {"model": {"layer_norm_eps": -1}}, {"grid": "3"},
+            {"grid": [3, 0]}, {"normalisation": [[0.5] * 3, [0.0] * 3]}, {"normalisation": 3}))):
+        with pytest.raises(FormatError):
+            understand(arrays, metadata={"cb_vit": damaged}, num_heads=H)
+
+
+NO_NORMALISATION = [
+    ([0.5] * 3, [0.0] * 3), ([0.5] * 3, [0.5, -0.5, 0.5]), ([0.5] * 3, [float("nan")] * 3),
+    ([float("nan")] * 3, [1.0] * 3), ([0.5] * 3, [float("inf")] * 3), ([0.5] * 2, [0.5] * 2),
+    ([0.5] * 3, [0.5] * 2), ([0.5] * 4, [0.5] * 4), (0.5, 0),
+    (["0.5"] * 3, [0.5] * 3), ("0.5", "0.5"), ([True] * 3, [True] * 3), ([0.5] * 3, None), (None, [0.5] * 3), ([], []),
+    ({"a": 1}, [0.5] * 3), ([[0.5] * 3], [0.5] * 3)]
+
+
+@pytest.mark.parametrize("mean, std", NO_NORMALISATION, ids=str)
+def test_a_normalisation_that_cannot_be_is_refused_whoever_says_it(mean, std):
+    match = r"file: how its pixels are normalised: expected \(mean, std\) with a number for each channel, std above 0"
+    says = {"cb_vit": json.dumps({"model": {}, "normalisation": [mean, std]})}
+    for kw in (dict(metadata=says), dict(config={"pretrained_cfg": {"mean": mean, "std": std}})):
+        with pytest.raises(FormatError, match=match):
+            understand(random(timm_shapes()), num_heads=H, **kw)
+    card = {"image_processor_type": "ViTImageProcessor", "image_mean": mean, "image_std": std}
+    if mean is not None and std is not None:  # of which there are defaults
+        with pytest.raises(FormatError, match=match):
+            understand(random(hf_shapes()), num_heads=H, config=card)
+
+
+def test_a_number_stands_for_all_channels():
+    for mean, std in ((0, 1), ([0], [1]), ([0.0] * 3, 1.0)):
+        card = {"pretrained_cfg": {"mean": mean, "std": std}}
+        assert understand(random(timm_shapes()), num_heads=H, config=card).normalisation == ((0.0,) * 3, (1.0,) * 3)
 
 
 def test_grids_that_are_no_squares():
@@ -631,3 +691,55 @@ def test_grids_that_are_no_squares():
     for grid, match in ((None, "no square: give grid"), ((3, 5), "a grid of 3×5 has 15")):
         with pytest.raises(FormatError, match=match):
             understand(arrays, num_heads=H, grid=grid)
+
+
+@pytest.mark.parametrize("said, grid", [
+    (dict(grid=(4, 6)), (4, 6)), (dict(grid=(5, 5)), (5, 5)), (dict(metadata=dict(cb_vit=json.dumps(
+        dict(model={}, normalisation=None, grid=[4, 6])))), (4, 6)),
+    (dict(config=dict(model_args=dict(img_size=[4 * P, 6 * P]))), (4, 6)),
+    (dict(config=dict(pretrained_cfg=dict(input_size=[3, 4 * P, 6 * P]))), (4, 6)),
+    (dict(config=dict(pretrained_cfg=dict(input_size=[3, 5 * P, 5 * P]))), (5, 5)),
+    (dict(config=dict(model_args=dict(no_embed_class=True))), (5, 5)),
+    (dict(config=dict(architecture="deit3_small_patch16_224")), (5, 5))], ids=str)
+def test_25_positions_are_a_square_or_4_by_6_and_the_class_token(said, grid):
+    arrays = random(timm_shapes() | {"pos_embed": (1, 25, D)})
+    found = understand(arrays, num_heads=H, **said)
+    assert found.grid == grid
+    whole = arrays["pos_embed"]
+    np.testing.assert_array_equal(read(found)["pos_embedding"], whole if grid == (5, 5) else whole[:, 1:])
+    with pytest.raises(FormatError, match=r"25 positions are those of 5×5 patches, or of 24 and .*give grid.*\(5, 5\)"):
+        understand(arrays, num_heads=H)
+    with pytest.raises(FormatError, match="position embedding is .*give grid"):
+        understand(arrays, num_heads=H, config=dict(model_args=dict(no_embed_class=False)))
+
+
+@pytest.mark.parametrize("config, match", [
+    (dict(architecture="vit_small_patch16_rope_ape_224"), "'vit_small_patch16_rope_ape_224', whose rotary pos"),
+    (dict(architecture="vit_new_thing"), "give num_heads"),
+    (dict(architecture="vit_new_thing", model_args=dict(num_heads=4)), "gelu.*layer_norm_eps.*; give gelu='erf'"),
+    (dict(model_args=dict(new_thing=1)), "says new_thing=1, a setting that is not known here"),
+    (dict(model_args=[1]), r"says model_args=\[1\]"), (dict(model_args=dict(num_heads="4")), "num_heads='4', w"),
+    (dict(model_args=dict(num_heads=4, embed_dim=64)), "its config.json says width=64, but the file has 32"),
+    (dict(model_args=dict(num_heads=4, depth=12)), "its config.json says depth=12, but the file has 2"),
+    (dict(model_args=dict(num_heads=4, global_pool="avg")), "says pool_type='gap', but the file has 'tok'"),
+    (dict(global_pool="avgmax", model_args=dict(num_heads=4)), "global_pool='avgmax', which is not supported"),
+    (dict(model_args=dict(num_heads=4, mlp_layer="glu")), "mlp_layer='glu', which is not supported"),
+    (dict(pretrained_cfg=dict(label_offset=1)), "label_offset=1, which is not supported; supported is 0"),
+    (dict(pretrained_cfg=dict(input_size=3)), "input_size=3, which cannot be"),
+    (dict(pretrained_cfg=dict(new_thing=3)), "new_thing=3, a setting")], ids=str)
+def test_what_timms_config_json_says_is_right_or_refused(config, match):
+    with pytest.raises(FormatError, match=f"^file: .*{match}"):
+        understand(random(timm_shapes()), config=config)
+
+
+def test_timms_older_config_json_and_its_labels():
+    arrays, names = random(timm_shapes()), ["ant", "bee", "cow", "dog", "eel"]
+    flat = dict(architecture="vit_tiny_patch16_224", mean=[0.5] * 3, std=[0.25] * 3, input_size=[3, 3 * P, 3 * P],
+                labels=names, num_features=D, tags=["mine"])
+    found = understand(arrays, config=flat, num_heads=H)
+    assert found.normalisation == ((0.5,) * 3, (0.25,) * 3) and found.class_names == tuple(names)
+    for labels in (names, dict(enumerate(names)), {str(i): name for i, name in enumerate(names)}):
+        for config in (dict(label_names=labels), dict(pretrained_cfg=dict(label_names=labels))):
+            assert understand(arrays, config=config, num_heads=H).class_names == tuple(names)
+    found = understand(arrays, config=dict(label_names=names[:3]), num_heads=H)
+    assert found.class_names is None and any("names 3 classes, its head has 5" in note for note in found.notes)

@@ -102,7 +102,7 @@ def test_what_cannot_be_scored_ends_in_one_line(trained, tmp_path):
     for args, error in (
             ([f"--weights={tmp_path}/five.npz"], "config.evals.val.pp_fn: onehot has 10 classes, the model 5"),
             ([f"--weights={tmp_path}/none.npz"], f"--weights: {tmp_path}/none.npz has no head, and so no classes"),
-            ([f"--weights={folder}/bare.safetensors", "--model=num_heads=2", "--model=context=cb"],
+            ([f"--weights={folder}/bare.safetensors", "--model=num_heads=2", "--model=gelu=tanh"],
              "--weights.normalisation: "),
             ([f"--weights={folder}/run", f"--workdir={folder}/run"], "--weights: takes the place of --workdir"),
             ([f"--workdir={folder}/run", "--ema"],

@@ -1,5 +1,8 @@
 """Models from files and runs: what `load` and `merge` give, and what they say where they cannot."""
+import functools
 import json
+import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +64,7 @@ def files(tmp_path_factory, model, params):
     """The same parameters in files of two kinds, and a run."""
     folder = tmp_path_factory.mktemp("files")
     host = jax.device_get(params)
-    write_safetensors(folder / "timm.safetensors", to_timm(host, model.config), describe(model.config, HALF))
+    write_safetensors(folder / "timm.safetensors", to_timm(host, model.config), describe(model.config, HALF, (2, 2)))
     write_safetensors(folder / "bare.safetensors", to_timm(host, model.config))
     write_npz(folder / "bv.npz", to_big_vision(host))
     train_and_evaluate(config(), folder / "run")
@@ -156,6 +159,61 @@ def test_fine_tuning_from_a_file_begins_as_the_same_function(files, tmp_path, pa
                                rtol=1e-4, atol=1e-5)
     folded = any("folded" in line for line in notes["model_init"]["report"])
     assert folded == ("vgg" in pp)
+
+
+def test_fine_tuning_needs_to_know_the_normalisation_as_prediction_does(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "open_weights", functools.partial(weights.open_weights, num_heads=2, grid=(2, 2)))
+    monkeypatch.setattr(startup, "open_weights", weights.open_weights)
+    bare = config(model_init=str(files / "bare.safetensors"))
+    with pytest.raises(ConfigError, match="^config.model_init: .*bare.safetensors does not say how its pixels we"):
+        startup.build(check(bare), tmp_path)
+    startup.build(check(bare | dict(model_load=dict(dont_load=["embedding/.*"]))), tmp_path)  # none was trained
+
+
+@pytest.mark.parametrize("change", [
+    dict(gelu="tanh"), dict(layer_norm_eps=1e-3), dict(context="cb"), dict(context="none"), dict(context_at="msa_end")])
+def test_settings_that_change_the_function_but_no_shape_are_said(files, tmp_path, model, change):
+    path, (name, here) = files / "plain.safetensors", *change.items()
+    trained = cb_vit.Model(CLASSES, **SIZES | dict(context="none" if here == "cb" else "cb"))
+    tree = trained.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    arrays = to_timm(jax.device_get(tree), trained.config)
+    write_safetensors(path, arrays, describe(trained.config, HALF), overwrite=True)
+    line = f"{name}: trained with {getattr(trained.config, name)!r}, {here!r} here"
+    settings = check(config(model_init=str(path), model=SIZES | dict(context="cb") | change))
+    run = startup.build(settings, tmp_path)
+    with run.context():
+        _, notes = startup.begin_from(run, startup.open_init(settings.train))
+    assert [said for said in notes["model_init"]["report"] if "trained with" in said] == [line]
+    _, report = cb_vit.merge(tree, path, settings.model)
+    assert line in report.lines
+
+
+def test_load_warns_of_what_it_takes_for_granted(files, tmp_path):
+    with pytest.warns(UserWarning, match=r"bare.safetensors: layer_norm_eps=1e-06, gelu='erf', grid=\(2, 2\) assumed"):
+        cb_vit.load(files / "bare.safetensors", num_heads=2)
+    with pytest.warns(UserWarning, match="timm.safetensors: gelu='tanh' as asked for, where its metadata say 'erf'"):
+        cb_vit.load(files / "timm.safetensors", gelu="tanh")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cb_vit.load(files / "timm.safetensors")
+        cb_vit.load(files / "bv.npz", gelu="erf")
+
+
+@pytest.mark.parametrize("pp", ["vgg_value_range((0, 0, 0), (1, 1, 0))", "vgg_value_range((1e999, 0, 0), (1, 1, 1))",
+                                "vgg_value_range((0, 0, 0), (1, 1, 1e999))", "vgg_value_range((0, 0), (1, 1))"])
+def test_a_normalisation_that_cannot_be_in_a_run(files, tmp_path, pp):
+    notes = json.loads((files / "run" / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(notes | dict(pp=pp)))
+    with pytest.raises(ConfigError, match="run.json does not describe a model"):
+        cb_vit.load(tmp_path)
+
+
+def test_a_run_of_before_has_the_norms_that_there_were(files, tmp_path):
+    shutil.copytree(files / "run", tmp_path / "run")
+    notes = json.loads((tmp_path / "run" / "run.json").read_text())
+    del notes["model"]["layer_norm_eps"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(notes))
+    assert cb_vit.load(tmp_path / "run")[0].config.layer_norm_eps == 1e-6
 
 
 def test_a_file_teaches_as_well(files):

@@ -52,8 +52,12 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
         found += zip(names, blocks, strict=True)
         spelt.update(dict.fromkeys(names, name))
     notes = [f"{depth} scanned blocks are taken apart" for depth, in depths]
-    return Reading("augreg" if old else "big_vision", unique(found, path), [], lambda name: spelt.get(name, name),
-                   "tanh", normalisation=HALF, notes=notes)
+    params, usual = unique(found, path), {"gelu": "tanh", "layer_norm_eps": 1e-6, "posemb": "learn"}
+    if not old and "pos_embedding" not in params:
+        usual["posemb"] = "sincos2d"  # big_vision has no other that is not learned
+    guess = {} if {"cls", "MAPHead_0/probe"} & params.keys() else {"pool_type": "gap"}
+    return Reading("augreg" if old else "big_vision", params, [], lambda name: spelt.get(name, name), usual=usual,
+                   guess=guess, entries=int(old and "cls" in params), normalisation=HALF, notes=notes)
 
 
 def to_big_vision(params: Any) -> dict[str, np.ndarray]:

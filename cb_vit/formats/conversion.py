@@ -1,7 +1,8 @@
 """From a file of anybody's to parameters under our names, and the model they belong to.
 
-What a file says is taken from it: sizes, tokens, heads. What it cannot say is an argument, and what is assumed is
-noted. Every array is accounted for: what the model has no place for, or lacks, is an error that lists it.
+What a file or the card beside it says is taken from there: sizes, tokens, heads. What neither says is an argument, or
+an error that names the argument; it is assumed only where all published models of that kind agree, and then said.
+Every array is accounted for: what the model has no place for, or lacks, is an error that lists it.
 """
 from __future__ import annotations
 
@@ -16,17 +17,18 @@ import numpy as np
 
 from cb_vit.config import ConfigError
 from cb_vit.formats import big_vision, huggingface, timm
+from cb_vit.formats.cards import pair
 from cb_vit.formats.families import name_family
 from cb_vit.formats.files import FormatError, Tensor, show
-from cb_vit.formats.keywords import agree, seen_in, spell_out
-from cb_vit.formats.names import Normalisation, Reading, listed, view
+from cb_vit.formats.keywords import settle, spell_out, spelt
+from cb_vit.formats.names import Normalisation, Reading, as_normalisation, listed, view
 from cb_vit.formats.prefixes import candidates, take_off, under
 from cb_vit.models.resample import square
 from cb_vit.models.vit import Config, Model
 from cb_vit.tree import flatten_with_names
 
 # What no file of parameters says; `describe` writes it beside them.
-UNSEEN = ("num_heads", "gelu", "pool_type", "context", "context_at", "context_layers")
+UNSEEN = ("num_heads", "gelu", "layer_norm_eps", "pool_type", "context", "context_at", "context_layers")
 _READERS = (timm, huggingface, big_vision)
 # What the names of a whole ViT have among them.
 _EMBEDDINGS = ("patch_embed.proj.", "embeddings.patch_embeddings.", "vit.embeddings.", "deit.embeddings.", "embedding/")
@@ -44,7 +46,9 @@ class Converted:
         grid: rows and columns of patches that the positions are for; None: they are fixed, for any.
         normalisation: (mean, std) of pixels from 0 to 1 that the model was trained with; None: not known.
         class_names: None: not known.
-        notes: what was folded or assumed, one line each.
+        doubts: what is assumed, as all published models of this kind agree, or asked for although the file says
+            otherwise; one line each.
+        notes: what was folded, or cannot be known; one line each.
     """
 
     format: str
@@ -54,6 +58,7 @@ class Converted:
     grid: tuple[int, int] | None
     normalisation: Normalisation | None
     class_names: tuple[str, ...] | None
+    doubts: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -77,51 +82,87 @@ def convert(
         FormatError: it is no ViT of ours, something is missing or left over, or an override contradicts it.
         ConfigError: an override that `Model` does not take.
     """
-    described, normalisation = _described(metadata or {}, path)
-    overrides = spell_out({**described, **overrides})
+    described = _described(metadata or {}, path)
+    asked = spell_out(overrides)
     tensors, notes = take_off(tensors, prefix, _known, path)
-    reading = _read(tensors, path, overrides.get("num_heads"), config or {}, prefix)
+    reading = _read(tensors, path, {**described.model, **asked}.get("num_heads"), config or {}, prefix)
     params = {name: _float32(tensor) for name, tensor in reading.params.items()}
     other = {str(tensor.dtype) for tensor in reading.params.values()} - {"float32"}
     notes += reading.notes + [f"stored as {', '.join(sorted(other))}, read as float32"] * bool(other)
 
-    told = {**reading.model, **agree(seen_in(params, reading, path), overrides, path)}
-    assumed = {name: value for name, value in {"gelu": reading.gelu, "context": "none"}.items() if name not in told}
-    if assumed:
-        words = " and ".join(f"{name}={value!r}" for name, value in assumed.items())
-        notes.append(f"{words} assumed: parameters do not show it")
-    model = {"pool_type": "gap", **assumed, **told}
-    params, grid = _fold(params, grid or reading.grid, path, notes)
+    model, guess, doubts = settle(params, reading, described.model, asked, path)
+    if "context" not in described.model and model["context"] != "cb_s":
+        notes.append(f"context={model['context']!r} {'as asked for' if 'context' in asked else 'assumed'}: parameters "
+                     "do not show it")
+    params, grid = _fold(params, grid or described.grid or _grid(reading, model), reading, model, path, notes, guess)
     num_classes = math.prod(params["head/bias"].shape) if "head/bias" in params else None
     _check(params, reading, model, num_classes, grid, path)
 
-    normalisation = normalisation or reading.normalisation
-    if normalisation is None:
+    known = [said for said in (described.normalisation, reading.normalisation) if said is not None]
+    if not known and reading.usual_normalisation:
+        guess["normalisation"] = reading.usual_normalisation
+    known += [reading.usual_normalisation] * (reading.usual_normalisation is not None)
+    if not known:
         notes.append("how pixels were normalised is not known: Google's ViTs have mean = std = 0.5, DeiTs ImageNet's")
-    return Converted(reading.format, params, model, num_classes, grid, normalisation, reading.class_names,
-                     tuple(notes))
+    class_names = reading.class_names
+    if class_names and len(class_names) != num_classes:
+        notes.append(f"its config.json names {len(class_names)} classes, its head has {num_classes or 0}: not used")
+        class_names = None
+    if guess:
+        doubts.insert(0, f"{spelt(guess)} assumed, as all published models of this kind have it; the file does not say")
+    return Converted(
+        reading.format, params, model, num_classes, grid,
+        _checked(known[0], params["embedding/kernel"].shape[2], path) if known else None,
+        class_names, tuple(doubts), tuple(notes))
 
 
-def describe(config: Config, normalisation: Normalisation | None = None) -> dict[str, str]:
+def describe(
+    config: Config, normalisation: Normalisation | None = None, grid: tuple[int, int] | None = None
+) -> dict[str, str]:
     """Metadata of an exported `.safetensors` file that lets `convert` know what parameters do not say.
 
     Args:
         config: of the model; resolved.
         normalisation: (mean, std) of pixels from 0 to 1.
+        grid: rows and columns of patches that the positions are for.
     """
     model = {name: getattr(config, name) for name in UNSEEN if getattr(config, name) is not None}
-    return {"format": "pt", "cb_vit": json.dumps({"model": model, "normalisation": normalisation})}
+    return {"format": "pt", "cb_vit": json.dumps({"model": model, "normalisation": normalisation, "grid": grid})}
 
 
-def _described(metadata: Mapping[str, Any], path: str) -> tuple[dict[str, Any], Normalisation | None]:
-    """What `describe` wrote: keywords of `Model`, and the normalisation."""
+@dataclasses.dataclass(frozen=True)
+class _Described:
+    """What `describe` wrote; the normalisation is yet to be checked."""
+
+    model: dict[str, Any]
+    normalisation: Any = None
+    grid: tuple[int, int] | None = None
+
+
+def _described(metadata: Mapping[str, Any], path: str) -> _Described:
     if "cb_vit" not in metadata:
-        return {}, None
+        return _Described({})
     try:
         said = json.loads(metadata["cb_vit"])
-        return dict(said["model"]), said["normalisation"] and tuple(map(tuple, said["normalisation"]))
-    except (ValueError, TypeError, KeyError):
-        raise FormatError(f"{path}: what its metadata say under 'cb_vit' is not what was once written there") from None
+        model = spell_out({name: said["model"][name] for name in UNSEEN if name in said["model"]})
+        if len(model) == len(said["model"]):
+            return _Described(model, said["normalisation"], said.get("grid") and pair(said["grid"]))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise FormatError(f"{path}: what its metadata say under 'cb_vit' is not what was once written there")
+
+
+def _checked(normalisation: Any, channels: int, path: str) -> Normalisation:
+    try:
+        return as_normalisation(normalisation, channels)
+    except ValueError as error:
+        raise FormatError(f"{path}: how its pixels are normalised: {error}") from None
+
+
+def _grid(reading: Reading, model: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of patches of the images that a config file speaks of."""
+    size = reading.image_size
+    return size and tuple(side // patch for side, patch in zip(size, model["patch_size"], strict=True))
 
 
 def _known(names: Collection[str]) -> bool:
@@ -156,26 +197,37 @@ def _float32(tensor: Tensor) -> Tensor:
 
 
 def _fold(
-    params: dict[str, Tensor], grid: tuple[int, int] | None, path: str, notes: list[str]
+    params: dict[str, Tensor], grid: tuple[int, int] | None, reading: Reading, model: Mapping[str, Any], path: str,
+    notes: list[str], guess: dict[str, Any],
 ) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
     """Positions of tokens are added to the tokens themselves, so that what remains is a grid: the sums are the same."""
     if "pos_embedding" not in params:
-        notes.append("it has no position embedding; a fixed one (sincos2d) is taken")
+        if model["posemb"] != "sincos2d":
+            raise FormatError(f"{path}: it has no position embedding; rotary or relative positions, or none, are not "
+                              "supported, and fixed ones are to be asked for: posemb='sincos2d'")
         return params, grid
     positions, tokens = params["pos_embedding"], [name for name in ("cls", "dist") if name in params]
-    entries = positions.shape[1] if len(positions.shape) == 3 else 0
+    count = positions.shape[1] if len(positions.shape) == 3 else 0
     fits = lambda n: n > 0 and n == (math.prod(grid) if grid else math.isqrt(n)**2)  # noqa: E731
-    extra = next((n for n in (0, len(tokens)) if fits(entries - n)), None)
+    possible = (0, len(tokens)) if reading.entries is None else (reading.entries,)
+    extra = next((n for n in possible if fits(count - n)), None)
     if extra is None:
         raise FormatError(
             f"{path}: the position embedding is {list(positions.shape)}, and the file has {len(tokens)} class tokens; "
-            + (f"a grid of {grid[0]}×{grid[1]} has {math.prod(grid)}" if grid else "that is no square: give grid"))
+            + (f"a grid of {grid[0]}×{grid[1]} has {math.prod(grid)}" if grid else "that is no square")
+            + ": give grid, the rows and columns of patches")
+    if reading.entries is None and not grid:
+        guess["grid"] = side, _ = square(count - extra)
+        if not extra and model.get("layer_scale") is None:  # of published files, DeiT-III's have none
+            raise FormatError(
+                f"{path}: its {count} positions are those of {side}×{side} patches, or of {count - len(tokens)} "
+                f"and the class token; give grid, the rows and columns of patches: grid=({side}, {side})")
     if extra:
         params = {**params, "pos_embedding": view(positions, lambda a: a[:, extra:])}
         for i, name in enumerate(tokens):
             params[name] = params[name].map(lambda a, i=i: a + positions.read()[:, i:i + 1], params[name].shape)
         notes.append(f"the positions of {' and '.join(tokens)} are added to the tokens themselves")
-    return params, grid or square(entries - extra)
+    return params, grid or square(count - extra)
 
 
 def _check(

@@ -5,7 +5,6 @@ Its pooler, a tanh layer on the class token, is what big_vision calls pre_logits
 """
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cb_vit.config import ConfigError
+from cb_vit.formats import cards, images
 from cb_vit.formats.files import Tensor
 from cb_vit.formats.names import (
     DENSE,
@@ -26,7 +26,6 @@ from cb_vit.formats.names import (
     add_entries,
     flat,
     pick_heads,
-    told_gelu,
     unique,
 )
 from cb_vit.models.vit import Config
@@ -52,7 +51,6 @@ NAMES = Names("Hugging Face's ViT", {
     "embeddings.distillation_token": "dist",
     "embeddings.position_embeddings": "pos_embedding",
 })
-_GELU = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
 def recognise(names: Iterable[str]) -> bool:
@@ -66,26 +64,19 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
     Args:
         tensors: of the file.
         path: of the file, for errors.
-        num_heads: None: the config's, or what is usual for the width.
+        num_heads: None: the config's, or what all published models of its sizes have.
         config: the file's `config.json`, and what of `preprocessor_config.json` was put to it; or {}.
 
     Raises:
-        FormatError: an impossible shape, or an activation that is no GELU.
+        FormatError: an impossible shape, or a config that makes another model.
     """
     spelt = {_bare(name): name for name in tensors}
     tensors = unique(((_bare(name), tensor) for name, tensor in tensors.items()), path)
-    width = next(math.prod(t.shape) for name, t in tensors.items() if name.endswith("layernorm_before.weight"))
-    heads, notes = pick_heads(width, path, num_heads, config.get("num_attention_heads"))
+    said, guess = cards.huggingface(config, path), {}
+    heads = pick_heads(tensors, ".layernorm_before.weight", ".intermediate.dense.weight", path,
+                       said.model.get("num_heads") if num_heads is None else num_heads, guess, True)
     params, unknown = NAMES.read(tensors, heads, path)
-
-    epsilon = config.get("layer_norm_eps", 1e-12)
-    if epsilon != 1e-6:
-        notes.append(f"its norms add {epsilon:g} to the variance, ours 1e-06")
-    normalisation = IMAGENET if "dist" in params else None
-    if "image_mean" in config and "image_std" in config:
-        normalisation = tuple(config["image_mean"]), tuple(config["image_std"])
-    elif normalisation:
-        notes.append("pixels are taken to be normalised as DeiT's, with ImageNet's mean and standard deviation")
+    guess |= {"gelu": "erf", "layer_norm_eps": 1e-12}
 
     body = next((match[0] for match in map(re.compile(r"(vit|deit)\.").match, spelt.values()) if match), "")
 
@@ -94,8 +85,9 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
         return _full(theirs[0], body, "dist" in params) if theirs else name
 
     return Reading(
-        "huggingface", params, [spelt[name] for name in unknown], spell, "erf",
-        told_gelu(config.get("hidden_act"), _GELU, path), _grid(config), normalisation, _class_names(config), notes)
+        "huggingface", params, [spelt[name] for name in unknown], spell, said.model,
+        {"pool_type": "tok", "posemb": "learn"}, guess, 2 if "dist" in params else 1, said.image_size,
+        images.normalisation(config), IMAGENET if "dist" in params else None, said.class_names)
 
 
 def to_huggingface(
@@ -142,7 +134,8 @@ def config_json(
         "architectures": [architecture if num_classes else {"vit": "ViTModel", "deit": "DeiTModel"}[kind]],
         "model_type": kind, "hidden_size": config.width, "num_hidden_layers": config.depth,
         "num_attention_heads": config.num_heads, "intermediate_size": config.mlp_dim,
-        "hidden_act": "gelu" if config.gelu == "erf" else "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "qkv_bias": True,
+        "hidden_act": "gelu" if config.gelu == "erf" else "gelu_pytorch_tanh", "layer_norm_eps": config.layer_norm_eps,
+        "qkv_bias": True,
         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_channels": 3,
         "image_size": _square(image_size), "patch_size": _square(config.patch_size),
         "id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)},
@@ -158,21 +151,6 @@ def _full(name: str, body: str, distilled: bool) -> str:
     if name.startswith("classifier."):
         return "cls_" * distilled + name
     return name if name.startswith("distillation_classifier.") else body + name
-
-
-def _grid(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    if "image_size" not in config or "patch_size" not in config:
-        return None
-    image, patch = ((size, size) if isinstance(size, int) else tuple(size)
-                    for size in (config["image_size"], config["patch_size"]))
-    return image[0] // patch[0], image[1] // patch[1]
-
-
-def _class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Names in the order of their numbers; None where there are only the LABEL_0, LABEL_1, … of transformers."""
-    labels = config.get("id2label", {})
-    names = tuple(labels[key] for key in sorted(labels, key=int))
-    return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 
 
 def _square(size: tuple[int, int]) -> int | list[int]:

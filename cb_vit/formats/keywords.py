@@ -12,6 +12,8 @@ from cb_vit.formats.files import FormatError, Tensor, show
 from cb_vit.formats.names import Reading
 from cb_vit.models.vit import Config, resolve
 
+# What arrays may leave open, with an example.
+_OPEN = {"num_heads": None, "gelu": "erf", "layer_norm_eps": 1e-6, "pool_type": "gap", "posemb": "learn"}
 # What γ begins at in a model made anew; here it is loaded. The value of DeiT-III's own code.
 LAYER_SCALE = 1e-4
 
@@ -37,18 +39,67 @@ def spell_out(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: getattr(sizes, name) for name in names}, **found}
 
 
-def agree(seen: dict[str, Any], overrides: dict[str, Any], path: str) -> dict[str, Any]:
-    """Both together.
+def settle(
+    params: Mapping[str, Tensor], reading: Reading, described: Mapping[str, Any], asked: Mapping[str, Any], path: str
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """All keywords, each from the first that knows: the arrays, the caller, our metadata, the card, what is usual.
+
+    Args:
+        params: of the file, under our names.
+        reading: of the file.
+        described: by its metadata.
+        asked: by the caller.
+        path: of the file, for errors.
+
+    Returns:
+        The keywords; those of them that are guessed; and words on those asked for against what the file says.
 
     Raises:
-        FormatError: an override that the file contradicts.
+        FormatError: two contradict each other, or nobody knows.
     """
-    if overrides.get("rep_size") is True:
-        overrides = {**overrides, "rep_size": seen["width"]}
-    for name, value in overrides.items():
+    for name in described.keys() & reading.model.keys() - asked.keys():
+        if described[name] != reading.model[name]:
+            raise FormatError(f"{path}: its metadata say {name}={described[name]!r}, its config.json "
+                              f"{reading.model[name]!r}; give {name}")
+    seen, given = seen_in(params, reading, path), {**described, **asked}
+    card = {name: value for name, value in reading.model.items() if name not in given}
+    told = {**agree(seen, card, path, "its config.json says {}"), **agree(seen, given, path)}
+    guess = {name: value for name, value in reading.guess.items() if name not in told or name == "num_heads"}
+    model = {"context": "none", **reading.usual, **told, **guess}
+    if unsaid := {name: value for name, value in _OPEN.items() if model.get(name) is None}:
+        if "num_heads" in unsaid:
+            unsaid["num_heads"] = max(1, model["width"] // 64)
+        raise FormatError(f"{path}: neither the file nor a config.json beside it says {' and '.join(unsaid)}; give "
+                          f"{spelt(unsaid)} or whatever is right")
+    against = [f"{name}={asked[name]!r} as asked for, where {who} {before[name]!r}"
+               for who, before in (("its metadata say", described), ("its config.json says", reading.model))
+               for name in asked if name in before and asked[name] != before[name]]
+    return model, guess, against
+
+
+def spelt(keywords: Mapping[str, Any]) -> str:
+    """As they are given in a call."""
+    return ", ".join(f"{name}={value!r}" for name, value in keywords.items())
+
+
+def agree(seen: dict[str, Any], told: Mapping[str, Any], path: str, who: str = "{} is asked for") -> dict[str, Any]:
+    """Both together.
+
+    Args:
+        seen: in the file.
+        told: by others.
+        path: of the file, for errors.
+        who: in words, with a place for what is told.
+
+    Raises:
+        FormatError: something told that the file contradicts.
+    """
+    if told.get("rep_size") is True:
+        told = {**told, "rep_size": seen["width"]}
+    for name, value in told.items():
         if name in seen and name != "layer_scale" and value != seen[name]:
-            raise FormatError(f"{path}: {name}={value!r} is asked for, but the file has {seen[name]!r}")
-    return {**seen, **overrides}
+            raise FormatError(f"{path}: {who.format(f'{name}={value!r}')}, but the file has {seen[name]!r}")
+    return {**seen, **told}
 
 
 def seen_in(params: Mapping[str, Tensor], reading: Reading, path: str) -> dict[str, Any]:
@@ -76,8 +127,6 @@ def seen_in(params: Mapping[str, Tensor], reading: Reading, path: str) -> dict[s
                 distilled="dist" in params)
     if "cls" in params or "MAPHead_0/probe" in params:
         seen["pool_type"] = "tok" if "cls" in params else "map"
-    if "pos_embedding" not in params:
-        seen["posemb"] = "sincos2d"
     if "pre_logits/bias" in params:
         seen["rep_size"] = math.prod(params["pre_logits/bias"].shape)
     if f"{block}LayerScale_0/gamma" in params:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,32 @@ from cb_vit.tree import flatten_with_names
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF: Normalisation = ((0.5,) * 3, (0.5,) * 3)  # pixels from -1 to 1
+# Width, depth, MLP width and heads of models that others have published, with a class token, in PyTorch.
+PUBLISHED = [VARIANTS[name] for name in ("Ti", "S", "M", "B", "L", "H", "g", "G")]
+
+
+def as_normalisation(value: Any, channels: int) -> Normalisation:
+    """(mean, std) of pixels from 0 to 1, whoever says it, checked and with one number for each channel.
+
+    Raises:
+        ValueError: it is something else; says what is expected.
+    """
+    try:
+        mean, std = (_numbers(part, channels) for part in value)
+        if min(std) > 0:
+            return mean, std
+    except (TypeError, ValueError):
+        pass
+    raise ValueError("expected (mean, std) with a number for each channel, std above 0, such as ((0.5, 0.5, 0.5), "
+                     f"(0.5, 0.5, 0.5)); got {value!r}")
+
+
+def _numbers(part: Any, channels: int) -> tuple[float, ...]:
+    found = tuple(part) if isinstance(part, Iterable) else (part,)
+    real = all(isinstance(number, numbers.Real) and not isinstance(number, bool) for number in found)
+    if len(found) not in (1, channels) or not real or not all(map(math.isfinite, found)):
+        raise ValueError
+    return tuple(map(float, found)) * (channels if len(found) == 1 else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,19 +161,6 @@ def unique(tensors: Iterable[tuple[str, Tensor]], path: str) -> dict[str, Tensor
     return found
 
 
-def told_gelu(name: str | None, known: Mapping[str, str], path: str) -> dict[str, str]:
-    """The keyword `gelu` for an activation that a config file names, with the names that are `known`; none: {}.
-
-    Raises:
-        FormatError: it is no GELU.
-    """
-    if name is None:
-        return {}
-    if name not in known:
-        raise FormatError(f"{path}: its config.json says activation {name!r}; supported are {', '.join(known)}")
-    return {"gelu": known[name]}
-
-
 def view(tensor: Tensor, function: Callable[[np.ndarray], np.ndarray]) -> Tensor:
     """A tensor that `function`, which only moves things about, is applied to when it is read.
 
@@ -179,27 +193,34 @@ def parts(tensor: Tensor, functions: Sequence[Callable[[np.ndarray], np.ndarray]
             for i, function in enumerate(functions)]
 
 
-def pick_heads(width: int, path: str, *told: int | None) -> tuple[int, list[str]]:
-    """How many heads a model of this width has, as PyTorch's files do not say, and a note where it is a guess.
+def pick_heads(
+    tensors: Mapping[str, Tensor], norm: str, mlp: str, path: str, told: int | None, guess: dict[str, Any], may: bool
+) -> int:
+    """How many heads a model has, as PyTorch's files do not say; 1 where nobody knows.
 
     Args:
-        width: of the model.
+        tensors: under their own names.
+        norm, mlp: how they end for the scale of a block's first norm, and for the kernel of its MLP's first layer.
         path: of the file, for errors.
-        *told: what others say; the first that is not None counts.
+        told: what others say, if they do.
+        guess: where it is put down if it is what all published models of the same sizes have, or None: nobody knows.
+        may: whether it may be guessed.
 
     Raises:
-        FormatError: it cannot be as given, or cannot be guessed.
+        FormatError: it cannot be as told.
     """
-    given = next((heads for heads in told if heads is not None), None)
-    if given is not None and (given < 1 or width % given):
-        raise FormatError(f"{path}: num_heads={given} does not divide the width of the file, {width}")
-    if given is not None:
-        return given, []
-    known = {width: heads for width, _, _, heads in VARIANTS.values()}
-    if width not in known and width % 64:
-        raise FormatError(f"{path}: the file does not say how many heads its width of {width} has; give num_heads")
-    heads = known.get(width, width // 64)
-    return heads, [f"num_heads={heads} is assumed, as ViTs of width {width} have; the file does not say"]
+    norms = [math.prod(tensor.shape) for name, tensor in tensors.items() if name.endswith(norm)]
+    if not norms:
+        raise FormatError(f"{path}: it lacks the norms of its blocks, …{norm}")
+    width, inner = norms[0], {tensor.shape[:1] for name, tensor in tensors.items() if name.endswith(mlp)}
+    if told is not None and (told < 1 or width % told):
+        raise FormatError(f"{path}: num_heads={told} does not divide the width of the file, {width}")
+    if told is not None:
+        return told
+    found = [heads for *sizes, heads in PUBLISHED if may and (width, len(norms)) == tuple(sizes[:2])
+             and inner == {(sizes[2],)}]
+    guess["num_heads"] = found[0] if found else None
+    return guess["num_heads"] or 1
 
 
 def flat(params: Any, config: Config, grid: tuple[int, int] | None) -> dict[str, np.ndarray]:
@@ -236,10 +257,13 @@ class Reading:
         params: tensors under our names and in our layout; positions may still have entries of class tokens.
         unknown: names in the file that mean nothing to the reader.
         spell: our name → the file's, for errors.
-        gelu: which one models of this format have, unless they say otherwise.
         model: keywords of `Model` that a config file decides.
-        grid: rows and columns of patches, where a config file says so.
-        normalisation: (mean, std) of pixels from 0 to 1, where known.
+        usual: keywords that the format's own code decides; files of others in this format may have others.
+        guess: keywords of `Model` that nothing says, but on which all published files of this kind agree.
+        entries: how many positions are those of tokens; None: the file does not say.
+        image_size: (height, width) of the images that the positions are for, where a config file says so.
+        normalisation: (mean, std) of pixels from 0 to 1, where known; not yet checked.
+        usual_normalisation: what all published files of this kind have; None: they do not agree.
         class_names: where a config file has them.
         notes: what was assumed, in words.
     """
@@ -248,9 +272,12 @@ class Reading:
     params: dict[str, Tensor]
     unknown: list[str]
     spell: Callable[[str], str]
-    gelu: Literal["tanh", "erf"]
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    grid: tuple[int, int] | None = None
-    normalisation: Normalisation | None = None
+    usual: dict[str, Any] = dataclasses.field(default_factory=dict)
+    guess: dict[str, Any] = dataclasses.field(default_factory=dict)
+    entries: int | None = 0
+    image_size: tuple[int, int] | None = None
+    normalisation: Any = None
+    usual_normalisation: Normalisation | None = None
     class_names: tuple[str, ...] | None = None
     notes: list[str] = dataclasses.field(default_factory=list)

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from cb_vit.config import ConfigError
+from cb_vit.formats import cards, images
 from cb_vit.formats.files import FormatError, Tensor, show
 from cb_vit.formats.names import (
     DENSE,
@@ -38,7 +39,6 @@ from cb_vit.formats.names import (
     flat,
     parts,
     pick_heads,
-    told_gelu,
     unique,
 )
 from cb_vit.models.vit import Config
@@ -76,7 +76,6 @@ NAMES = Names("timm", {
     "blocks.#.ls2.gamma": f"{_BLOCK}/LayerScale_1/gamma",
     "blocks.#.mlp.context_scale": f"{_BLOCK}/MlpBlock_0/context_scale",
 })
-_GELU = {"gelu": "erf", "gelu_tanh": "tanh"}
 _POOL = {"tok": "token", "gap": "avg", "map": "map", "none": ""}
 
 
@@ -91,28 +90,34 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
     Args:
         tensors: of the file.
         path: of the file, for errors.
-        num_heads: None: the config's, or what is usual for the width.
-        config: a `config.json` from the Hugging Face hub, of which `pretrained_cfg` and `model_args` are read; or {}.
+        num_heads: None: the config's, or what all published models of its sizes have.
+        config: a `config.json` from the Hugging Face hub, read as `cards` has it; or {}.
 
     Raises:
-        FormatError: an impossible shape, or an activation that is no GELU.
+        FormatError: an impossible shape, or a config that makes another model.
     """
-    given, pretrained = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
+    said, guess = cards.timm(config, path), {}
     deit = any(".gamma_" in name for name in tensors)  # DeiT-III's own files
     tensors = _unfuse(((re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name), t) for name, t in tensors.items()), path)
-    width = next((math.prod(t.shape) for name, t in tensors.items() if name.endswith(".norm1.weight")), 64)
-    heads, notes = pick_heads(width, path, num_heads, given.get("num_heads"))
+    tokens = [name for name in ("cls_token", "dist_token") if name in tensors]
+    guessable = said.guessable and "cls_token" in tensors  # SigLIP's, without, have either GELU, and some other heads
+    heads = pick_heads(tensors, ".norm1.weight", ".mlp.fc1.weight", path,
+                       said.model.get("num_heads") if num_heads is None else num_heads, guess, guessable)
     params, unknown = NAMES.read(tensors, heads, path)
 
-    normalisation = None
-    if "mean" in pretrained and "std" in pretrained:
-        normalisation = tuple(pretrained["mean"]), tuple(pretrained["std"])
-    elif "dist" in params or any(name.endswith("/gamma") for name in params):
-        normalisation = IMAGENET
-        notes.append("pixels are taken to be normalised as DeiT's, with ImageNet's mean and standard deviation")
+    # Of DeiT-III's own names are the files of RoPE-ViT as well, whose rotary positions, besides these, leave no trace.
+    usual = {} if deit and not said.known else {"posemb": "learn"}
+    scaled = any(name.endswith(".ls1.gamma") for name in tensors)
+    guess |= {"layer_norm_eps": 1e-6} if said.guessable else {}
+    guess |= {"gelu": "erf"} if guessable else {}
+    deits = "dist_token" in tokens or (tokens and scaled)  # and DINOv2's, which are normalised alike
+    guess |= {} if tokens or "attn_pool.latent" in tensors else {"pool_type": "gap"}
+    entries = len(tokens)
+    if tokens == ["cls_token"] and said.no_embed_class is not False:
+        entries = 0 if said.no_embed_class else None
     return Reading(
-        "deit" if deit else "timm", params, unknown, _spell, "erf", told_gelu(given.get("act_layer"), _GELU, path),
-        normalisation=normalisation, notes=notes)
+        "deit" if deit else "timm", params, unknown, _spell, said.model, usual, guess, entries, said.image_size,
+        images.normalisation(config), IMAGENET if deits else None, said.class_names)
 
 
 def to_timm(
@@ -142,6 +147,8 @@ def to_timm(
 
 def arguments(config: Config, num_classes: int | None, image_size: tuple[int, int]) -> dict[str, Any]:
     """Arguments of timm's `VisionTransformer`, or `VisionTransformerDistilled`, for a model of ours.
+
+    `norm_layer`, which a model with another `layer_norm_eps` needs, is a class of PyTorch: `snippet` has it.
 
     Args:
         config: resolved.
@@ -183,7 +190,9 @@ def snippet(config: Config, num_classes: int | None, image_size: tuple[int, int]
     distilled = config.distilled
     module, name = ("deit", "VisionTransformerDistilled") if distilled else ("vision_transformer", "VisionTransformer")
     given = ", ".join(f"{key}={value!r}" for key, value in arguments(config, num_classes, image_size).items())
+    given += f", norm_layer=partial(torch.nn.LayerNorm, eps={config.layer_norm_eps!r})" if _other_norm(config) else ""
     return "\n".join([
+        *["from functools import partial", ""][:2 * _other_norm(config)],
         "import torch", "from safetensors.torch import load_file", f"from timm.models.{module} import {name}", "",
         f"model = {name}({given})", *_context(config), f"model.load_state_dict(load_file({file!r}))", "model.eval()",
         ""])
@@ -212,6 +221,10 @@ def _refuse(config: Config) -> None:
         raise ConfigError("rep_size", "timm has no layer before the head any more")
     if config.context == "cb_s" and config.context_at != "mlp_end":
         raise ConfigError("context_at", f"cb_s goes to timm from 'mlp_end' only, not from {config.context_at!r}")
+
+
+def _other_norm(config: Config) -> bool:
+    return config.layer_norm_eps != 1e-6  # timm's own
 
 
 def _no_embed_class(config: Config) -> bool:

@@ -91,7 +91,12 @@ class MAPHead(nn.Module):
         cfg = self.config
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, cfg.width), jnp.float32)
         x, _ = MultiHeadDotProductAttention(cfg)(jnp.broadcast_to(probe, (x.shape[0], 1, cfg.width)), x)
-        return (x + MlpBlock(cfg)(nn.LayerNorm()(x)))[:, 0]
+        return (x + MlpBlock(cfg)(layer_norm(cfg)(x)))[:, 0]
+
+
+def layer_norm(config: Config, name: str | None = None) -> nn.LayerNorm:
+    """The one norm of all places in the model; without a `name`, the next of Flax's own."""
+    return nn.LayerNorm(epsilon=config.layer_norm_eps, name=name)
 
 
 class LayerScale(nn.Module):

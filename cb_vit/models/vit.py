@@ -28,6 +28,7 @@ from cb_vit.models.layers import (
     context,
     drop_path,
     dropout,
+    layer_norm,
     layer_scale,
     posemb_sincos_2d,
 )
@@ -221,7 +222,7 @@ class Encoder(nn.Module):
                 xs = (float(rates[i]), None if keys is None else keys[i], None)
                 x, out = block(cfg, has_context[i], self.attention, name=f"encoderblock_{i}")(x, xs)
                 outs.append(out)
-        return nn.LayerNorm(name="encoder_norm")(x), {f"block{i:02d}": out for i, out in enumerate(outs)}
+        return layer_norm(cfg, name="encoder_norm")(x), {f"block{i:02d}": out for i, out in enumerate(outs)}
 
 
 class Block(nn.Module):
@@ -250,7 +251,7 @@ class Block(nn.Module):
             keys[1] = keys[4] = None
         at = cfg.context_at if self.has_context else None
 
-        y = nn.LayerNorm()(x)
+        y = layer_norm(cfg)(x)
         y, probabilities = MultiHeadDotProductAttention(cfg)(y, y)
         if self.attention:
             out["attention"] = probabilities
@@ -260,7 +261,7 @@ class Block(nn.Module):
         out["sa"] = y = layer_scale(cfg)(y)
         out["+sa"] = x = x + drop_path(y, rate, keys[1]).astype(x.dtype)
 
-        y = nn.LayerNorm()(x)
+        y = layer_norm(cfg)(x)
         y = MlpBlock(cfg, at)(y, keys[2:4], flag)
         out["mlp"] = y = layer_scale(cfg)(y)
         x = x + drop_path(y, rate, keys[4]).astype(x.dtype)

@@ -53,6 +53,8 @@ class Config:
             (DeiT: 0 at the first block), of every block if "constant" (DeiT-III).
         layer_scale: initial value of LayerScale (CaiT, arXiv 2103.17239); None: no LayerScale.
         gelu: "tanh" approximation (big_vision) or exact "erf" (DeiT, timm).
+        layer_norm_eps: what every LayerNorm adds to the variance: 1e-6 in big_vision, DeiT and timm, 1e-12 in
+            Hugging Face's ViT.
         init: initialisation of all weights, "big_vision" or "deit".
         distilled: DeiT's distillation token and its own head.
     """
@@ -78,6 +80,7 @@ class Config:
     drop_path_schedule: Literal["linear", "constant"] = "linear"
     layer_scale: float | None = None
     gelu: Literal["tanh", "erf"] = "tanh"
+    layer_norm_eps: float = 1e-6
     init: Literal["big_vision", "deit"] = "big_vision"
     distilled: bool = False
 
@@ -87,6 +90,8 @@ class Config:
                 raise ConfigError(name, f"is a probability in [0, 1), got {getattr(self, name)}")
         if self.layer_scale is not None and not math.isfinite(self.layer_scale):
             raise ConfigError("layer_scale", f"must be a finite number, got {self.layer_scale}")
+        if not 0 < self.layer_norm_eps < 1:
+            raise ConfigError("layer_norm_eps", f"is a small number above 0, got {self.layer_norm_eps}")
         if self.distilled and (self.pool_type != "tok" or self.rep_size):
             raise ConfigError("distilled", f"needs pool_type='tok' without rep_size, got {self.pool_type!r}")
         if self.scan and self.context == "cb_s" and self.context_layers is not None:

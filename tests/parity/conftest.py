@@ -1,8 +1,8 @@
-"""Parity with timm, torch and torchvision; a module here begins with `pytest.importorskip("timm")`, so it is skipped
+"""Parity with timm, transformers and torch; a module here begins with `pytest.importorskip("timm")`, so it is skipped
 without them.
 
-`pip install torch torchvision timm "pillow<13"` makes an environment that runs these tests: Pillow 13 refuses the
-posterize of 0 bits that timm's RandAugment asks for.
+`pip install torch torchvision timm transformers "pillow<13"` makes an environment that runs these tests: Pillow 13
+refuses the posterize of 0 bits that timm's RandAugment asks for.
 """
 import importlib.util
 

@@ -20,7 +20,7 @@ from cb_vit.formats.timm import to_timm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 REVISION = "0" * 40
-CARD = {"architecture": "vit_tiny_patch4_8", "num_classes": 3, "pretrained_cfg": {
+CARD = {"architecture": "vit_tiny_patch4_8", "num_classes": 3, "model_args": {"num_heads": 1}, "pretrained_cfg": {
     "mean": [0.5] * 3, "std": [0.25] * 3, "input_size": [3, 8, 8], "crop_pct": 0.8, "interpolation": "bilinear"}}
 
 
