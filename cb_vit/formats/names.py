@@ -42,8 +42,8 @@ def as_normalisation(value: Any, channels: int) -> Normalisation:
             return mean, std
     except (TypeError, ValueError):
         pass
-    raise ValueError("expected (mean, std) with a number for each channel, std above 0, such as ((0.5, 0.5, 0.5), "
-                     f"(0.5, 0.5, 0.5)); got {value!r}")
+    raise ValueError(f"expected (mean, std) with a number for each channel (here {channels}), std above 0, such as "
+                     f"{((0.5,) * channels,) * 2}; got {value!r}")
 
 
 def _numbers(part: Any, channels: int) -> tuple[float, ...]:
