@@ -18,7 +18,6 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from cb_vit import dist, formats, hub, io, models, retry, workdir
