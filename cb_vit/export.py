@@ -153,7 +153,7 @@ NAMES = Registry("kind of names", {"timm": write_timm, "huggingface": write_hugg
 
 
 def _metadata(weights: Weights) -> dict[str, str]:
-    return describe(weights.model.config, weights.normalisation, weights.grid)
+    return describe(weights.model.config, weights.normalisation, weights.grid, weights.class_names)
 
 
 def _writer(dst: str, names: str) -> Any:

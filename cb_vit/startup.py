@@ -8,32 +8,21 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 from etils import epath
 from jax.sharding import NamedSharding
 
-from cb_vit import datasets, dist, experiment, io, models
+from cb_vit import datasets, dist, experiment, io
 from cb_vit import workdir as workdir_lib
-from cb_vit.checkpoint import Checkpointer, in_loop_layout
+from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import ConfigError
-from cb_vit.datasets import labels
 from cb_vit.datasets.contents import contents_of, describe, report
 from cb_vit.evaluators import common as evaluators
 from cb_vit.evaluators.common import EvaluatorConfig, PredictFn
 from cb_vit.experiment import Experiment
 from cb_vit.input_pipeline import check_workers
-from cb_vit.settings import Settings, TrainConfig
+from cb_vit.model_init import begin_from, check_fit, open_init
+from cb_vit.settings import Settings
 from cb_vit.train_state import TrainState
-from cb_vit.tree import first_match, flatten_with_names, map_with_names
-from cb_vit.weights import (
-    LoadConfig,
-    Weights,
-    compare,
-    fold_normalisation,
-    open_weights,
-    same_normalisation,
-    with_channels,
-)
 
 logger = logging.getLogger(__name__)
 # The settings that make up the stream of batches.
@@ -62,7 +51,7 @@ def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
     for line in describe("config.input.data", run.pipeline.source):
         logger.info("%s", line)
     if weights:
-        _fit(run, _for_images(run, weights))
+        check_fit(run, weights)
     return run
 
 
@@ -228,92 +217,6 @@ def resume_folder(workdir: str) -> epath.Path:
     if not io.exists(folder):
         raise ConfigError("config.resume", f"{folder} does not exist; give the workdir of a run")
     return folder
-
-
-def open_init(cfg: TrainConfig) -> Weights:
-    """The parameters that `config.model_init` names.
-
-    Raises:
-        ConfigError: there are none, or they cannot be read.
-    """
-    load = cfg.model_load or LoadConfig()
-    return open_weights(cfg.model_init, "config.model_init", "ema" if load.params == "ema" else "params", key=load.key,
-                        prefix=load.prefix)
-
-
-def begin_from(run: Experiment, weights: Weights) -> tuple[TrainState, dict[str, Any]]:
-    """The state before the first step, with parameters of another model, and a note of where they are from.
-
-    Raises:
-        ConfigError: they do not fit, or cannot be read.
-    """
-    weights = _for_images(run, weights)
-    merge, lines = _fit(run, weights)
-    own, everywhere = dict(flatten_with_names(in_loop_layout(run.shapes.params))[0]), dist.replicated(run.mesh)
-
-    def place(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        fits = name in own and own[name].shape == leaf.shape
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own[name].sharding if fits else everywhere)
-
-    loaded = weights.read(map_with_names(place, weights.shapes))
-    for line in (*weights.notes, *lines):
-        logger.info("parameters of %s: %s", weights, line)
-    taken = (run.cfg.model_load or LoadConfig()).params
-    note = {"path": weights.path, "step": weights.step, "params": taken, "report": [*weights.notes, *lines]}
-    return run.create_state(merge, loaded), {"model_init": note}
-
-
-def _for_images(run: Experiment, weights: Weights) -> Weights:
-    """The same for as many channels as the run's images have."""
-    try:
-        return with_channels(weights, run.example_spec["image"][0][-1])
-    except ConfigError as error:
-        raise ConfigError("config.model_init", error.message) from None
-
-
-def _fit(run: Experiment, weights: Weights) -> tuple[Callable[[Any, Any], Any], list[str]]:
-    """(initial parameters, loaded ones) → parameters, and what became of each; from shapes alone."""
-    module, cfg, load = models.get(run.cfg.model_name), run.settings.model, run.cfg.model_load or LoadConfig()
-    other, said = _compare_classes(run, weights)
-    own = run.settings.preprocess.normalisation(run.example_spec["image"][0][-1])
-    anew = first_match("embedding/kernel", [(regex, True) for regex in load.dont_load], False)
-    try:
-        trained = own if anew else weights.known_normalisation()
-    except ConfigError as error:
-        raise ConfigError("config.model_init", error.message) from None
-    folds = len(trained[0]) == len(own[0]) and not same_normalisation(trained, own)
-    lines = ["embedding: normalised pixels mean something else here, which is folded into it"] * folds
-    lines += [*compare(weights.model.config, cfg), *said]
-
-    def merge(init: Any, loaded: Any) -> tuple[Any, Any]:
-        return module.merge(
-            init, fold_normalisation(loaded, trained, own) if folds else loaded, cfg, load.dont_load,
-            load.posemb_resize, image_size=run.example_spec["image"][0][:2], loaded_grid=weights.grid,
-            other_classes=other)
-
-    try:
-        _, report = jax.eval_shape(merge, run.shapes.params, weights.shapes)
-    except ConfigError as error:
-        raise ConfigError(f"config.{error.path}", f"{weights}: {error.message}") from None
-    return lambda init, loaded: merge(init, loaded)[0], [*report.lines, *lines]
-
-
-def _compare_classes(run: Experiment, weights: Weights) -> tuple[bool, list[str]]:
-    """Whether the head of `weights` is for other classes than the run's, and a line on it."""
-    count = weights.model.num_classes
-    if not count or count != run.num_classes:  # there is no head to keep
-        return False, []
-    names = datasets.known_names(run.pipeline.source)
-    try:
-        places = labels.match(names, weights.class_names, count)
-    except labels.Unmatched as error:
-        return True, [f"head: its classes are others: {error}"]
-    if places is None:
-        return False, [f"head: its {count} classes are taken to be those of the data, without names to compare"]
-    if places != tuple(range(count)):
-        return True, ["head: its classes stand in another order"]
-    how = "by name" if weights.class_names else "ImageNet's, in its order: a head of 1,000 without names"
-    return False, [f"head: its classes are those of the data, {how}"]
 
 
 def run_notes(run: Experiment, evals: Mapping[str, Any], model_init: Mapping[str, Any] | None) -> dict[str, Any]:

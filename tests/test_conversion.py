@@ -742,4 +742,4 @@ def test_timms_older_config_json_and_its_labels():
         for config in (dict(label_names=labels), dict(pretrained_cfg=dict(label_names=labels))):
             assert understand(arrays, config=config, num_heads=H).class_names == tuple(names)
     found = understand(arrays, config=dict(label_names=names[:3]), num_heads=H)
-    assert found.class_names is None and any("names 3 classes, its head has 5" in note for note in found.notes)
+    assert found.class_names is None and any("for 3 classes, its head has 5" in note for note in found.notes)

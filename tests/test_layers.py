@@ -18,7 +18,7 @@ LAYERS = {name: number for number, names in enumerate((
     "checkpoint train_step input_pipeline", "skip_errors",
     "evaluators weights",
     "distillation prediction export_run", "export",
-    "settings", "experiment",
+    "settings", "experiment", "model_init",
     "startup",
     "train",
     "tools",

@@ -125,7 +125,7 @@ def test_what_is_not_known_or_not_asked_for(files, params):
     for wrong in (0, -1):
         with pytest.raises(ConfigError, match=f"^channels: {wrong!r} is asked for, but .* is of images with 3; only"):
             cb_vit.load(files / "half.safetensors", channels=wrong)
-    with pytest.raises(ConfigError, match=r"^normalisation: .* each channel \(here 1\)"):
+    with pytest.raises(ConfigError, match=r"^normalisation: .* such as \(\(0.5,\), \(0.5,\)\)"):
         cb_vit.load(files / "half.safetensors", channels=1, normalisation=HALF)
 
 

@@ -22,7 +22,7 @@ from cb_vit.datasets.core import SourceConfig, Spans, select, splits_of
 from cb_vit.datasets.labels import are_numbers
 from cb_vit.io import is_local
 
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp")
 LAYOUT = "expected ROOT/train/<class>/*.jpg (also png, webp, bmp, tif, gif) and ROOT/val/<class>/…, one folder a class"
 THREADS = 16
 

@@ -180,7 +180,7 @@ def timm(card: Mapping[str, Any], path: str) -> Said:
     bare = arguments.get("no_embed_class")
     if bare is None and known:
         bare = bool(re.fullmatch(_NO_EMBED_CLASS, card["architecture"]))
-    return Said(model, size, bare, _names(labels), bool(known), bool(known) or not card.get("architecture"))
+    return Said(model, size, bare, names_of_classes(labels), bool(known), bool(known) or not card.get("architecture"))
 
 
 def huggingface(card: Mapping[str, Any], path: str) -> Said:
@@ -192,7 +192,7 @@ def huggingface(card: Mapping[str, Any], path: str) -> Said:
     if not card.keys() & CONFIG.keys():
         return Said({})
     known = {key: value for key, value in card.items() if key in CONFIG and value is not None}
-    labels = _names(known.get("id2label"))
+    labels = names_of_classes(known.get("id2label"))
     if labels and all(re.fullmatch(r"LABEL_\d+", name) for name in labels):  # transformers' own placeholders
         labels = None
     size = known.get("image_size")
@@ -242,7 +242,7 @@ def _architecture(name: Any) -> dict[str, Any]:
     return {}
 
 
-def _names(labels: Any) -> tuple[str, ...] | None:
+def names_of_classes(labels: Any) -> tuple[str, ...] | None:
     """Names of classes, from a list or from `{number: name}`; None: not all of them have one."""
     if isinstance(labels, dict):
         numbers = {str(number): name for number, name in labels.items()}

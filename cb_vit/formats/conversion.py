@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 
 from cb_vit.config import ConfigError
 from cb_vit.formats import big_vision, huggingface, timm
-from cb_vit.formats.cards import pair
+from cb_vit.formats.cards import names_of_classes, pair
 from cb_vit.formats.families import name_family
 from cb_vit.formats.files import FormatError, Tensor, show
 from cb_vit.formats.keywords import settle, spell_out, spelt
@@ -104,20 +104,21 @@ def convert(
     known += [reading.usual_normalisation] * (reading.usual_normalisation is not None)
     if not known:
         notes.append("how pixels were normalised is not known: Google's ViTs have mean = std = 0.5, DeiTs ImageNet's")
-    class_names = reading.class_names
-    if class_names and len(class_names) != num_classes:
-        notes.append(f"its config.json names {len(class_names)} classes, its head has {num_classes or 0}: not used")
-        class_names = None
+    names = described.class_names or reading.class_names
+    if names and len(names) != num_classes:
+        notes.append(f"names are given for {len(names)} classes, its head has {num_classes or 0}: not used")
+        names = None
     if guess:
         doubts.insert(0, f"{spelt(guess)} assumed, as all published models of this kind have it; the file does not say")
     return Converted(
         reading.format, params, model, num_classes, grid,
         _checked(known[0], params["embedding/kernel"].shape[2], path) if known else None,
-        class_names, tuple(doubts), tuple(notes))
+        names, tuple(doubts), tuple(notes))
 
 
 def describe(
-    config: Config, normalisation: Normalisation | None = None, grid: tuple[int, int] | None = None
+    config: Config, normalisation: Normalisation | None = None, grid: tuple[int, int] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> dict[str, str]:
     """Metadata of an exported `.safetensors` file that lets `convert` know what parameters do not say.
 
@@ -125,9 +126,11 @@ def describe(
         config: of the model; resolved.
         normalisation: (mean, std) of pixels from 0 to 1.
         grid: rows and columns of patches that the positions are for.
+        class_names: one a class.
     """
     model = {name: getattr(config, name) for name in UNSEEN if getattr(config, name) is not None}
-    return {"format": "pt", "cb_vit": json.dumps({"model": model, "normalisation": normalisation, "grid": grid})}
+    said = {"model": model, "normalisation": normalisation, "grid": grid, "class_names": class_names}
+    return {"format": "pt", "cb_vit": json.dumps(said)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +140,7 @@ class _Described:
     model: dict[str, Any]
     normalisation: Any = None
     grid: tuple[int, int] | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def _described(metadata: Mapping[str, Any], path: str) -> _Described:
@@ -146,7 +150,8 @@ def _described(metadata: Mapping[str, Any], path: str) -> _Described:
         said = json.loads(metadata["cb_vit"])
         model = spell_out({name: said["model"][name] for name in UNSEEN if name in said["model"]})
         if len(model) == len(said["model"]):
-            return _Described(model, said["normalisation"], said.get("grid") and pair(said["grid"]))
+            return _Described(model, said["normalisation"], said.get("grid") and pair(said["grid"]),
+                              names_of_classes(said.get("class_names")))
     except (ValueError, TypeError, KeyError, AttributeError):
         pass
     raise FormatError(f"{path}: what its metadata say under 'cb_vit' is not what was once written there")

@@ -42,7 +42,7 @@ def as_normalisation(value: Any, channels: int) -> Normalisation:
             return mean, std
     except (TypeError, ValueError):
         pass
-    raise ValueError(f"expected (mean, std) with a number for each channel (here {channels}), std above 0, such as "
+    raise ValueError("expected (mean, std) with a number for each channel, std above 0, such as "
                      f"{((0.5,) * channels,) * 2}; got {value!r}")
 
 

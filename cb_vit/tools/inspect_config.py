@@ -14,6 +14,7 @@ from absl import flags
 
 from cb_vit import datasets, experiment, optax
 from cb_vit.config import ConfigError
+from cb_vit.datasets.contents import describe
 from cb_vit.datasets.core import Source
 from cb_vit.experiment import Experiment
 from cb_vit.settings import Settings, check
@@ -30,7 +31,8 @@ def main(config: ml_collections.ConfigDict) -> None:
     """Print the report."""
     settings = check(config)
     run = experiment.build(settings, source=_source(settings))
-    for title, lines in (("config", _config(settings)), ("parameters", _parameters(run)), ("run", _run(run)),
+    for title, lines in (("config", _config(settings)), ("data", describe("config.input.data", run.pipeline.source)),
+                         ("parameters", _parameters(run)), ("run", _run(run)),
                          ("memory per device", _memory(run))):
         print(f"\n# {title}")
         print("\n".join(lines))

@@ -1,0 +1,123 @@
+"""Beginning from the parameters of another model: `config.model_init`, and what becomes of every array of it."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from cb_vit import datasets, dist, models
+from cb_vit.checkpoint import in_loop_layout
+from cb_vit.config import ConfigError
+from cb_vit.datasets import labels
+from cb_vit.experiment import Experiment
+from cb_vit.settings import TrainConfig
+from cb_vit.train_state import TrainState
+from cb_vit.tree import first_match, flatten_with_names, map_with_names
+from cb_vit.weights import (
+    LoadConfig,
+    Weights,
+    compare,
+    fold_normalisation,
+    open_weights,
+    same_normalisation,
+    with_channels,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def open_init(cfg: TrainConfig) -> Weights:
+    """The parameters that `config.model_init` names.
+
+    Raises:
+        ConfigError: there are none, or they cannot be read.
+    """
+    load = cfg.model_load or LoadConfig()
+    return open_weights(cfg.model_init, "config.model_init", "ema" if load.params == "ema" else "params", key=load.key,
+                        prefix=load.prefix)
+
+
+def begin_from(run: Experiment, weights: Weights) -> tuple[TrainState, dict[str, Any]]:
+    """The state before the first step, with parameters of another model, and a note of where they are from.
+
+    Raises:
+        ConfigError: they do not fit, or cannot be read.
+    """
+    merge, lines, weights = _fit(run, weights)
+    own, everywhere = dict(flatten_with_names(in_loop_layout(run.shapes.params))[0]), dist.replicated(run.mesh)
+
+    def place(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        fits = name in own and own[name].shape == leaf.shape
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own[name].sharding if fits else everywhere)
+
+    loaded = weights.read(map_with_names(place, weights.shapes))
+    for line in (*weights.notes, *lines):
+        logger.info("parameters of %s: %s", weights, line)
+    taken = (run.cfg.model_load or LoadConfig()).params
+    note = {"path": weights.path, "step": weights.step, "params": taken, "report": [*weights.notes, *lines]}
+    return run.create_state(merge, loaded), {"model_init": note}
+
+
+def _for_images(run: Experiment, weights: Weights) -> Weights:
+    """The same for as many channels as the run's images have."""
+    try:
+        return with_channels(weights, run.example_spec["image"][0][-1])
+    except ConfigError as error:
+        raise ConfigError("config.model_init", error.message) from None
+
+
+def check_fit(run: Experiment, weights: Weights) -> None:
+    """Refuse parameters that are of another model than the run's, by their shapes alone.
+
+    Raises:
+        ConfigError: names what does not fit.
+    """
+    _fit(run, weights)
+
+
+def _fit(run: Experiment, weights: Weights) -> tuple[Callable[[Any, Any], Any], list[str], Weights]:
+    """(initial parameters, loaded ones) → parameters; what becomes of each array; and the weights to load."""
+    weights = _for_images(run, weights)
+    module, cfg, load = models.get(run.cfg.model_name), run.settings.model, run.cfg.model_load or LoadConfig()
+    other, said = _compare_classes(run, weights)
+    own = run.settings.preprocess.normalisation(run.example_spec["image"][0][-1])
+    anew = first_match("embedding/kernel", [(regex, True) for regex in load.dont_load], False)
+    try:
+        trained = own if anew else weights.known_normalisation()
+    except ConfigError as error:
+        raise ConfigError("config.model_init", error.message) from None
+    folds = len(trained[0]) == len(own[0]) and not same_normalisation(trained, own)
+    lines = ["embedding: normalised pixels mean something else here, which is folded into it"] * folds
+    lines += [*compare(weights.model.config, cfg), *said]
+
+    def merge(init: Any, loaded: Any) -> tuple[Any, Any]:
+        return module.merge(
+            init, fold_normalisation(loaded, trained, own) if folds else loaded, cfg, load.dont_load,
+            load.posemb_resize, image_size=run.example_spec["image"][0][:2], loaded_grid=weights.grid,
+            other_classes=other)
+
+    try:
+        _, report = jax.eval_shape(merge, run.shapes.params, weights.shapes)
+    except ConfigError as error:
+        raise ConfigError(f"config.{error.path}", f"{weights}: {error.message}") from None
+    return lambda init, loaded: merge(init, loaded)[0], [*report.lines, *lines], weights
+
+
+def _compare_classes(run: Experiment, weights: Weights) -> tuple[bool, list[str]]:
+    """Whether the head of `weights` is for other classes than the run's, and a line on it."""
+    count = weights.model.num_classes
+    if not count or count != run.num_classes:  # there is no head to keep
+        return False, []
+    names = datasets.known_names(run.pipeline.source)
+    try:
+        places = labels.match(names, weights.class_names, count)
+    except labels.Unmatched as error:
+        return True, [f"head: its classes are others: {error}"]
+    if places is None:
+        return False, [f"head: its {count} classes are taken to be those of the data, without names to compare"]
+    if places != tuple(range(count)):
+        return True, ["head: its classes stand in another order"]
+    how = "by name" if weights.class_names else "ImageNet's, in its order: a head of 1,000 without names"
+    return False, [f"head: its classes are those of the data, {how}"]
