@@ -39,10 +39,10 @@ def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
     cfg, weights = settings.train, None
     _check_addresses(settings)
     if io.exists(io.as_path(workdir) / "checkpoints"):
-        known = recorded_classes(workdir)
+        known = dist.together(lambda: recorded_classes(workdir))
     elif cfg.resume:
         resume_folder(cfg.resume)
-        known = recorded_classes(cfg.resume)
+        known = dist.together(lambda: recorded_classes(cfg.resume))
     else:
         weights = open_init(cfg) if cfg.model_init else None
         known = weights and weights.class_names
