@@ -137,7 +137,7 @@ class Checkpointer:
 
     def _check_folder(self) -> None:
         """Refuse to save where the run's folder was: Orbax would make it anew, and nobody would look there."""
-        if io.is_local(self.directory) and not self.directory.exists():
+        if io.is_local(self.directory) and not io.exists(self.directory):
             raise io.cannot_write(self.directory, FileNotFoundError(errno.ENOENT, ""))
 
     @contextlib.contextmanager
@@ -258,7 +258,9 @@ class Checkpointer:
 
         try:
             dist.together(move)
-        except OSError as reason:
+        except (ConfigError, Failure):
+            raise
+        except Exception as reason:  # of whatever library moves things there
             raise Failure(f"checkpoint {step} in {self.directory} is damaged ({error}) and cannot be moved to {target} "
                           f"({retry.reason(reason)}); see to that folder") from None
         self._manager.reload()
@@ -277,7 +279,7 @@ class Checkpointer:
         """Where to move what is damaged."""
         aside = self.directory.parent / "damaged_checkpoints"
         taken = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-        return next(path for path in map(aside.__truediv__, taken) if not path.exists())
+        return next(path for path in map(aside.__truediv__, taken) if not io.exists(path))
 
     def latest_step(self) -> int | None:
         """The newest step on disk."""

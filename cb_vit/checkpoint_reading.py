@@ -77,13 +77,20 @@ class Reader:
             Unreadable: it does not find one.
         """
         def look() -> None:
-            missed, local = set(steps) - set(manager.all_steps()), io.is_local(self.directory)
-            if there := [step for step in missed
-                         if local or COMMITTED in [path.name for path in self.folder(step).iterdir()]]:
+            missed = set(steps) - set(manager.all_steps())
+            if there := list(filter(self._is_complete, missed)):
                 manager.reload()
                 raise TimeoutError(f"Orbax does not find {there}")
 
         self.patiently(None, lambda: self._locally(None, look))
+
+    def _is_complete(self, step: int) -> bool:
+        """Whether the checkpoint is there: a living run may have deleted it, and in a bucket it may be half written."""
+        try:
+            names = [path.name for path in self.folder(step).iterdir()]
+        except FileNotFoundError:
+            return False
+        return io.is_local(self.directory) or COMMITTED in names
 
     def meta(self, step: int) -> dict[str, Any]:
         """What is noted beside the arrays of a checkpoint; to be called in `patiently`."""
@@ -125,7 +132,8 @@ class Reader:
             try:
                 return read()
             except Damaged:
-                whole = functools.partial(damage.read_whole, self.folder(step))
+                folder = self.directory if step is None else self.folder(step)
+                whole = functools.partial(damage.read_whole, folder)
                 self._locally(step, whole, suspicion=Verdict.PASSING)
                 return read()
 

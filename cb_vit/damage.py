@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
-from cb_vit import retry
+from cb_vit import io, retry
 from cb_vit.config import ConfigError, Failure
 
 
@@ -52,7 +52,6 @@ REFUSED = {"PERMISSION_DENIED", "UNAUTHENTICATED"}
 STATUS = re.compile(
     r"\b(CANCELLED|UNKNOWN|DEADLINE_EXCEEDED|NOT_FOUND|ALREADY_EXISTS|PERMISSION_DENIED|UNAUTHENTICATED|ABORTED|"
     r"RESOURCE_EXHAUSTED|FAILED_PRECONDITION|OUT_OF_RANGE|UNIMPLEMENTED|INTERNAL|UNAVAILABLE|DATA_LOSS): ")
-SYSTEM = re.compile(r"os_error_code='(\d+)'")
 
 
 def unwrap(error: BaseException) -> BaseException:
@@ -71,8 +70,8 @@ def _judge(error: BaseException) -> Verdict:
     if isinstance(error, (ConfigError, Failure, MemoryError, jax.errors.JaxRuntimeError)):
         return Verdict.FOREIGN
     text = str(error)
-    if not isinstance(error, OSError) and (number := SYSTEM.search(text)):
-        error = OSError(int(number[1]), text)
+    if not isinstance(error, OSError) and (number := io.told_errno(text)):
+        error = OSError(number, text)
     if isinstance(error, (Damaged, FileNotFoundError, NotADirectoryError, IsADirectoryError)):
         return Verdict.DAMAGED
     if not isinstance(error, OSError) and (status := set(STATUS.findall(text))):

@@ -1,6 +1,7 @@
 """Processes, devices and global arrays: one mesh, and who holds which rows of a batch."""
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 import os
@@ -125,6 +126,14 @@ def agree(flag: bool) -> bool:
 def worst(number: int) -> int:
     """The highest `number` on any process; a barrier for all of them."""
     return int(number) if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
+def alike(text: str) -> bool:
+    """Whether `text` is the same on all processes."""
+    if jax.process_count() == 1:
+        return True
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    return bool(np.all(multihost_utils.process_allgather(digest) == digest))
 
 
 def together(action: Callable[[], T]) -> T:

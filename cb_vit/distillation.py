@@ -135,7 +135,8 @@ def _classes(weights: Weights, num_classes: int, names: Sequence[str] | None, pa
     try:
         places = labels.match(names, weights.class_names, theirs)
     except labels.Unmatched as error:
-        raise ConfigError(path, f"{error}, the classes of {weights}. A teacher must know the student's classes; "
+        raise ConfigError(path, f"{error}, the classes of {weights}. A teacher must know all of the student's "
+                                "classes, those without data too; "
                                 "config.input.data.labels='index' goes by their numbers") from None
     if places is not None:
         return places

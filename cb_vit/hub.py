@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from cb_vit.formats import FormatError
+from cb_vit.formats.files import reading
 from cb_vit.formats.index import read_index, shards
 from cb_vit.formats.opening import IN_FOLDER
+from cb_vit.formats.safetensors import parse_json
 
 TIMEOUT = 5  # seconds, for the hub's first answer
 CARDS = ("config.json", "preprocessor_config.json")
@@ -103,10 +104,5 @@ def _cards(files: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{file}: {error}") from None
-    if not isinstance(content, dict):
-        raise FormatError(f"{file}: is not a JSON object")
-    return content
+    with reading(str(file)):
+        return parse_json(file.read_bytes(), str(file), "it")

@@ -31,7 +31,7 @@ from jax.sharding import NamedSharding
 
 from cb_vit import dist
 from cb_vit.config import ConfigError
-from cb_vit.datasets.core import DataError, Source
+from cb_vit.datasets import DataError, Source
 from cb_vit.order import Reordered, RepeatedOrder, Rows
 from cb_vit.pp.builder import Preprocess
 

@@ -130,12 +130,17 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         raise cannot_write(path, error) from None
 
 
+def told_errno(text: str) -> int | None:
+    """The number of a system's error, out of an error text of TensorStore's."""
+    told = re.search(r"os_error_code='(\d+)'", text)
+    return told and int(told[1])
+
+
 def cannot_write(path: str | os.PathLike, error: BaseException) -> CannotWrite:
     """`error`, whatever library raised it, as a `CannotWrite` that names `path`."""
-    text, number = str(error) or repr(error), getattr(error, "errno", None)
-    if not number and (told := re.search(r"os_error_code='(\d+)'", text)):  # TensorStore
-        number = int(told[1])
-    number = number or next((known for known in WAYS_OUT if os.strerror(known) in text), None)
+    text = str(error) or repr(error)
+    number = getattr(error, "errno", None) or told_errno(text) or next(
+        (known for known in WAYS_OUT if os.strerror(known) in text), None)
     reason = os.strerror(number) if number else text.splitlines()[0][:200]
     return CannotWrite(f"{os.fspath(path)} cannot be written: {reason}; {WAYS_OUT.get(number, 'see to the storage')}")
 

@@ -216,7 +216,7 @@ class MetricWriter:
                 self._remember(record["step"], {name: v for name, v in record.items() if name != "step"})
         if not self._local:
             self._lines = [line for line, _ in lines]
-        elif not self._path.exists():
+        elif not io.exists(self._path):
             self._path.touch()
 
     def _tell_wandb(self, call: Callable[[Any], None]) -> None:

@@ -58,8 +58,8 @@ class TrainConfig(optax.OptimiserConfig, LoggingConfig):
         keep_last: newest checkpoints kept.
         keep_best: also keep the best by a metric.
         resume: another run's workdir to go on from, where this workdir has no checkpoint yet.
-        model_init: a run's workdir whose parameters to begin with, where there is nothing to go on from; WORKDIR@STEP
-            for another checkpoint than its newest.
+        model_init: whose parameters to begin with, where there is nothing to go on from: a run's workdir (WORKDIR@STEP
+            for another checkpoint than its newest), a file of weights, or hf://ORG/NAME, as `cb_vit.load` takes them.
         model_load: what is taken from there, and how.
         allow_changed_data: let a resumed run go on with another seed, data, preprocessing or batch size. A copy of the
             same data elsewhere is no change.

@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 
-from cb_vit.datasets.core import DataError
+from cb_vit.datasets import DataError
 from cb_vit.input_pipeline import Pipeline, error_share, load_example
 
 JUDGED_FROM = 1000  # examples; the share among fewer says little

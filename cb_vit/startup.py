@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +16,9 @@ from jax.sharding import NamedSharding
 from cb_vit import datasets, dist, experiment, io
 from cb_vit import workdir as workdir_lib
 from cb_vit.checkpoint import Checkpointer
+from cb_vit.checkpoint_reading import Reader
 from cb_vit.config import ConfigError
+from cb_vit.damage import Damaged
 from cb_vit.datasets.contents import contents_of, describe, report
 from cb_vit.evaluators import common as evaluators
 from cb_vit.evaluators.common import EvaluatorConfig, PredictFn
@@ -38,11 +42,11 @@ def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
     """
     cfg, weights = settings.train, None
     _check_addresses(settings)
-    if io.exists(io.as_path(workdir) / "checkpoints"):
-        known = dist.together(lambda: recorded_classes(workdir))
+    if Reader(io.as_path(workdir) / "checkpoints").steps():
+        known = recorded_classes(workdir)
     elif cfg.resume:
         resume_folder(cfg.resume)
-        known = dist.together(lambda: recorded_classes(cfg.resume))
+        known = recorded_classes(cfg.resume)
     else:
         weights = open_init(cfg) if cfg.model_init else None
         known = weights and weights.class_names
@@ -56,7 +60,20 @@ def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
 
 
 def recorded_classes(workdir: str | os.PathLike) -> tuple[str, ...] | None:
-    """The names of the classes of the run in `workdir`; None: not known."""
+    """What the classes of the run in `workdir` are called, as its newest checkpoint says, or else `run.json`.
+
+    Returns:
+        Names, one a class of the head; None: not known.
+    """
+    reader = Reader(io.as_path(workdir) / "checkpoints")
+    for step in reversed(reader.steps()):
+        with contextlib.suppress(Damaged):  # which is told where it is restored
+            if recorded := reader.patiently(step, functools.partial(reader.meta, step)).get("stream"):
+                return recorded["class_names"] and tuple(recorded["class_names"])
+    return dist.together(lambda: _classes_in_notes(workdir))
+
+
+def _classes_in_notes(workdir: str | os.PathLike) -> tuple[str, ...] | None:
     notes = workdir_lib.read_run(workdir)
     return notes and workdir_lib.class_names(notes, workdir)
 
@@ -188,10 +205,13 @@ def _check_stream(run: Experiment, recorded: Mapping[str, Any] | None, workdir: 
         workdir: of the checkpoint.
     """
     now, config = stream(run), workdir_lib.read_config(workdir)
+    if recorded:  # a setting that only one version has tells nothing of a change
+        both = recorded["config"].keys() & now["config"].keys()
+        recorded, now = ({**one, "config": {key: one["config"][key] for key in both}} for one in (recorded, now))
     if recorded is None:
         logger.warning("the checkpoint does not say which data it was trained on: its files are not compared, only "
                        "what config.json and run.json of %s say", workdir)
-        names, now = recorded_classes(workdir), {**now, "config": _of_stream(run.settings.raw)}
+        names, now = _classes_in_notes(workdir), {**now, "config": _of_stream(run.settings.raw)}
         recorded = {"class_names": list(names)} if names else {}
         if config:
             recorded["config"] = _of_stream(config)
@@ -226,6 +246,21 @@ def run_notes(run: Experiment, evals: Mapping[str, Any], model_init: Mapping[str
         run.cfg.model_name, run.settings.model, run.num_classes, run.class_names, run.example_spec["image"][0],
         run.cfg.input.pp, pp_evals={name: config.pp_fn for name, config in run.settings.evals.items()},
         total_steps=run.total_steps, model_init=model_init, data={name: report(it) for name, it in sources.items()})
+
+
+def check_hosts(run: Experiment, evals: Mapping[str, Any]) -> None:
+    """Refuse data that is not the same on all hosts.
+
+    Raises:
+        ConfigError: names the block of the data.
+    """
+    found = {"config.input.data": stream(run)} | {
+        f"config.evals.{name}.data": [evaluator.source.class_names, report(evaluator.source)]
+        for name, evaluator in evals.items()}
+    for path, what in found.items():
+        if not dist.alike(json.dumps(what, sort_keys=True)):
+            raise ConfigError(path, "is not the same on all hosts: names of classes, number of examples or files "
+                                    "differ; copy it anew")
 
 
 def open_checkpoints(run: Experiment, workdir: str | os.PathLike) -> Checkpointer:

@@ -21,7 +21,7 @@ from cb_vit import dist, experiment, io, startup
 from cb_vit import workdir as workdir_lib
 from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import Failure
-from cb_vit.datasets.core import DataError
+from cb_vit.datasets import DataError
 from cb_vit.evaluators.common import EMA, measure
 from cb_vit.experiment import Experiment
 from cb_vit.input_pipeline import to_device
@@ -60,14 +60,15 @@ def train_and_evaluate(
         NonFinite: training has diverged.
     """
     settings = check(config)
-    workdir_lib.check_writable(workdir)
+    dist.together(lambda: workdir_lib.check_writable(workdir))
     dist.together(lambda: workdir_lib.check_contents(workdir))
     primary = jax.process_index() == 0
     dist.together(lambda: check_login(settings.train) if primary else None)
     run = startup.build(settings, workdir)
     evals = startup.build_evaluators(run)
+    startup.check_hosts(run, evals)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(workdir_lib.lock(workdir, primary))
+        dist.together(lambda: stack.enter_context(workdir_lib.lock(workdir, primary)))
         stack.enter_context(run.context())
         checkpointer = startup.open_checkpoints(run, workdir)
         stack.enter_context(name_last_good(checkpointer))
@@ -77,8 +78,8 @@ def train_and_evaluate(
         writer = stack.enter_context(dist.together(lambda: MetricWriter(
             workdir, settings.train, resume_step=checkpointer.latest_step(), run_config=settings.raw,
             primary=primary)))
-        if primary:
-            workdir_lib.write_notes(workdir, settings.raw, startup.run_notes(run, evals, meta.get("model_init")))
+        notes = startup.run_notes(run, evals, meta.get("model_init"))
+        dist.together(lambda: workdir_lib.write_notes(workdir, settings.raw, notes) if primary else None)
         chrono = Chrono(run.total_steps, run.cfg.input.batch_size, devices=run.mesh.devices.ravel().tolist(),
                         examples_per_epoch=run.pipeline.examples_per_epoch)
         if "chrono" in meta:

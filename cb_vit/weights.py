@@ -277,8 +277,14 @@ def _check_local(path: str, file: str, field: str) -> None:
 
 def _open_run(folder: str, step: int | None, field: str, item: Item) -> Weights:
     notes_file = io.as_path(folder) / "run.json"
+
+    def read() -> dict[str, Any]:
+        if (found := workdir.read_run(folder)) is None:  # here, but not on another host
+            raise ConfigError(field, f"{notes_file} does not exist")
+        return found
+
     try:
-        notes = dist.together(lambda: workdir.read_json(notes_file))
+        notes = dist.together(read)
     except ConfigError as error:
         raise ConfigError(field, error.message) from None
     try:

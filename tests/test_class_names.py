@@ -227,6 +227,37 @@ def test_what_a_run_begins_from_gives_the_order(run, animals, tmp_path):
     assert {source[i]["id"].split("/")[-2]: source[i]["label"] for i in range(24)} == {"emu": 0, "cat": 1, "dog": 2}
 
 
+def test_a_start_that_was_cut_short_changes_nothing(run, animals, tmp_path):
+    """An empty folder of checkpoints, whatever notes lie beside it, is as none."""
+    settings = config(animals / "A", model_init=str(run[2]))
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for notes in (None, {"class_names": ["emu", "dog", "cat"], "num_classes": 3}):
+        if notes:
+            (tmp_path / "run" / "run.json").write_text(json.dumps(notes))
+        assert startup.build(check(settings), tmp_path / "run").class_names == ("cat", "dog", "emu")
+
+
+def test_a_checkpoint_itself_knows_its_classes(run, animals, tmp_path):
+    shutil.copytree(run[2], tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    assert startup.recorded_classes(tmp_path / "run") == ("cat", "dog", "emu")
+    restore(config(animals / "A"), tmp_path / "run")
+    rewrite(tmp_path / "run", lambda meta: meta["stream"]["config"].update({"input.data.of_a_later_version": 3}))
+    restore(config(animals / "A"), tmp_path / "run")
+
+
+def test_hosts_must_have_the_same_data(run, tmp_path, monkeypatch):
+    settings, _, folder = run
+    built = startup.build(check(settings), folder)
+    evals = startup.build_evaluators(built)
+    startup.check_hosts(built, evals)
+    seen = []
+    monkeypatch.setattr("cb_vit.dist.alike", lambda text: seen.append(text) or "cat" not in seen[-1] or len(seen) < 2)
+    with pytest.raises(ConfigError, match=r"^config\.evals\.val\.data: is not the same on all hosts"):
+        startup.check_hosts(built, evals)
+    assert "fingerprint" in seen[0]
+
+
 def test_a_teacher_is_asked_for_the_students_classes(run):
     teacher, pp = weights.open_weights(run[2], ""), builder.build("value_range(-1, 1)", "pp")
     make = lambda names, count: make_teacher(  # noqa: E731

@@ -22,6 +22,10 @@ VIT = dict(image_processor_type="ViTImageProcessor")
     (dict(image_processor_type="ViTImageProcessorFast", size=[32, 48]), "resize((32, 48), 'bilinear')"),
     (dict(image_processor_type="DeiTImageProcessor"), "resize((256, 256), 'bicubic')|central_crop((224, 224))"),
     (dict(model_type="deit", image_mean=0.5, image_std=0.5), "resize((256, 256), 'bicubic')|central_crop((224, 224))"),
+    (dict(image_processor_type="BitImageProcessor", size=40), "resize_small(40, 'bicubic')|central_crop((224, 224))"),
+    (dict(image_processor_type="BitImageProcessor", size=40, default_to_square=True, do_center_crop=False),
+     "resize((40, 40), 'bicubic')"),
+    (VIT | dict(size=40, default_to_square=False), "resize_small(40, 'bilinear')"),
     (VIT | dict(do_resize=False), ""), (VIT | dict(size=dict(shortest_edge=40), do_center_crop=True, crop_size=32),
                                         "resize_small(40, 'bilinear')|central_crop((32, 32))")], ids=str)
 def test_it_is_done(card, steps):
@@ -37,7 +41,8 @@ def test_it_is_done(card, steps):
     (VIT | dict(do_pad=True), "do_pad=True"), (VIT | dict(size=dict(longest_edge=32)), "size={'longest_edge': 32}"),
     (VIT | dict(resample=9), "out of range"), (VIT | dict(do_center_crop=True), "crop_size"),
     (VIT | dict(size=32, do_center_crop=True, crop_size=40), "is smaller than the crop"),
-    (dict(image_processor_type="CLIPImageProcessor", image_mean=0.5, image_std=0.5), "size")], ids=str)
+    (dict(image_processor_type="CLIPImageProcessor", image_mean=0.5, image_std=0.5), "CLIPImageProcessor"),
+    (dict(image_processor_type="ConvNextImageProcessor", size=224, crop_pct=0.9), "ConvNextImageProcessor")], ids=str)
 def test_what_cannot_be_done_is_left_open_and_said(card, reason):
     pp, note = evaluation(card, HALF, (4, 4), (4, 4))
     assert pp is None and note.startswith("how its card prepares images cannot be done here (") and reason in note

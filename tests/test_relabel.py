@@ -87,6 +87,19 @@ def test_by_index(caplog):
         by_index(Listed([0, 1], ["3", "20261125"]), "data")
 
 
+def test_numbers_that_leave_gaps():
+    """A part of ImageNet under a head of 1 000, in folders called by its numbers, needs no leave; others do."""
+    numbers = by_index(Listed([0, 1], ["3", "17"]), "data")
+    imagenet = head(numbers, 1000)
+    assert labels(imagenet) == [3, 17] and imagenet.num_classes == 1000
+    assert head(numbers, 18, allow_unused=True) is numbers
+    for count in (18, 20):
+        with pytest.raises(ConfigError, match=rf"makes {count} classes and the data has 2, .*; leave labels at"):
+            head(numbers, count)
+    with pytest.raises(ConfigError, match="makes 1000 classes and the data has 2"):
+        head(by_index(Listed([0, 1], ["cat", "dog"]), "data"), 1000)
+
+
 def head(source, count, known=None, allow_unused=False):
     return for_head(source, count, known, allow_unused, "config.input.data", "config.num_classes")
 

@@ -61,11 +61,12 @@ def describe(name: str, source: Any) -> Iterator[str]:
     found, contents = report(source), contents_of(source)
     a_class = (f", {found['fewest'][1]:,} ({found['fewest'][0]}) to {found['most'][1]:,} ({found['most'][0]}) a class"
                if "fewest" in found else "")
-    yield f"{name}: {found['examples']:,} examples of {found['classes']:,} classes{a_class}{listed(contents.left_out)}"
+    left_out = describe_left_out(contents.left_out)
+    yield f"{name}: {found['examples']:,} examples of {found['classes']:,} classes{a_class}{left_out}"
     yield from (f"{name}: {note}" for note in contents.notes)
 
 
-def listed(left_out: Mapping[str, int]) -> str:
+def describe_left_out(left_out: Mapping[str, int]) -> str:
     """"; left out: 3 .txt, 1 hidden", or nothing."""
     parts = [f"{count:,} {reason}" for reason, count in sorted(left_out.items())]
     return f"; left out: {', '.join(parts)}" if parts else ""

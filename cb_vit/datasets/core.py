@@ -21,11 +21,11 @@ from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, runtime_ch
 import ml_collections
 
 from cb_vit.config import ConfigError, plain
-from cb_vit.datasets.contents import Contents, DataError
+from cb_vit.datasets.contents import DataError
 from cb_vit.datasets.relabel import by_index
 from cb_vit.registry import suggest
 
-__all__ = ["Contents", "DataError", "Source", "SourceConfig", "Span", "Spans", "allow_open_files", "check_source",
+__all__ = ["DataError", "Source", "SourceConfig", "Span", "Spans", "allow_open_files", "check_source",
            "check_split", "open_source", "select", "splits_of"]
 
 # name in the config -> module of this room; any other name is a dataset of TFDS.

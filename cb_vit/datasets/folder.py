@@ -17,7 +17,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from cb_vit.config import ConfigError, parse
-from cb_vit.datasets.contents import Contents, DataError, fingerprint, listed
+from cb_vit.datasets.contents import Contents, DataError, describe_left_out, fingerprint
 from cb_vit.datasets.core import SourceConfig, Spans, select, splits_of
 from cb_vit.datasets.labels import are_numbers
 from cb_vit.io import is_local
@@ -182,7 +182,8 @@ def _list_split(root: str, split: str, classes: tuple[str, ...], path: str) -> L
                    for file, size in of_class)
     left_out = sum((left for _, left in found), _beside(folder))
     if not files:
-        raise ConfigError(f"{path}.root", f"no images in the class folders of {folder}; {LAYOUT}" + listed(left_out))
+        raise ConfigError(f"{path}.root", f"no images in the class folders of {folder}; {LAYOUT}" +
+                          describe_left_out(left_out))
     lengths = np.fromiter((len(file) for _, _, file, _ in files), np.int64, len(files))
     labels = np.fromiter((label for _, label, _, _ in files), np.int32, len(files))
     empty = np.flatnonzero(np.fromiter((not size for _, _, _, size in files), bool, len(files)))

@@ -10,7 +10,7 @@ import numpy as np
 
 from cb_vit.config import ConfigError
 from cb_vit.datasets import labels
-from cb_vit.datasets.contents import DataError, class_name, contents_of, listed, pad
+from cb_vit.datasets.contents import DataError, class_name, contents_of, describe_left_out, pad
 
 logger = logging.getLogger(__name__)
 MAX_CLASSES = 100_000  # above, a number in a name is a date or an id
@@ -130,7 +130,7 @@ def for_head(
     Raises:
         ConfigError: a class without examples, one class alone, or a head of another size than the data.
     """
-    _check_counts(source, allow_unused, path)
+    _check_counts(source.source if _by_index(source) else source, allow_unused, path)
     if count < source.num_classes:
         raise ConfigError(count_path, f"makes {count} classes, the data has {source.num_classes}")
     for names in (known, labels.wnids()):
@@ -142,14 +142,22 @@ def for_head(
             continue
         if places is not None:
             return source if places == tuple(range(count)) else Relabelled(source, places, count, tuple(names))
+    have, way_out = source.num_classes, f"make it {source.num_classes}"
+    if _by_index(source):
+        have, way_out = len(source.places), "leave labels at 'name'"
+    if count > have and not allow_unused and not _is_part_of_imagenet(source, count):
+        raise ConfigError(count_path, f"makes {count} classes and the data has {have}, which are not known to be among "
+                                      f"them; {way_out}, or set config.allow_unused_classes=True")
     if count == source.num_classes:
         return source
-    if not allow_unused:
-        raise ConfigError(count_path, f"makes {count} classes and the data has {source.num_classes}, which are not "
-                                      f"known to be among them; make it {source.num_classes}, or set "
-                                      "config.allow_unused_classes=True")
     names = source.class_names and pad(source.class_names, count)
     return Relabelled(source, range(source.num_classes), count, names, _by_index(source))
+
+
+def _is_part_of_imagenet(source: Any, count: int) -> bool:
+    """Whether examples keep numbers that are, by the names of their folders, places among ImageNet's classes."""
+    numbers = _by_index(source) and source.source.class_names
+    return count == len(labels.wnids()) and bool(numbers) and labels.are_numbers(numbers)
 
 
 def _check_counts(source: Any, allow_unused: bool, path: str) -> None:
@@ -162,5 +170,6 @@ def _check_counts(source: Any, allow_unused: bool, path: str) -> None:
     if counts is not None and not allow_unused and len(present) < len(counts):
         empty = [class_name(source.class_names, int(i)) for i in np.flatnonzero(counts == 0)]
         more = f" nor have {len(empty) - 1} more" if len(empty) > 1 else ""
-        raise ConfigError(path, f"class {empty[0]!r} has no image that can be used{more}{listed(contents.left_out)}. "
+        left_out = describe_left_out(contents.left_out)
+        raise ConfigError(path, f"class {empty[0]!r} has no image that can be used{more}{left_out}. "
                                 "Take it out, give it some, or set config.allow_unused_classes=True")

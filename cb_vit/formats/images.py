@@ -21,16 +21,21 @@ from cb_vit.pp.ops_image import CentralCrop, Decode, Resize, ResizeSmall
 PROCESSOR = {
     **dict.fromkeys((
         "image_processor_type", "feature_extractor_type", "do_resize", "size", "resample", "do_center_crop",
-        "crop_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_pad"), READ),
+        "crop_size", "default_to_square", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
+        "do_pad"), READ),
     **dict.fromkeys((
-        "processor_class", "default_to_square", "do_convert_rgb", "pad_size", "data_format", "input_data_format",
+        "processor_class", "do_convert_rgb", "pad_size", "data_format", "input_data_format",
         "device", "return_tensors", "disable_grouping", "image_seq_length"), NOTHING),
 }
-# What transformers takes for a key that is not there: for any model, and for these two.
+# What transformers takes for a key that is not there: for any model, and for these; of others it is not known here.
 _ANY = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 _OF = {
-    "vit": {"image_mean": 0.5, "image_std": 0.5, "resample": 2, "size": 224, "do_center_crop": False},
-    "deit": {"image_mean": 0.5, "image_std": 0.5, "resample": 3, "size": 256, "do_center_crop": True, "crop_size": 224},
+    "vit": {"image_mean": 0.5, "image_std": 0.5, "resample": 2, "size": 224, "do_center_crop": False,
+            "default_to_square": True},
+    "deit": {"image_mean": 0.5, "image_std": 0.5, "resample": 3, "size": 256, "do_center_crop": True, "crop_size": 224,
+             "default_to_square": True},
+    "bit": {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "resample": 3, "size": 224, "do_center_crop": True, "crop_size": 224, "default_to_square": False},
 }
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # numbered as Pillow's filters are
 _SYNONYMS = {"lanczos3": "lanczos", "area": "box"}
@@ -127,8 +132,8 @@ def _processor(card: Mapping[str, Any]) -> dict[str, Any] | None:
     if not known:
         return None
     name = known.get("image_processor_type") or known.get("feature_extractor_type") or card.get("model_type")
-    match = re.fullmatch(r"(deit|vit)((ImageProcessor|FeatureExtractor)(Fast|Pil)?)?", str(name), re.IGNORECASE)
-    return {**_ANY, **(_OF[match[1].lower()] if match else {}), **known}
+    match = re.fullmatch(r"(deit|vit|bit)((ImageProcessor|FeatureExtractor)(Fast|Pil)?)?", str(name), re.IGNORECASE)
+    return {**_ANY, "named": name, **(_OF[match[1].lower()] if match else {}), **known}
 
 
 def _timm_steps(block: Mapping[str, Any], size: tuple[int, int] | None) -> list[str]:
@@ -148,10 +153,14 @@ def _timm_steps(block: Mapping[str, Any], size: tuple[int, int] | None) -> list[
 def _processor_steps(processor: Mapping[str, Any]) -> list[str]:
     """As transformers' image processors do."""
     steps = []
+    if "default_to_square" not in processor:
+        raise ValueError(f"image_processor_type={processor['named']!r}")
     if processor.get("do_pad"):
         raise ValueError("do_pad=True")
     if processor["do_resize"]:
         size, method = processor["size"], _RESAMPLE[processor["resample"]]
+        if isinstance(size, int) and not processor["default_to_square"]:
+            size = {"shortest_edge": size}
         if isinstance(size, Mapping) and {key for key, value in size.items() if value} == {"shortest_edge"}:
             steps = [f"resize_small({size['shortest_edge']}, {method!r})"]
         else:
