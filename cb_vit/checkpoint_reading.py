@@ -97,7 +97,12 @@ class Reader:
         return self._locally(step, lambda: self._parse(step, (self.folder(step) / "meta" / META).read_bytes()))
 
     def _parse(self, step: int, content: bytes) -> dict[str, Any]:
-        meta = json.loads(content)
+        try:
+            meta = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise Damaged(f"its notes are not JSON: {error}") from None
+        if not isinstance(meta, dict):
+            raise Damaged(f"its notes are {meta!r:.40}")
         if meta.pop("digest", None) != digest(meta):
             raise Damaged("its notes have changed")
         if meta["format"] != FORMAT:

@@ -252,7 +252,8 @@ def test_timm_by_hand(tokens, entries):
     assert found.model == dict(SIZES, patch_size=(P, P), pool_type="tok", gelu="erf", layer_norm_eps=1e-6,
                                posemb="learn", context="none", distilled=tokens == 2)
     assert any("context='none' assumed: parameters do not show it" in note for note in found.notes)
-    guessed = ["layer_norm_eps=1e-06", "gelu='erf'"] + ["grid=(3, 3)"] * (tokens == 1 == entries)
+    guessed = ["layer_norm_eps=1e-06", "gelu='erf'"] + ["pool_type='tok'"] * (tokens == 1)
+    guessed += ["grid=(3, 3)"] * (tokens == 1 == entries)
     guessed += ["normalisation=((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))"] * (tokens == 2)
     assert found.doubts == (
         f"{', '.join(guessed)} assumed, as all published models of this kind have it; the file does not say",)
@@ -715,6 +716,8 @@ def test_25_positions_are_a_square_or_4_by_6_and_the_class_token(said, grid):
 
 @pytest.mark.parametrize("config, match", [
     (dict(architecture="vit_small_patch16_rope_ape_224"), "'vit_small_patch16_rope_ape_224', whose rotary pos"),
+    (dict(architecture="vit_tiny_patch16_224"), "names the architecture 'vit_tiny_patch16_224', but the file is"),
+    (dict(architecture="vit_tiny_patch16_224", model_args=dict(num_heads=None)), "but the file is"),
     (dict(architecture="vit_new_thing"), "give num_heads"),
     (dict(architecture="vit_new_thing", model_args=dict(num_heads=4)), "gelu.*layer_norm_eps.*; give gelu='erf'"),
     (dict(model_args=dict(new_thing=1)), "says new_thing=1, a setting that is not known here"),

@@ -74,6 +74,8 @@ FAMILIES = {
     "a masked autoencoder (MAE)": [
         (*TIMM, "mask_token", "decoder_pos_embed", "decoder_embed.weight", "decoder_blocks.0.attn.qkv.weight"),
         (*HF, "decoder.mask_token", "decoder.decoder_layers.0.layernorm_before.weight")],
+    "a ViT in the names that transformers 5 has in memory": [
+        ("vit.embeddings.cls_token 3", "vit.layers.0.attention.q_proj.weight 2", "vit.layers.0.mlp.fc1.weight 2")],
     "a data2vec": [("data2vec_vision.embeddings.cls_token", "data2vec_vision.encoder.layer.0.lambda_1")],
     "a Swin Transformer V2": [
         ("patch_embed.proj.weight", "layers.0.blocks.0.attn.logit_scale", "layers.0.blocks.0.attn.q_bias"),

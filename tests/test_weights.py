@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import cb_vit
-from cb_vit import experiment, startup, weights
+from cb_vit import experiment, model_init, startup, weights
 from cb_vit.config import ConfigError
 from cb_vit.formats import FormatError, write_npz, write_safetensors
 from cb_vit.formats.big_vision import to_big_vision
@@ -163,7 +163,7 @@ def test_fine_tuning_from_a_file_begins_as_the_same_function(files, tmp_path, pa
 
 def test_fine_tuning_needs_to_know_the_normalisation_as_prediction_does(files, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "open_weights", functools.partial(weights.open_weights, num_heads=2, grid=(2, 2)))
-    monkeypatch.setattr(startup, "open_weights", weights.open_weights)
+    monkeypatch.setattr(model_init, "open_weights", weights.open_weights)
     bare = config(model_init=str(files / "bare.safetensors"))
     with pytest.raises(ConfigError, match="^config.model_init: .*bare.safetensors does not say how its pixels we"):
         startup.build(check(bare), tmp_path)
@@ -189,7 +189,8 @@ def test_settings_that_change_the_function_but_no_shape_are_said(files, tmp_path
 
 
 def test_load_warns_of_what_it_takes_for_granted(files, tmp_path):
-    with pytest.warns(UserWarning, match=r"bare.safetensors: layer_norm_eps=1e-06, gelu='erf', grid=\(2, 2\) assumed"):
+    guessed = r"layer_norm_eps=1e-06, gelu='erf', pool_type='tok', grid=\(2, 2\)"
+    with pytest.warns(UserWarning, match=f"bare.safetensors: {guessed} assumed"):
         cb_vit.load(files / "bare.safetensors", num_heads=2)
     with pytest.warns(UserWarning, match="timm.safetensors: gelu='tanh' as asked for, where its metadata say 'erf'"):
         cb_vit.load(files / "timm.safetensors", gelu="tanh")

@@ -113,6 +113,9 @@ _ARCHITECTURES = (
     (r"vit_(large_patch16_siglip(_gap)?_(256|384)|so400m_patch14_siglip(_gap)?_\d+)", 16, "erf"),
     (r"vit_(large_patch16_siglip(_gap)?_512|(so400m|giantopt)_patch16_siglip(_gap)?_\d+)", 16, "tanh"),
 )
+# Widths of those with so many heads: another width is of another model, whatever its name.
+_WIDTHS = {2: (64,), 3: (192,), 6: (384,), 8: (512,), 12: (768,), 14: (896,),
+           16: (768, 1024, 1152, 1280, 1408, 1536, 1664)}
 _NO_EMBED_CLASS = r"deit3_.*|flexivit_.*"
 
 _DEFAULTS = {"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12}  # of ViTConfig and DeiTConfig
@@ -143,6 +146,7 @@ class Said:
         no_embed_class: whether positions lack entries of class tokens; None: not said.
         class_names: in the order of their numbers; None: not said.
         known: whether it names an architecture that is known here.
+        widths: of models with that name, where only the name says how many heads there are; None: something else does.
         guessable: what it does not say may be what all published models have: it names nothing that is unknown here.
     """
 
@@ -151,6 +155,7 @@ class Said:
     no_embed_class: bool | None = None
     class_names: tuple[str, ...] | None = None
     known: bool = False
+    widths: tuple[int, ...] | None = None
     guessable: bool = True
 
 
@@ -180,7 +185,9 @@ def timm(card: Mapping[str, Any], path: str) -> Said:
     bare = arguments.get("no_embed_class")
     if bare is None and known:
         bare = bool(re.fullmatch(_NO_EMBED_CLASS, card["architecture"]))
-    return Said(model, size, bare, names_of_classes(labels), bool(known), bool(known) or not card.get("architecture"))
+    widths = _WIDTHS[known["num_heads"]] if known and arguments.get("num_heads") is None else None
+    return Said(model, size, bare, names_of_classes(labels), bool(known), widths,
+                bool(known) or not card.get("architecture"))
 
 
 def huggingface(card: Mapping[str, Any], path: str) -> Said:
@@ -191,6 +198,9 @@ def huggingface(card: Mapping[str, Any], path: str) -> Said:
     """
     if not card.keys() & CONFIG.keys():
         return Said({})
+    told = [key for key, rule in CONFIG.items() if isinstance(rule, Tells) and key in card]
+    if empty := next((key for key in told if card[key] is None), None):
+        raise FormatError(f"{path}: its config.json says {empty}=None, which cannot be")
     known = {key: value for key, value in card.items() if key in CONFIG and value is not None}
     labels = names_of_classes(known.get("id2label"))
     if labels and all(re.fullmatch(r"LABEL_\d+", name) for name in labels):  # transformers' own placeholders

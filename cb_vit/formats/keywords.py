@@ -64,7 +64,7 @@ def settle(
     seen, given = seen_in(params, reading, path), {**described, **asked}
     card = {name: value for name, value in reading.model.items() if name not in given}
     told = {**agree(seen, card, path, "its config.json says {}"), **agree(seen, given, path)}
-    guess = {name: value for name, value in reading.guess.items() if name not in told or name == "num_heads"}
+    guess = {name: value for name, value in reading.guess.items() if name not in card and name not in given}
     model = {"context": "none", **reading.usual, **told, **guess}
     if unsaid := {name: value for name, value in _OPEN.items() if model.get(name) is None}:
         if "num_heads" in unsaid:

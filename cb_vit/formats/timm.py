@@ -100,6 +100,11 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
     deit = any(".gamma_" in name for name in tensors)  # DeiT-III's own files
     tensors = _unfuse(((re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name), t) for name, t in tensors.items()), path)
     tokens = [name for name in ("cls_token", "dist_token") if name in tensors]
+    width = next((math.prod(t.shape) for name, t in tensors.items() if name.endswith(".norm1.weight")), 0)
+    if said.widths and num_heads is None and width not in said.widths:
+        name = show(config["architecture"])
+        raise FormatError(f"{path}: its config.json names the architecture {name}, but the file is {width} wide; give "
+                          "num_heads, or let model_args say it")
     guessable = said.guessable and "cls_token" in tensors  # SigLIP's, without, have either GELU, and some other heads
     heads = pick_heads(tensors, ".norm1.weight", ".mlp.fc1.weight", path,
                        said.model.get("num_heads") if num_heads is None else num_heads, guess, guessable)
@@ -111,7 +116,8 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
     guess |= {"layer_norm_eps": 1e-6} if said.guessable else {}
     guess |= {"gelu": "erf"} if guessable else {}
     deits = "dist_token" in tokens or (tokens and scaled)  # and DINOv2's, which are normalised alike
-    guess |= {} if tokens or "attn_pool.latent" in tensors else {"pool_type": "gap"}
+    if "attn_pool.latent" not in tensors and "dist_token" not in tensors and not said.known:
+        guess["pool_type"] = "tok" if "cls_token" in tensors else "gap"
     entries = len(tokens)
     if tokens == ["cls_token"] and said.no_embed_class is not False:
         entries = 0 if said.no_embed_class else None
