@@ -59,8 +59,10 @@ def report(source: Any) -> dict[str, Any]:
 def describe(name: str, source: Any) -> Iterator[str]:
     """The same in lines to print; `name` is what the source is called."""
     found, contents = report(source), contents_of(source)
-    a_class = (f", {found['fewest'][1]:,} ({found['fewest'][0]}) to {found['most'][1]:,} ({found['most'][0]}) a class"
-               if "fewest" in found else "")
+    a_class = ""
+    if "fewest" in found:
+        (few, fewest), (many, most) = found["fewest"], found["most"]
+        a_class = f", {fewest:,} a class" if fewest == most else f", {fewest:,} ({few}) to {most:,} ({many}) a class"
     left_out = describe_left_out(contents.left_out)
     yield f"{name}: {found['examples']:,} examples of {found['classes']:,} classes{a_class}{left_out}"
     yield from (f"{name}: {note}" for note in contents.notes)
