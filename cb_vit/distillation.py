@@ -142,5 +142,5 @@ def _classes(weights: Weights, num_classes: int, names: Sequence[str] | None, pa
         return places
     if theirs != num_classes:
         raise ConfigError(path, f"{weights} has {theirs} classes, the student has {num_classes}")
-    logger.info("teacher %s: classes are taken by their numbers, without names to compare", weights)
+    logger.info("teacher %s: classes are taken by their numbers", weights)
     return tuple(range(theirs))

@@ -116,7 +116,7 @@ def _compare_classes(run: Experiment, weights: Weights) -> tuple[bool, list[str]
     except labels.Unmatched as error:
         return True, [f"head: its classes are others: {error}"]
     if places is None:
-        return False, [f"head: its {count} classes are taken to be those of the data, without names to compare"]
+        return False, [f"head: its {count} classes are taken to be those of the data, by their numbers"]
     if places != tuple(range(count)):
         return True, ["head: its classes stand in another order"]
     how = "by name" if weights.class_names else "ImageNet's, in its order: a head of 1,000 without names"

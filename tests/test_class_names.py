@@ -195,7 +195,7 @@ def test_an_order_that_has_changed_does_not_permute_an_old_run(run, animals, tmp
 @pytest.mark.parametrize("names, kept, said", [
     (SAME, True, "head: its classes are those of the data, by name"),
     ({"cat": "cat", "dog": "dog", "yak": "emu"}, False, "head: its classes are others: class 'yak' is not among cat"),
-    (None, True, "head: its 3 classes are taken to be those of the data, without names to compare")])
+    (None, True, "head: its 3 classes are taken to be those of the data, by their numbers")])
 def test_a_head_is_kept_only_for_its_own_classes(run, animals, tmp_path, names, kept, said, caplog):
     caplog.set_level(logging.INFO)
     if names:

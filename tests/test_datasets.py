@@ -19,6 +19,7 @@ from PIL import Image
 
 from cb_vit.config import ConfigError
 from cb_vit.datasets import DataError, Source, check_source, core, open_source, tfrecord
+from cb_vit.datasets.contents import describe
 from cb_vit.pp import builder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -574,24 +575,26 @@ def test_folder_says_what_it_leaves_out(tmp_path):
     found = folder(tmp_path).contents
     assert found.left_out == {".txt": 2, "without extension": 1, "hidden": 1, ".heic": 1, "outside of class folders": 1,
                               "deeper folders": 1, "broken links": 1, "no files": 1}
-    assert found.counts.tolist() == [3, 2] and found.notes == ("1 files are empty and will not decode",)
+    assert found.counts.tolist() == [3, 2] and found.empty == 1
     assert folder(tmp_path, "train[:3]").contents.counts.sum() in (2, 3)
 
 
 @pytest.mark.parametrize("names, classes, note", [
-    (range(12), [str(i) for i in range(12)], "sorted as such: the name of each is its class"),
-    ((10, 9, 2), ["2", "9", "10"], "folder '2' is class 0; labels='index' makes it class 2"),
+    (range(12), [str(i) for i in range(12)], "called by numbers and sorted as such"),
+    ((10, 9, 2), ["2", "9", "10"], "'2' is class 0; labels='index' makes it class 2"),
     (("a", "10", "9"), ["10", "9", "a"], None),
     (("07", "7"), ["07", "7"], None),
     ((0, 1), ["0", "1"], None)])
 def test_folder_sorts_numbers_as_numbers(tmp_path, names, classes, note):
     make_folder(tmp_path, {("train", str(name)): 1 for name in names})
     data = folder(tmp_path)
-    assert list(data.class_names) == classes and [note in text for text in data.contents.notes] == [True] * bool(note)
+    said = list(describe("data", data))[1:]
+    assert list(data.class_names) == classes and [note in text for text in said] == [True] * bool(note)
     assert all(Path(data[i]["id"]).parent.name == classes[data[i]["label"]] for i in range(len(data)))
     if note:
         numbers = source(name="folder", root=str(tmp_path), split="train", labels="index")
         assert all(numbers[i]["label"] == int(Path(numbers[i]["id"]).parent.name) for i in range(len(numbers)))
+        assert not any("labels='index' makes" in line for line in describe("data", numbers))
 
 
 def test_fingerprint_knows_the_files_and_not_the_place(tmp_path, tiny, tiny_tfrecord):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cb_vit.config import Failure
+from cb_vit.datasets import labels
 
 
 class DataError(Failure):
@@ -24,13 +25,13 @@ class Contents:
             None: not known.
         counts: examples of each class, int64 [c]; None: labels stand beside the images and have not been read.
         left_out: how many files are no examples, by extension or by another reason.
-        notes: what else is to be known, a line each.
+        empty: how many of its files hold nothing, and will not decode.
     """
 
     fingerprint: str | None = None
     counts: np.ndarray | None = None
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    empty: int = 0
 
 
 def contents_of(source: Any) -> Contents:
@@ -65,7 +66,21 @@ def describe(name: str, source: Any) -> Iterator[str]:
         a_class = f", {fewest:,} a class" if fewest == most else f", {fewest:,} ({few}) to {most:,} ({many}) a class"
     left_out = describe_left_out(contents.left_out)
     yield f"{name}: {found['examples']:,} examples of {found['classes']:,} classes{a_class}{left_out}"
-    yield from (f"{name}: {note}" for note in contents.notes)
+    if contents.empty:
+        yield f"{name}: files that are empty, and will not decode: {contents.empty:,}"
+    if numbering := _numbering(source.class_names or ()):
+        yield f"{name}: {numbering}"
+
+
+def _numbering(names: Sequence[str]) -> str | None:
+    """A word on classes that are called by numbers, where something else could be expected."""
+    if not labels.are_numbers(names):
+        return None
+    odd = next((i for i, name in enumerate(names) if int(name) != i), None)
+    if odd is not None:
+        return (f"classes are called by numbers and sorted as such: {names[odd]!r} is class {odd}; labels='index' "
+                f"makes it class {int(names[odd])}")
+    return None if list(names) == sorted(names) else "classes are called by numbers and sorted as such"
 
 
 def describe_left_out(left_out: Mapping[str, int]) -> str:

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, SupportsIndex
 
@@ -127,7 +127,7 @@ class FolderSource:
             fingerprint((name, listing.fingerprint) for name, listing in listings.items()),
             sum(listings[name].count(start, stop, self.num_classes) for name, start, stop in spans.spans),
             sum((collections.Counter(listing.left_out) for listing in listings.values()), collections.Counter()),
-            tuple(_notes(class_names, listings)))
+            sum(len(listing.empty) for listing in listings.values()))
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -157,20 +157,6 @@ def _classes(root: str, splits: list[str], names: tuple[str, ...], path: str) ->
             raise ConfigError(f"{path}.root", f"class {unknown[0]!r} of {os.path.join(root, split)} is not in "
                                               f"{os.path.join(root, 'train')}, which gives the classes")
     return classes
-
-
-def _notes(classes: tuple[str, ...], listings: Mapping[str, Listing]) -> Iterable[str]:
-    """What one should know of empty files, and of classes called by numbers where something else could be expected."""
-    if empty := sum(len(listing.empty) for listing in listings.values()):
-        yield f"{empty:,} files are empty and will not decode"
-    if not are_numbers(classes):
-        return
-    odd = next((i for i, name in enumerate(classes) if int(name) != i), None)
-    if odd is not None:
-        yield (f"class folders are numbers and sorted as such; folder {classes[odd]!r} is class {odd}; "
-               f"labels='index' makes it class {int(classes[odd])}")
-    elif list(classes) != sorted(classes):
-        yield "class folders are numbers and sorted as such: the name of each is its class"
 
 
 def _list_split(root: str, split: str, classes: tuple[str, ...], path: str) -> Listing:

@@ -92,7 +92,7 @@ def align(source: Any, names: Sequence[str] | None, count: int, path: str) -> An
     try:
         places = labels.match(ours, names, count, None if counts is None else (counts > 0).tolist())
     except labels.Unmatched as error:
-        raise ConfigError(path, f"{error}, the model's classes. Give the same names, or leave the class out; "
+        raise ConfigError(path, f"{error}. Give the names of the model's classes, or leave the class out; "
                                 f"{BY_INDEX}") from None
     if places is None:
         fits = source.num_classes <= count if ours is None else source.num_classes == count
@@ -102,13 +102,29 @@ def align(source: Any, names: Sequence[str] | None, count: int, path: str) -> An
                 "only numbers to go by; use data of the model's classes"))
         if ours or _by_index(source):
             why = "labels='index'" if _by_index(source) else "the names of the model's classes are not known"
-            logger.info("%s: classes are taken by their numbers (%s)", path, why)
+            logger.info("%s: classes are taken by their numbers (%s)%s", path, why, _told(source, names))
         return source
     if names is None:
         logger.info("%s: the model's 1,000 classes are taken for ImageNet's, in its order; they have no names", path)
     if places == tuple(range(count)):
         return source
-    return Relabelled(source, places, count, tuple(names or labels.wnids()))
+    return _by_name(source, places, tuple(names or labels.wnids()), path)
+
+
+def _by_name(source: Any, places: Sequence[int], names: tuple[str, ...], path: str) -> Relabelled:
+    """A source whose classes have been found among `names`, which is said."""
+    ours, place = next((pair for pair in zip(source.class_names, places, strict=True) if pair[1] >= 0), (None, None))
+    logger.info("%s: classes are taken by their names: %r is class %s of %s, %r", path, ours, place, len(names),
+                None if place is None else names[place])
+    return Relabelled(source, places, len(names), names)
+
+
+def _told(source: Any, names: Sequence[str] | None) -> str:
+    """": cat → dog, …", what classes taken by their numbers become."""
+    if not (source.class_names and names):
+        return ""
+    pairs = [f"{ours} → {theirs}" for ours, theirs in zip(source.class_names, names, strict=False)]
+    return f": {', '.join(pairs[:5])}" + " …" * (len(pairs) > 5)
 
 
 def for_head(
@@ -132,7 +148,8 @@ def for_head(
     """
     _check_counts(source.source if _by_index(source) else source, allow_unused, path)
     if count < source.num_classes:
-        raise ConfigError(count_path, f"makes {count} classes, the data has {source.num_classes}")
+        raise ConfigError(count_path, f"makes {count} classes, the data has {source.num_classes}; make it "
+                                      f"{source.num_classes}")
     for names in (known, labels.wnids()):
         if names is None or len(names) != count:
             continue
@@ -141,7 +158,7 @@ def for_head(
         except labels.Unmatched:
             continue
         if places is not None:
-            return source if places == tuple(range(count)) else Relabelled(source, places, count, tuple(names))
+            return source if places == tuple(range(count)) else _by_name(source, places, tuple(names), path)
     have, way_out = source.num_classes, f"make it {source.num_classes}"
     if _by_index(source):
         have, way_out = len(source.places), "leave labels at 'name'"
@@ -169,7 +186,7 @@ def _check_counts(source: Any, allow_unused: bool, path: str) -> None:
         raise ConfigError(path, f"holds one class alone, {name}: there is nothing to tell apart; give it a second")
     if counts is not None and not allow_unused and len(present) < len(counts):
         empty = [class_name(source.class_names, int(i)) for i in np.flatnonzero(counts == 0)]
-        more = f" nor have {len(empty) - 1} more" if len(empty) > 1 else ""
+        more = f", nor have {len(empty) - 1} other classes" if len(empty) > 1 else ""
         left_out = describe_left_out(contents.left_out)
-        raise ConfigError(path, f"class {empty[0]!r} has no image that can be used{more}{left_out}. "
+        raise ConfigError(path, f"class {empty[0]!r} has no image that can be used in this split{more}{left_out}. "
                                 "Take it out, give it some, or set config.allow_unused_classes=True")

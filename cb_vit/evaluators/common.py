@@ -109,7 +109,8 @@ def build(
     where = f"{path}.{name}"
     preprocess = builder.build(config.pp_fn, f"{where}.pp_fn")
     if preprocess.num_classes not in (None, num_classes):
-        raise ConfigError(f"{where}.pp_fn", f"onehot has {preprocess.num_classes} classes, the model {num_classes}")
+        raise ConfigError(f"{where}.pp_fn", f"onehot has {preprocess.num_classes} classes, the model {num_classes}; "
+                                            f"make it onehot({num_classes})")
     data = f"{where}.data"
     source = datasets.align(datasets.open_source(config.data, data), class_names, num_classes, data)
     for line in describe(data, source):
