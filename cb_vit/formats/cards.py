@@ -146,7 +146,8 @@ class Said:
         no_embed_class: whether positions lack entries of class tokens; None: not said.
         class_names: in the order of their numbers; None: not said.
         known: whether it names an architecture that is known here.
-        widths: of models with that name, where only the name says how many heads there are; None: something else does.
+        widths: of models with that name, where only the name says how wide it is and how many heads it has; None:
+            something else does.
         guessable: what it does not say may be what all published models have: it names nothing that is unknown here.
     """
 
@@ -185,7 +186,8 @@ def timm(card: Mapping[str, Any], path: str) -> Said:
     bare = arguments.get("no_embed_class")
     if bare is None and known:
         bare = bool(re.fullmatch(_NO_EMBED_CLASS, card["architecture"]))
-    widths = _WIDTHS[known["num_heads"]] if known and arguments.get("num_heads") is None else None
+    own = known and arguments.get("num_heads") is None and arguments.get("embed_dim") is None
+    widths = _WIDTHS[known["num_heads"]] if own else None
     return Said(model, size, bare, names_of_classes(labels), bool(known), widths,
                 bool(known) or not card.get("architecture"))
 

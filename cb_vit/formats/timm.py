@@ -116,8 +116,10 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
     guess |= {"layer_norm_eps": 1e-6} if said.guessable else {}
     guess |= {"gelu": "erf"} if guessable else {}
     deits = "dist_token" in tokens or (tokens and scaled)  # and DINOv2's, which are normalised alike
-    if "attn_pool.latent" not in tensors and "dist_token" not in tensors and not said.known:
-        guess["pool_type"] = "tok" if "cls_token" in tensors else "gap"
+    if tokens == ["cls_token"] and not said.known:  # nor does a mean over tokens leave a trace
+        guess["pool_type"] = "tok"
+    elif not tokens and "attn_pool.latent" not in tensors:
+        guess["pool_type"] = "gap"
     entries = len(tokens)
     if tokens == ["cls_token"] and said.no_embed_class is not False:
         entries = 0 if said.no_embed_class else None

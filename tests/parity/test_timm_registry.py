@@ -164,8 +164,8 @@ def test_a_guess_is_right_and_said():
     """Twelve blocks, as published, and nothing but arrays."""
     model = make("deit_tiny_patch16_224", img_size=48)
     assert understand(model).doubts == (
-        "num_heads=3, layer_norm_eps=1e-06, gelu='erf', grid=(3, 3) assumed, as all published models of this kind have "
-        "it; the file does not say",)
+        "num_heads=3, layer_norm_eps=1e-06, gelu='erf', pool_type='tok', grid=(3, 3) assumed, as all published models "
+        "of this kind have it; the file does not say",)
     assert right_or_refused(model)
 
 
