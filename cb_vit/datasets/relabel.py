@@ -148,8 +148,7 @@ def for_head(
     """
     _check_counts(source.source if _by_index(source) else source, allow_unused, path)
     if count < source.num_classes:
-        raise ConfigError(count_path, f"makes {count} classes, the data has {source.num_classes}; make it "
-                                      f"{source.num_classes}")
+        raise ConfigError(count_path, f"makes {count} classes, the data has {source.num_classes}")
     for names in (known, labels.wnids()):
         if names is None or len(names) != count:
             continue
