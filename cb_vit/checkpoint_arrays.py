@@ -62,6 +62,7 @@ def in_loop_layout(tree: Tree) -> Tree:
 
 
 def shardings(tree: Tree) -> Tree:
+    """Where each leaf lies."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
