@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -169,6 +170,14 @@ class Reader:
             raise Damaged(reason)
         what = self.directory if step is None else f"checkpoint {step} in {self.directory}"
         raise Unreadable(f"{what} cannot be read ({reason}); nothing is changed", worst == Verdict.PASSING)
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+# Through which Orbax tells of its every step, and warns of what is so on purpose: a page for each `cb_vit.load`.
+logging.getLogger("absl").addFilter(_matters)
 
 
 def handlers() -> dict[str, Any]:

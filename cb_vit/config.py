@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -47,8 +48,17 @@ class ConfigError(ValueError):
 
 def suggest(name: Any, choices: Iterable[str]) -> str:
     """What follows "unknown X" in an error: `"; did you mean Y?"` when a choice is close to `name`, else `";"`."""
-    close = difflib.get_close_matches(str(name), list(choices), n=1)
+    choices = list(choices)
+    close = difflib.get_close_matches(str(name), choices, n=1)
+    if not close:  # "SGD" and "sgd", "B16" and "b/16" are alike
+        bare = {bare_name(choice): choice for choice in reversed(choices)}
+        close = [bare[found] for found in difflib.get_close_matches(bare_name(str(name)), bare, n=1)]
     return f"; did you mean {close[0]}?" if close else ";"
+
+
+def bare_name(name: str) -> str:
+    """A name without what people write now one way and now another: case, and whatever is no letter or digit."""
+    return re.sub(r"[\W_]", "", name).lower()
 
 
 @contextlib.contextmanager

@@ -72,7 +72,8 @@ class Experiment:
         variant = self.cfg.model.get("variant") or "of its own sizes"
         devices = self.mesh.devices.ravel()
         return (f"{self.cfg.model_name} {variant}, {count:,} parameters; {self.total_steps:,} steps of "
-                f"{self.cfg.input.batch_size} images on {len(devices)} × {devices[0].device_kind}")
+                f"{self.cfg.input.batch_size} images on {len(devices)} × {devices[0].device_kind}; peak learning rate "
+                f"{optax.peak_text(self.cfg, self.cfg.input.batch_size)}")
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

@@ -128,6 +128,12 @@ def peak_lr(cfg: OptimiserConfig, batch_size: int) -> float:
     return cfg.lr if cfg.lr_reference_batch is None else cfg.lr * batch_size / cfg.lr_reference_batch
 
 
+def peak_text(cfg: OptimiserConfig, batch_size: int) -> str:
+    """The peak learning rate to read: "0.001 (lr 0.0005 × batch_size 1024 / lr_reference_batch 512)"."""
+    how = f" (lr {cfg.lr:g} × batch_size {batch_size} / lr_reference_batch {cfg.lr_reference_batch})"
+    return f"{peak_lr(cfg, batch_size):.3g}{how if cfg.lr_reference_batch else ''}"
+
+
 def warn_mismatch(cfg: OptimiserConfig, *, batch_size: int, width: int) -> str | None:
     """A line on a learning rate that was meant for LAMB, if `cfg` has one with Adam's direction.
 
@@ -139,11 +145,10 @@ def warn_mismatch(cfg: OptimiserConfig, *, batch_size: int, width: int) -> str |
         batch_size: examples in a global batch.
         width: the model's; narrow ones stand more.
     """
-    rate = peak_lr(cfg, batch_size)
-    if cfg.optax_name != "scale_by_adam" or width < 192 or rate <= 2e-3:
+    if cfg.optax_name != "scale_by_adam" or width < 192 or peak_lr(cfg, batch_size) <= 2e-3:
         return None
-    return (f"config.lr: a peak of {rate:g} is a learning rate for LAMB; with Adam's direction a width of {width} may "
-            "diverge above 0.002. Lower lr, or set optax_name='scale_by_lamb'")
+    return (f"config.lr: a peak of {peak_text(cfg, batch_size)} is a learning rate for LAMB; with Adam's direction a "
+            f"width of {width} may diverge above 0.002. Lower lr, or set optax_name='scale_by_lamb'")
 
 
 def describe(cfg: OptimiserConfig, params_shapes: Tree, *, path: str = "config") -> list[ParamRule]:
@@ -231,7 +236,8 @@ def make(
     schedules = {
         regex: schedules_lib.create(
             block, peak_lr=peak_lr(cfg, batch_size), total_steps=total_steps, batch_size=batch_size, examples=examples,
-            path=f"{path}.schedule" if single else f"{path}.schedule[{index}][1]")
+            path=f"{path}.schedule" if single else f"{path}.schedule[{index}][1]",
+            peak_text=peak_text(cfg, batch_size))
         for index, (regex, block) in enumerate(cfg.schedule_rules) if block is not None}
     frozen = map_with_names(lambda name, _: rules[name].frozen, params_shapes)
     trainable = jax.tree.map(operator.not_, frozen)

@@ -100,7 +100,7 @@ class Numbers:
 
 def create(
     cfg: ScheduleConfig, *, peak_lr: float, total_steps: int, batch_size: int, examples: int | None = None,
-    path: str = "config.schedule",
+    path: str = "config.schedule", peak_text: str | None = None,
 ) -> Schedule:
     """The multiplier as a function of the number of completed steps: the first update of a run uses `schedule(0)`.
 
@@ -113,6 +113,7 @@ def create(
         batch_size: examples in a global batch.
         examples: examples in one epoch; needed for lengths in epochs and for "deit".
         path: where the block stands in the config, for errors.
+        peak_text: where `peak_lr` comes from, for errors.
 
     Raises:
         ConfigError: when warm-up and cooldown do not fit into the run, a length cannot be expressed in steps (of
@@ -120,7 +121,9 @@ def create(
     """
     for name in ("warmup_lr", "min_lr"):
         if getattr(cfg, name) > peak_lr:
-            raise ConfigError(f"{path}.{name}", f"{getattr(cfg, name):g} is above the peak learning rate {peak_lr:g}")
+            raise ConfigError(f"{path}.{name}", f"{getattr(cfg, name):g} is above the peak learning rate "
+                                                f"{peak_text or f'{peak_lr:g}'}; lower it, for example to 0 or "
+                                                f"{peak_lr / 10:.1g}, or raise lr")
     ends = dict(start=cfg.warmup_lr / peak_lr, end=(cfg.min_lr / peak_lr) or cfg.linear_end)
 
     if cfg.decay_type == "deit":

@@ -170,7 +170,9 @@ def check(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Settings:
         with under("config.model"):
             module.check_image_size(model, preprocess.image_size)
     if cfg.num_classes and preprocess.num_classes not in (None, cfg.num_classes):
-        raise ConfigError("config.num_classes", f"{cfg.num_classes}, but input.pp has onehot({preprocess.num_classes})")
+        raise ConfigError("config.num_classes", f"{cfg.num_classes}, but input.pp has onehot({preprocess.num_classes})"
+                                                "; make both the same, in every pp_fn too (in some config files by the "
+                                                f"argument classes={cfg.num_classes})")
     warning = optax.warn_mismatch(cfg, batch_size=cfg.input.batch_size, width=model.width)
     if warning:
         logger.warning("%s", warning)

@@ -7,7 +7,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from cb_vit import datasets, dist, experiment, io
 from cb_vit import workdir as workdir_lib
 from cb_vit.checkpoint import Checkpointer
-from cb_vit.checkpoint_reading import Reader
+from cb_vit.checkpoint_reading import Mismatch, Reader
 from cb_vit.config import ConfigError
 from cb_vit.damage import Damaged
 from cb_vit.datasets.contents import contents_of, describe, report
@@ -31,6 +31,8 @@ from cb_vit.train_state import TrainState
 logger = logging.getLogger(__name__)
 # The settings that make up the stream of batches.
 STREAM = ("seed", "input.data", *(f"input.{name}" for name in ("pp", "batch_size", "repeats", "virtual_ranks")))
+# And those that make up the arrays of a train state.
+STATE = ("model_name", "model", "num_classes", "optax_name", "optax", "schedule", "ema")
 
 
 def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
@@ -172,7 +174,8 @@ def _restore(
 ) -> tuple[TrainState, dict[str, Any]] | None:
     if checkpointer.latest_step() is None:
         return None
-    restored = checkpointer.restore_latest(run.shapes, run.scan)
+    with telling_settings(run.settings, workdir):
+        restored = checkpointer.restore_latest(run.shapes, run.scan)
     if restored is None:
         return None
     step = int(restored[0].step)
@@ -182,6 +185,23 @@ def _restore(
                           f"checkpoint in {checkpointer.directory} is of step {step}; use another workdir")
     logger.info("resumed from step %d of %s", step, checkpointer.directory)
     return restored
+
+
+@contextlib.contextmanager
+def telling_settings(settings: Settings, workdir: str | os.PathLike) -> Iterator[None]:
+    """A `Mismatch` raised inside begins with what the run in `workdir` has set otherwise."""
+    try:
+        yield
+    except Mismatch as error:
+        before = workdir_lib.read_config(workdir) or {}
+        told = [f"config.{key} is {was} there and {now} here"
+                for key, was, now in workdir_lib.differences(_of_state(before), _of_state(settings.raw))]
+        raise Mismatch(error.path, ": ".join(filter(None, (", ".join(told), error.message)))) from None
+
+
+def _of_state(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a config the settings that make up the arrays of a train state."""
+    return {key: value for key, value in config.items() if key in STATE}
 
 
 def stream(run: Experiment) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Metric names are big_vision's (`img/sec`, `img/sec/core`, `core_hours`, `example
 """
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime
 import re
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 GIB = 2**30
+MINUTE = 60.0  # seconds of training that a rate is the mean of, where there are so many
 
 # Peak dense bf16 TFLOP/s of one JAX device, by its whole `device_kind`; the first match wins. A partition of
 # a chip (NVIDIA MIG adds "MIG 1g.10gb" to the name) matches nothing on purpose: its peak is not the chip's.
@@ -66,6 +68,11 @@ def mfu(flops_per_step: float, seconds_per_step: float, devices: Sequence[Any]) 
     return flops_per_step / seconds_per_step / sum(peaks)
 
 
+def speed_text(images_per_second: float) -> str:
+    """Images a second to read: "5821 img/s", "12.3 img/s"."""
+    return f"{images_per_second:.0f} img/s" if images_per_second >= 100 else f"{images_per_second:.3g} img/s"
+
+
 def memory_stats(device: Any) -> dict[str, float]:
     """Memory in GiB: `hbm_gib`, `hbm_peak_gib`, `hbm_limit_gib` of a JAX device where it tells, `host_peak_gib`."""
     wanted = {"hbm_gib": "bytes_in_use", "hbm_peak_gib": "peak_bytes_in_use", "hbm_limit_gib": "bytes_limit"}
@@ -80,8 +87,9 @@ class Chrono:
     """Times a training run; its clock is an argument.
 
     `start` it at the step the run begins from, `tick` after every step, `measure` when metrics are logged.
-    Training time runs from `start` on and stands still inside `paused`. Rates leave out the first step, which
-    compiles. Steps are dispatched ahead of the device, so times hold over a window that ends with a fetched value.
+    Training time runs from `start` on and stands still inside `paused`. Rates are means over its last minute, without
+    the first step, which compiles. Steps are dispatched ahead of the device, so times hold where each step's tick
+    waits for a value of the one before.
 
     Args:
         total_steps: steps of the whole run.
@@ -104,19 +112,24 @@ class Chrono:
         self._seconds: dict[str, float] = {}
         self._carried_core_hours = 0.0
         self._first_step = 0
-        self._timed: tuple[int, float, float] | None = None  # step, training time, clock after the first step
-        self._window: tuple[int, float] | None = None  # step, training time at the last measurement
+        self._timed: tuple[int, float] | None = None  # step, clock after the first step
+        self._minute: collections.deque[tuple[int, float]] = collections.deque()  # step, training time of its ticks
 
     def start(self, step: int = 0) -> None:
         """Begin (or go on) training with `step` steps complete; what came before is not training time."""
         self._first_step, self._started, self._paused = step, self._clock(), 0.0
-        self._timed = self._window = None
+        self._timed = None
+        self._minute.clear()
 
     def tick(self, step: int) -> None:
-        """Say that `step` steps are complete. The first one after `start` opens the window of the rates."""
-        if self._timed is None and step > self._first_step:
-            now = self._training_time()
-            self._timed, self._window = (step, now, self._clock()), (step, now)
+        """Say that `step` steps are complete. Rates begin with the first one after `start`."""
+        if step <= (self._minute[-1][0] if self._minute else self._first_step):
+            return
+        now = self._training_time()
+        self._timed = self._timed or (step, self._clock())
+        self._minute.append((step, now))
+        while len(self._minute) > 2 and self._minute[1][1] <= now - MINUTE:
+            self._minute.popleft()
 
     @contextlib.contextmanager
     def paused(self, activity: str) -> Iterator[None]:
@@ -133,13 +146,13 @@ class Chrono:
                 self._paused += seconds
 
     def measure(self, step: int) -> dict[str, float]:
-        """Metrics at `step` complete steps; rates are over the steps since the last measurement.
+        """Metrics at `step` complete steps.
 
         Returns:
             `uptime` [s, since this object was made], `examples_seen`, `epoch`, `core_hours` [device hours of
             training, pauses left out, compilation not, earlier runs included], `z/secs/<activity>` [s, earlier
-            runs included], and where steps have passed since the last measurement `img/sec`, `img/sec/core` and
-            `mfu` [fraction]. `epoch` and `mfu` are left out where they are not known.
+            runs included], and from the second step on, as means over the last minute of training, `img/sec`,
+            `img/sec/core` and `mfu` [fraction]. `epoch` and `mfu` are left out where they are not known.
         """
         self.tick(step)
         metrics = {"uptime": self._clock() - self._born, "examples_seen": step * self.batch_size}
@@ -147,10 +160,7 @@ class Chrono:
             metrics["epoch"] = self.epoch(step)
         metrics["core_hours"] = self.core_hours()
         metrics |= {f"z/secs/{activity}": seconds for activity, seconds in self._seconds.items()}
-        now = self._training_time()
-        if self._window and step > self._window[0] and now > self._window[1]:
-            seconds_per_step = (now - self._window[1]) / (step - self._window[0])
-            self._window = (step, now)
+        if seconds_per_step := self._seconds_per_step():
             metrics["img/sec"] = self.batch_size / seconds_per_step
             metrics["img/sec/core"] = metrics["img/sec"] / self._device_count()
             utilisation = mfu(self.flops_per_step, seconds_per_step, self.devices) if self.flops_per_step else None
@@ -169,7 +179,7 @@ class Chrono:
         """Seconds to the last step at the mean pace since the first step, pauses included; None before that."""
         if self._timed is None or step <= self._timed[0]:
             return None
-        pace = (self._clock() - self._timed[2]) / (step - self._timed[0])
+        pace = (self._clock() - self._timed[1]) / (step - self._timed[0])
         return pace * max(self.total_steps - step, 0)
 
     def progress_line(self, step: int, metrics: Mapping[str, float]) -> str:
@@ -181,7 +191,7 @@ class Chrono:
         if self.examples_per_epoch:
             line += f" epoch {self.epoch(step):.1f}"
         shown = {"training_loss": lambda v: f"loss {v:#.3g}", "lr": lambda v: f"lr {v:.1e}",
-                 "img/sec": lambda v: f"{v:.0f} img/s" if v >= 100 else f"{v:.3g} img/s",
+                 "img/sec": speed_text,
                  "mfu": lambda v: f"MFU {100 * v:.1f} %"}
         parts = [line, *(show(metrics[name]) for name, show in shown.items() if name in metrics)]
         seconds = self.eta(step)
@@ -197,6 +207,11 @@ class Chrono:
         """Take over the sums of an earlier run, from its `state()`; call it before `start`."""
         self._carried_core_hours = float(state["core_hours"])
         self._seconds = {activity: float(seconds) for activity, seconds in state["seconds"].items()}
+
+    def _seconds_per_step(self) -> float | None:
+        """Mean over the last minute of training; None before two steps."""
+        (first, begin), (last, end) = (self._minute[0], self._minute[-1]) if self._minute else ((0, 0.0), (0, 0.0))
+        return (end - begin) / (last - first) if end > begin else None
 
     def _device_count(self) -> int:
         return max(len(self.devices), 1)

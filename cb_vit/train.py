@@ -16,11 +16,13 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from cb_vit import dist, experiment, io, startup
 from cb_vit import workdir as workdir_lib
 from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import Failure
+from cb_vit.curves import Series
 from cb_vit.datasets import DataError
 from cb_vit.evaluators.common import EMA, measure
 from cb_vit.experiment import Experiment
@@ -50,8 +52,8 @@ def train_and_evaluate(
         workdir: the run's folder, local or in a bucket.
 
     Returns:
-        `step`, how many steps are complete, and the last value of every metric recorded (on the first process;
-        elsewhere only `step`).
+        `step` and `total_steps`: how many steps are complete, and of how many; and of every metric recorded the last
+        value, of `img/sec` the median of the run (on the first process alone).
 
     Raises:
         ConfigError: the config cannot work, by itself or with what the workdir holds; nothing of that is changed.
@@ -90,7 +92,13 @@ def train_and_evaluate(
         loop = Loop(run, evals, checkpointer, writer, chrono, profiler, stop, judge, meta.get("examples_skipped", 0),
                     meta.get("model_init"))
         state = loop.run(state)
-        return {"step": int(state.step), **{name: float(values[-1]) for name, (_, values) in writer.history().items()}}
+        return {"step": int(state.step), "total_steps": run.total_steps, **summarise(writer.history())}
+
+
+def summarise(history: Mapping[str, Series]) -> dict[str, float]:
+    """What a run comes to: the last value of each metric, and of the speed the median."""
+    last = {name: float(values[-1]) for name, (_, values) in history.items()}
+    return last | {name: float(np.median(history[name][1])) for name in ("img/sec", "img/sec/core") if name in last}
 
 
 @dataclasses.dataclass
@@ -246,7 +254,7 @@ class Loop:
     def _say_goodbye(self, step: int, first: int, stopping: bool) -> None:
         if stopping:
             logger.info("told to stop: %s; the same command goes on from there",
-                        f"saved at step {step}" if step else "not a step is done")
+                        f"saved at step {step} of {self.experiment.total_steps}" if step else "not a step is done")
         else:
             logger.info("%s at step %d", "done" if first < step else "this run is already complete,", step)
 

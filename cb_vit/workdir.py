@@ -138,7 +138,7 @@ def class_names(run: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[str
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two nested configs, a line each."""
-    return [f"config.{key}: {was} -> {now}" for key, was, now in _differences(flatten(old), flatten(new))]
+    return [f"config.{key}: {was} -> {now}" for key, was, now in differences(old, new)]
 
 
 def check_stream(before: Mapping[str, Any], now: Mapping[str, Any], allow_changed_data: bool) -> list[str]:
@@ -156,7 +156,7 @@ def check_stream(before: Mapping[str, Any], now: Mapping[str, Any], allow_change
     lines = []
     if "config" in before:
         lines += [(f"config.{key}", f"was {was} when this run began, now {is_now}")
-                  for key, was, is_now in _differences(flatten(before["config"]), flatten(now["config"]))]
+                  for key, was, is_now in differences(before["config"], now["config"])]
     data = "config.input.data"
     if "class_names" in before and (was := before["class_names"]) != (is_now := now["class_names"]):
         lines.append((data, _renamed(was, is_now)))
@@ -181,9 +181,9 @@ def _renamed(was: Sequence[str] | None, now: Sequence[str] | None) -> str:
     return f"class {number} is {other}, and was {one} when this run began"
 
 
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(key, value before, value after) of what differs, in words."""
-    missing = object()
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(dotted name, value before, value after) of what differs between two nested configs, in words."""
+    before, after, missing = flatten(old), flatten(new), object()
     for key in sorted(before.keys() | after.keys()):
         values = before.get(key, missing), after.get(key, missing)
         if values[0] != values[1]:

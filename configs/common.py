@@ -134,6 +134,11 @@ def data(name: str, split: str, data_dir: str = "", root: str = "") -> dict[str,
     return dict(**source, split=split, labels=placeholder(str))
 
 
+def ranks(batch_size: int, most: int) -> int:
+    """`input.virtual_ranks`: `most`, or as many fewer as leave each an even part of the batch, for mixing."""
+    return next((n for n in range(most, 0, -1) if batch_size % (2 * n) == 0), 1)
+
+
 def evaluation(size: int, crop_ratio: float, normalise: str) -> str:
     """Preprocessing of an evaluator: the middle of an image whose shorter side is size / crop_ratio, as in timm."""
     return f"decode|resize_small({int(size / crop_ratio)})|central_crop({size})|{normalise}"

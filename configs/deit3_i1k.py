@@ -16,22 +16,25 @@ SIZES = {"S": (224, 4e-3, 0.05), "M": (224, 3e-3, 0.1), "B": (192, 3e-3, 0.2), "
 
 def get_config(arg=None):
     """Arguments: variant, context (none, cb, cb_s), epochs, size in pixels (0: as in the paper), simple_crop (its own
-    crop, which DeiT-III has for ImageNet-21k), data_dir of TFDS, or root of image folders (train, val)."""
-    arg = c.parse_arg(arg, variant="B/16", context="cb", epochs=800.0, size=0, simple_crop=False, data_dir="", root="")
+    crop, which DeiT-III has for ImageNet-21k), batch_size (lr does not follow it), classes, data_dir of TFDS, or root
+    of image folders (train, val)."""
+    arg = c.parse_arg(arg, variant="B/16", context="cb", epochs=800.0, size=0, simple_crop=False, batch_size=2048,
+                      classes=1000, data_dir="", root="")
     size, lr, drop_path = SIZES.get(arg.variant.partition("/")[0], SIZES["S"])
     size = arg.size or size
     config = c.base()
     config.total_epochs = arg.epochs
-    config.num_classes = 1000
+    config.num_classes = arg.classes
     config.loss = "bce"
 
     imagenet = dict(name="imagenet2012", data_dir=arg.data_dir, root=arg.root)
     config.input.data = c.data(split="train", **imagenet)
-    config.input.batch_size = 2048
+    config.input.batch_size = arg.batch_size
     config.input.repeats = 3
-    config.input.virtual_ranks = 8
+    config.input.virtual_ranks = c.ranks(arg.batch_size, 8)
     crop = "simple_random_crop" if arg.simple_crop else "inception_crop"
-    config.input.pp = f"decode|{crop}({size})|flip_lr|three_augment|color_jitter(0.3, 0.3, 0.3)|{c.normalise(1000)}"
+    config.input.pp = (f"decode|{crop}({size})|flip_lr|three_augment|color_jitter(0.3, 0.3, 0.3)|"
+                       f"{c.normalise(arg.classes)}")
     config.mixup.update(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5)
 
     config.model_name = "vit"
@@ -49,5 +52,5 @@ def get_config(arg=None):
     config.keep_ckpt_epochs = 100.0
     config.evals.val = c.classification(
         data=c.data(split="val" if arg.root else "validation", **imagenet), log_epochs=5.0,
-        pp_fn=c.evaluation(size, 1.0, c.normalise(1000)))
+        pp_fn=c.evaluation(size, 1.0, c.normalise(arg.classes)))
     return config

@@ -2,6 +2,7 @@
 
     python main.py --config=configs/deit_i1k.py:variant=S/16,context=cb --workdir=gs://BUCKET/deit_s16_cb
     python main.py --config=configs/deit_i1k.py:variant=Ti/16,context=cb_s,epochs=100,root=/data/imagenet --workdir=…
+    python main.py --config=configs/deit_i1k.py:root=/data/pets,classes=37,batch_size=128 --workdir=…
     python main.py --config=configs/deit_i1k.py:teacher=runs/teacher --workdir=…   # distilled, hard labels
 
 Accuracy and hours: unverified here. DeiT reports 72.2, 79.9 and 81.8 % top-1 for Ti, S and B without context (its own
@@ -16,21 +17,23 @@ import configs.common as c
 
 def get_config(arg=None):
     """Arguments: variant, context (none, cb, cb_s), epochs, size in pixels, schedule (deit, cosine), repeats, teacher
-    (a run's folder or a file of weights), data_dir of TFDS, or root of image folders (train, val)."""
+    (a run's folder or a file of weights), batch_size, classes, data_dir of TFDS, or root of image folders (train, val).
+    """
     arg = c.parse_arg(arg, variant="S/16", context="cb", epochs=300.0, size=224, schedule="deit", repeats=3,
-                      teacher="", data_dir="", root="")
+                      teacher="", batch_size=1024, classes=1000, data_dir="", root="")
     config = c.base()
     config.total_epochs = arg.epochs
-    config.num_classes = 1000
+    config.num_classes = arg.classes
     config.loss = "softmax_xent"
     config.label_smoothing = 0.1
 
     imagenet = dict(name="imagenet2012", data_dir=arg.data_dir, root=arg.root)
     config.input.data = c.data(split="train", **imagenet)
-    config.input.batch_size = 1024
+    config.input.batch_size = arg.batch_size
     config.input.repeats = arg.repeats
-    config.input.virtual_ranks = 4
-    config.input.pp = (f"decode|inception_crop({arg.size})|flip_lr|randaug('rand-m9-mstd0.5-inc1')|{c.normalise(1000)}")
+    config.input.virtual_ranks = c.ranks(arg.batch_size, 4)
+    config.input.pp = (f"decode|inception_crop({arg.size})|flip_lr|randaug('rand-m9-mstd0.5-inc1')|"
+                       f"{c.normalise(arg.classes)}")
     config.mixup.update(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5)
     config.random_erasing.update(prob=0.25, mode="pixel")
 
@@ -53,5 +56,5 @@ def get_config(arg=None):
     config.keep_ckpt_epochs = 50.0
     config.evals.val = c.classification(
         data=c.data(split="val" if arg.root else "validation", **imagenet), log_epochs=5.0,
-        pp_fn=c.evaluation(arg.size, 0.875, c.normalise(1000)))
+        pp_fn=c.evaluation(arg.size, 0.875, c.normalise(arg.classes)))
     return config

@@ -13,10 +13,11 @@ import configs.common as c
 
 def get_config(arg=None):
     """Arguments: init (a run's folder or a file of weights; required), variant, context, size in pixels, epochs, lr,
-    decay, layer_decay (1: none), dataset of TFDS, its number of classes and the split to test on, data_dir, or root
-    of image folders."""
+    decay, layer_decay (1: none), batch_size, dataset of TFDS, its number of classes and the split to test
+    on, data_dir, or root of image folders."""
     arg = c.parse_arg(arg, init="", variant="S/16", context="cb", size=384, epochs=30.0, lr=5e-6, decay="constant",
-                      layer_decay=1.0, dataset="imagenet2012", classes=1000, test="", data_dir="", root="")
+                      layer_decay=1.0, batch_size=512, dataset="imagenet2012", classes=1000, test="", data_dir="",
+                      root="")
     if not arg.init:
         raise ValueError("argument init is not set: which run to begin from, as in :init=runs/deit_s16")
     config = c.base()
@@ -28,7 +29,7 @@ def get_config(arg=None):
 
     source = dict(name=arg.dataset, data_dir=arg.data_dir, root=arg.root)
     config.input.data = c.data(split="train", **source)
-    config.input.batch_size = 512
+    config.input.batch_size = arg.batch_size
     config.input.repeats = 3 if arg.dataset == "imagenet2012" else 1
     config.input.pp = (f"decode|inception_crop({arg.size})|flip_lr|randaug('rand-m9-mstd0.5-inc1')|"
                        f"{c.normalise(arg.classes)}")

@@ -11,17 +11,18 @@ import configs.common as c
 
 
 def get_config(arg=None):
-    """Arguments: variant, context (none, cb, cb_s), size in pixels, data_dir of TFDS, or root of image folders."""
-    arg = c.parse_arg(arg, variant="S/16", context="cb", size=224, data_dir="", root="")
+    """Arguments: variant, context (none, cb, cb_s), size in pixels, batch_size (lr does not follow it), classes,
+    data_dir of TFDS, or root of image folders."""
+    arg = c.parse_arg(arg, variant="S/16", context="cb", size=224, batch_size=1024, classes=1000, data_dir="", root="")
     config = c.base()
     config.total_epochs = 90.0
-    config.num_classes = 1000
+    config.num_classes = arg.classes
     config.loss = "softmax_xent"
 
     imagenet = dict(name="imagenet2012", data_dir=arg.data_dir, root=arg.root)
     config.input.data = c.data(split="train[:99%]", **imagenet)
-    config.input.batch_size = 1024
-    normalise = c.normalise(1000, "value_range(-1, 1)")
+    config.input.batch_size = arg.batch_size
+    normalise = c.normalise(arg.classes, "value_range(-1, 1)")
     # big_vision's inception_crop begins at 5 % of the area; ours, like timm's, at 8 % unless told.
     config.input.pp = (f"decode|inception_crop({arg.size}, area_min=5)|flip_lr|"
                        f"randaug('rand-m10-n2-p1')|{normalise}")

@@ -205,7 +205,7 @@ def test_what_the_devices_rule_out():
             (dict(sharding_strategy=[("params/haed.*", "fsdp")]),
              r"config\.sharding_strategy\[0\]: 'params/haed\.\*' matches no parameter"),
             (dict(num_classes=5, input__pp=f"value_range(-1, 1)|onehot(5)|{IMAGES}"),
-             r"config\.num_classes: makes 5 classes, the data has 10$"),
+             r"config\.num_classes: makes 5 classes, the data has 10; make it so many, also in every onehot"),
             (dict(input__pp=f"value_range(-1, 1)|{IMAGES[:-1]}, 'label')"), r"config\.input\.pp: |no 'labels'")):
         with pytest.raises((ConfigError, ValueError)) as caught:
             experiment.build(check(config_of(debug, **change)))

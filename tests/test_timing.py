@@ -49,16 +49,30 @@ def test_rate_leaves_out_compilation_and_pauses(clock):
     assert metrics["examples_seen"] == 160 and "epoch" not in metrics and "mfu" not in metrics
 
 
-def test_each_measurement_is_a_window_of_its_own(clock):
-    chrono = Chrono(100, 10, clock=clock)
+def test_a_rate_is_the_mean_over_the_last_minute_of_training(clock):
+    chrono = Chrono(10_000, 10, clock=clock)
     chrono.start()
     chrono.tick(1)
-    rates = []
-    for step, seconds in ((2, 1), (4, 4), (5, 0.5)):
-        clock.pass_(seconds)
-        rates.append(chrono.measure(step)["img/sec"])
-    assert rates == pytest.approx([10, 5, 20])
-    assert "img/sec" not in chrono.measure(5)  # no step has passed
+    rates = {}
+    for step in range(2, 302):
+        if step == 150:
+            with chrono.paused("evaluate"):
+                clock.pass_(1000)
+        clock.pass_(1.0 if step <= 201 else 0.5)  # twice as fast from there on
+        rates[step] = chrono.measure(step)["img/sec"]
+    assert all(rates[step] == pytest.approx(10) for step in range(2, 202))  # the pause does not count
+    assert rates[261] == pytest.approx(10 * (30 + 60) / 60)  # half a minute of each
+    assert rates[301] == pytest.approx(10 * (10 + 100) / 60)
+    assert chrono.measure(301)["img/sec"] == rates[301]  # nothing has passed
+
+
+def test_steps_that_take_minutes_have_a_rate_as_well(clock):
+    chrono = Chrono(100, 10, clock=clock)
+    chrono.start()
+    for step in range(1, 4):
+        clock.pass_(100 * step)
+        rate = chrono.measure(step).get("img/sec")
+    assert rate == pytest.approx(10 / 300)
 
 
 def test_tick_ends_the_compilation_between_measurements(clock):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import itertools
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from cb_vit.io import is_local
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp")
 LAYOUT = "expected ROOT/train/<class>/*.jpg (also png, webp, bmp, tif, gif) and ROOT/val/<class>/…, one folder a class"
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # as people call them
 THREADS = 16
 
 
@@ -68,6 +70,8 @@ def _open(root: str, split: str, path: str) -> FolderSource:
     try:
         names = splits_of(split, splits, f"{path}.split") if splits else ()
     except ConfigError as error:
+        if cause := _other_layout(root, splits):
+            raise ConfigError(f"{path}.root", f"{cause}: {error.message}; {LAYOUT}") from None
         raise ConfigError(error.path, f"{error.message} (the folders in {root}; {LAYOUT})") from None
     classes = _classes(root, splits, names, path)
     listings = {name: _list_split(root, name, classes, path) for name in names}
@@ -151,7 +155,8 @@ def _classes(root: str, splits: list[str], names: tuple[str, ...], path: str) ->
     classes = tuple(sorted(classes, key=int if are_numbers(classes) else None))
     if not classes:
         where = os.path.join(root, "train") if "train" in found else root
-        raise ConfigError(f"{path}.root", f"no class folders in {where}; {LAYOUT}")
+        beside = ", where images lie without one" if _holds_images(where) else ""
+        raise ConfigError(f"{path}.root", f"no class folders in {where}{beside}; {LAYOUT}")
     for split in names:
         if unknown := [name for name in found[split] if name not in classes]:
             raise ConfigError(f"{path}.root", f"class {unknown[0]!r} of {os.path.join(root, split)} is not in "
@@ -216,6 +221,24 @@ def _beside(folder: str) -> collections.Counter[str]:
     with os.scandir(folder) as entries:
         count = sum(not entry.is_dir() and entry.name[0] != "." for entry in entries)
     return collections.Counter({"outside of class folders": count} if count else {})
+
+
+def _other_layout(root: str, folders: list[str]) -> str | None:
+    """What people give in place of the folder of the splits, told from what it holds; None: nothing known."""
+    parent, name = os.path.split(root)
+    if any(_holds_images(os.path.join(root, folder)) for folder in folders):
+        shown = ", ".join(folders[:3]) + (", …" if len(folders) > 3 else "")
+        if name.lower() in SPLITS:
+            return f"{root} is a split itself, with the classes {shown}; give root={parent}"
+        return (f"{root} holds the classes themselves ({shown}), and no splits; move their folders into "
+                f"{os.path.join(root, 'train')}, and part of the images of each into {os.path.join(root, 'val')}")
+    deeper = [folder for folder in folders if SPLITS.intersection(_folders(os.path.join(root, folder)))]
+    return f"the splits are one folder deeper; give root={os.path.join(root, deeper[0])}" if deeper else None
+
+
+def _holds_images(folder: str) -> bool:
+    with os.scandir(folder) as entries:
+        return any(entry.name.lower().endswith(EXTENSIONS) for entry in itertools.islice(entries, 1000))
 
 
 def _folders(folder: str) -> list[str]:

@@ -148,7 +148,8 @@ def for_head(
     """
     _check_counts(source.source if _by_index(source) else source, allow_unused, path)
     if count < source.num_classes:
-        raise ConfigError(count_path, f"makes {count} classes, the data has {source.num_classes}")
+        raise ConfigError(count_path, f"makes {count} classes, the data has {source.num_classes}; make it so "
+                                     f"many{_twice(source)}")
     for names in (known, labels.wnids()):
         if names is None or len(names) != count:
             continue
@@ -158,7 +159,7 @@ def for_head(
             continue
         if places is not None:
             return source if places == tuple(range(count)) else _by_name(source, places, tuple(names), path)
-    have, way_out = source.num_classes, f"make it {source.num_classes}"
+    have, way_out = source.num_classes, f"make it {source.num_classes}{_twice(source)}"
     if _by_index(source):
         have, way_out = len(source.places), "leave labels at 'name'"
     if count > have and not allow_unused and not _is_part_of_imagenet(source, count):
@@ -168,6 +169,11 @@ def for_head(
         return source
     names = source.class_names and pad(source.class_names, count)
     return Relabelled(source, range(source.num_classes), count, names, _by_index(source))
+
+
+def _twice(source: Any) -> str:
+    count = source.num_classes
+    return f", also in every onehot (both at once where the config file takes the argument classes={count})"
 
 
 def _is_part_of_imagenet(source: Any, count: int) -> bool:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 HEADER, FOOTER = 12, 4  # bytes round each payload
 THREADS = 16
 CACHE_VERSION = 1
+_PARSING = threading.Lock()  # NumPy has Python parse a header, and Python 3.11's parser can fail in two threads at once
 Read = Callable[[int, int], bytes]  # (number of bytes, offset) -> bytes, fewer at the end of the file
 
 
@@ -199,7 +200,9 @@ def _size_and_time(path: str) -> tuple[int, int]:
 def _load_cache(cache: Path, stamp: np.ndarray) -> np.ndarray | None:
     """The offsets, or None if the file is absent, stale or broken."""
     try:
-        stored = np.load(cache, allow_pickle=False)
+        content = io.BytesIO(cache.read_bytes())
+        with _PARSING:
+            stored = np.load(content, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
     size = stamp[1]

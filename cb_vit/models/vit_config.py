@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Literal
 
-from cb_vit.config import ConfigError
+from cb_vit.config import ConfigError, bare_name
 from cb_vit.registry import Registry
 
 # width, depth, MLP width, heads. "Scaling Vision Transformers" (arXiv 2106.04560) Table 2, DeiT
@@ -26,6 +27,9 @@ VARIANTS = Registry("ViT variant", {
     "G-opt": (1536, 48, 8192, 16),
     "e": (1792, 56, 15360, 16),
 })
+
+
+_WORDS = {"tiny": "ti", "small": "s", "medium": "m", "base": "b", "large": "l", "huge": "h"}  # of timm's names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +110,8 @@ def resolve(config: Config) -> Config:
     """
     sizes = dict.fromkeys(("width", "depth", "mlp_dim", "num_heads", "patch_size"))
     if config.variant is not None:
-        size, _, patch = config.variant.partition("/")
-        if patch and not patch.isdigit():
-            raise ConfigError("variant", f"expected SIZE/PATCH such as 'S/16', got {config.variant!r}")
-        sizes.update(zip(sizes, VARIANTS.pick(size, "variant"), strict=False), patch_size=int(patch) if patch else None)
+        size, patch = _read_variant(config.variant)
+        sizes.update(zip(sizes, VARIANTS.pick(size, "variant"), strict=False), patch_size=patch)
     sizes.update({name: getattr(config, name) for name in sizes if getattr(config, name) is not None})
     for name, value in sizes.items():
         if value is None:
@@ -127,6 +129,27 @@ def resolve(config: Config) -> Config:
         raise ConfigError("context_layers", f"blocks are 0 to {sizes['depth'] - 1}, got {list(layers)}")
     zeroinit = config.init == "big_vision" if config.head_zeroinit is None else config.head_zeroinit
     return dataclasses.replace(config, **sizes, head_zeroinit=zeroinit)
+
+
+def _read_variant(variant: str) -> tuple[str, int | None]:
+    """Size and patch of "S/16"; the patch may be missing."""
+    size, _, patch = variant.partition("/")
+    meant = _variant_meant(variant)
+    if size not in VARIANTS and meant:
+        raise ConfigError("variant", f"unknown ViT variant {variant!r}; did you mean {meant}?")
+    if patch and not patch.isdecimal():
+        raise ConfigError("variant", f"expected SIZE/PATCH such as 'S/16', got {variant!r}" +
+                          (f"; did you mean {meant}?" if meant else ""))
+    return size, int(patch) if patch else None
+
+
+def _variant_meant(variant: str) -> str | None:
+    """What "b/16", "B16", "ViT-B-16" or timm's "vit_base_patch16_224" mean here."""
+    words = re.sub("|".join(_WORDS), lambda word: _WORDS[word[0]], re.sub(r"[_-]\d{3}$", "", variant.lower()))
+    bare = bare_name(re.sub("^(vit|deit3?)[^a-z]|patch", "", words))
+    found = re.fullmatch(r"([a-z]+(?:400m)?(?:opt)?)(\d{0,2})", bare)
+    sizes = {bare_name(size): size for size in reversed(VARIANTS)}
+    return "/".join(filter(None, (sizes[found[1]], found[2]))) if found and found[1] in sizes else None
 
 
 def patch_grid(config: Config, image_size: tuple[int, int]) -> tuple[int, int]:

@@ -58,7 +58,8 @@ def _evaluate_run(settings: Settings, workdir: str) -> None:
     known = startup.recorded_classes(workdir)
     run = experiment.build(settings, known_classes=known)
     with run.context(), contextlib.closing(Checkpointer(directory, read_only=True)) as checkpointer:
-        restored = checkpointer.restore_latest(run.shapes, run.scan)
+        with startup.telling_settings(settings, workdir):
+            restored = checkpointer.restore_latest(run.shapes, run.scan)
         if restored is None:
             raise ConfigError("--workdir", f"{directory} holds no checkpoint")
         state, _ = restored

@@ -24,7 +24,7 @@ from cb_vit import attention_maps, io
 from cb_vit.config import ConfigError, Failure
 from cb_vit.datasets.folder import EXTENSIONS
 from cb_vit.prediction import Prediction, Predictor, preprocessing
-from cb_vit.timing import Chrono
+from cb_vit.timing import Chrono, speed_text
 from cb_vit.tools import cli, source
 from cb_vit.weights import Weights
 
@@ -90,7 +90,8 @@ def predict(files: Sequence[str], weights: Weights, options: Options) -> None:
 
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     width, broken = max(map(len, files)), 0
-    for found in _progress(predictor(files, min(options.batch_size, len(files))), len(files)):
+    batch_size = min(options.batch_size, len(files))
+    for found in _progress(predictor(files, batch_size), len(files), batch_size):
         if found.error:
             broken += 1
             print(f"{found.path}: {found.error}", file=sys.stderr)
@@ -214,16 +215,20 @@ def _draw(picture: str, found: Prediction, view: attention_maps.View, names: Seq
         io.write_atomic(picture, png)
 
 
-def _progress(predictions: Iterable[Prediction], total: int) -> Iterator[Prediction]:
+def _progress(predictions: Iterable[Prediction], total: int, batch_size: int) -> Iterator[Prediction]:
     """The predictions; where they take long, stderr hears how far they are."""
     chrono, said = Chrono(total, 1), time.monotonic()
     for done, found in enumerate(predictions, 1):
-        chrono.tick(done)
         yield found
+        if done % batch_size:  # the images of a batch come all at once
+            continue
+        chrono.tick(done)
         if time.monotonic() - said > QUIET and done < total:
-            said, speed = time.monotonic(), chrono.measure(done).get("img/sec", 0)
-            left = datetime.timedelta(seconds=round(chrono.eta(done) or 0))
-            print(f"{done:,} of {total:,} images | {speed:.3g} img/s | ETA {left}", file=sys.stderr)
+            said, speed, left = time.monotonic(), chrono.measure(done).get("img/sec"), chrono.eta(done)
+            parts = [f"{done:,} of {total:,} images"]
+            if speed and left is not None:  # the first batch compiles, and tells nothing of the others
+                parts += [speed_text(speed), f"ETA {datetime.timedelta(seconds=round(left))}"]
+            print(" | ".join(parts), file=sys.stderr)
 
 
 if __name__ == "__main__":
