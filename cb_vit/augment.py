@@ -108,7 +108,7 @@ def mix(
     key: Key[Array, ""],
     images: Float32[Array, "b y x c"],
     labels: Float32[Array, "b classes"],
-    valid: Bool[Array, "b"],
+    valid: Bool[Array, " b"],
     cfg: MixupConfig,
     group_size: int,
 ) -> tuple[Float32[Array, "b y x c"], Float32[Array, "b classes"]]:
@@ -142,7 +142,7 @@ def mix(
 def apply_mix(
     images: Float32[Array, "b y x c"],
     labels: Float32[Array, "b classes"],
-    keep: Float32[Array, "b"],
+    keep: Float32[Array, " b"],
     box: Int32[Array, "b 4"],
     group_size: int,
 ) -> tuple[Float32[Array, "b y x c"], Float32[Array, "b classes"]]:
@@ -158,12 +158,12 @@ def apply_mix(
             lam * labels + (1 - lam) * partner(labels, group_size))
 
 
-def partner(x: Shaped[Array, "b *rest"], group_size: int) -> Shaped[Array, "b *rest"]:
+def partner(x: Shaped[Array, " b *rest"], group_size: int) -> Shaped[Array, " b *rest"]:
     """Each row's partner: the groups, each in reverse order."""
     return jnp.flip(x.reshape(-1, group_size, *x.shape[1:]), 1).reshape(x.shape)
 
 
-def symmetric_beta(uniform: Float32[Array, "b 2"], alpha: Float[Array, "b"]) -> Float32[Array, "b"]:
+def symmetric_beta(uniform: Float32[Array, "b 2"], alpha: Float[Array, " b"]) -> Float32[Array, " b"]:
     """Beta(α, α) of two uniform numbers in [0, 1).
 
     It is (1 + t / √(2α + t²)) / 2 of Student's t with 2α degrees of freedom, which has a polar form (R. W. Bailey,
@@ -174,7 +174,7 @@ def symmetric_beta(uniform: Float32[Array, "b 2"], alpha: Float[Array, "b"]) -> 
     return 0.5 + 0.5 * cos * jnp.sqrt((1 - w) / (w + (1 - w) * cos**2))
 
 
-def cutmix_box(lam: Float32[Array, "b"], centre: Int32[Array, "b 2"], height: int, width: int) -> Int32[Array, "b 4"]:
+def cutmix_box(lam: Float32[Array, " b"], centre: Int32[Array, "b 2"], height: int, width: int) -> Int32[Array, "b 4"]:
     """The box that leaves λ of an image of `height` by `width`, but for rounding down and for what falls outside.
 
     Args:
@@ -216,7 +216,7 @@ def erase(key: Key[Array, ""], images: Float32[Array, "b y x c"], cfg: ErasingCo
 
 
 def apply_erase(
-    images: Float32[Array, "b y x c"], boxes: Int32[Array, "b k 4"], fill: Float32[Array, "b #k #y #x #c"]
+    images: Float32[Array, "b y x c"], boxes: Int32[Array, "b k 4"], fill: Float32[Array, " b #k #y #x #c"]
 ) -> Float32[Array, "b y x c"]:
     """`fill` where an image's boxes are; where they overlap, the last one's."""
     rows, height, width, channels = images.shape

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
+from cb_vit.config import ConfigError
 from cb_vit.models.context import broadcast_context
 from cb_vit.models.vit_config import Config
 
@@ -229,7 +230,7 @@ def _softmax_backward(probabilities: Array, gradient: Array) -> tuple[Array]:
 softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
-def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
+def dropout(x: Float[Array, " ..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, " ..."]:
     """Inverted dropout (Srivastava et al., 2014): x·Bernoulli(1-rate)/(1-rate). No key: x."""
     if key is None or rate == 0:
         return x

@@ -122,7 +122,7 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(
         self, image: Float[Array, "b y x c"], *, train: bool = False, attention: bool = False
-    ) -> tuple[Float[Array, "b *out"], dict[str, Any]]:
+    ) -> tuple[Float[Array, " b *out"], dict[str, Any]]:
         """Classify images.
 
         Args:

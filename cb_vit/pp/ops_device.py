@@ -43,7 +43,7 @@ def vgg_value_range(
 
 
 def onehot(
-    labels: Integer[Array, "b"] | Integer[Array, "b n"],
+    labels: Integer[Array, " b"] | Integer[Array, "b n"],
     depth: int,
     multi: bool = True,
     on: float = 1.0,
