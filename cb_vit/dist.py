@@ -47,7 +47,7 @@ def check_jax() -> None:
     """
     guards = ["jax_transfer_guard" + way for way in ("", "_host_to_device", "_device_to_device", "_device_to_host")]
     for name, refused, why in (
-        ("jax_disable_jit", (True,), "the train step is compiled for its mesh; run the model by itself to look into it"),
+        ("jax_disable_jit", (True,), "the train step is compiled for its mesh"),
         ("jax_numpy_dtype_promotion", ("strict",), "optax and Flax mix dtypes"),
         *((guard, ("disallow", "disallow_explicit"), "numbers are moved to and from the devices") for guard in guards)):
         if (value := getattr(jax.config, name)) in refused:

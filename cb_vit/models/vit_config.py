@@ -46,8 +46,8 @@ class Config:
         remat_policy: what a block keeps for the backward pass: "none" keeps all, "nothing_saveable"
             recomputes the block (big_vision's choice under scan), …
         dtype_mm: dtype of the matrix products and of the residual stream, as in big_vision (but there the stream is
-            float32 where `pos_embedding` was made so, which is a quarter nearer to float32 and moves more memory); softmax, norms,
-            the mean of CB, attention pooling, the head and all parameters are float32.
+            float32 where `pos_embedding` was made so: a smaller error, for more memory traffic); softmax, norms, the
+            mean of CB, attention pooling, the head and all parameters are float32.
         context: "none", "cb" or "cb_s" (scaled per channel; our reading of the paper).
         context_at: where in the block; the paper's place is "mlp_end".
         context_layers: the blocks (from 0) that have it; None: all.
