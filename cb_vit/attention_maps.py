@@ -63,7 +63,7 @@ def rollout(attentions: Sequence[Float[Array, "*b h n n"]]) -> Float[Array, "*b 
         Rows are outputs, columns inputs; each row sums to 1.
     """
     n = attentions[0].shape[-1]
-    flow = jnp.broadcast_to(jnp.eye(n), (*attentions[0].shape[:-3], n, n))
+    flow = jnp.broadcast_to(jnp.eye(n, dtype=jnp.float32), (*attentions[0].shape[:-3], n, n))
     for attention in attentions:
         mean = jnp.mean(attention, axis=-3)
         flow = (jnp.matmul(mean, flow, precision="highest") + flow) / 2

@@ -108,7 +108,7 @@ def mix(
     key: Key[Array, ""],
     images: Float32[Array, "b y x c"],
     labels: Float32[Array, "b classes"],
-    valid: Bool[Array, "b"],
+    valid: Bool[Array, " b"],
     cfg: MixupConfig,
     group_size: int,
 ) -> tuple[Float32[Array, "b y x c"], Float32[Array, "b classes"]]:
@@ -123,16 +123,16 @@ def mix(
         group_size: g, see `MixupConfig.rows`.
     """
     rows, height, width, _ = images.shape
-    row = jnp.arange(rows)
+    row = jnp.arange(rows, dtype=jnp.int32)
     place = row % group_size
     # Rows that share a draw have it from one address, the first of these rows.
     first = {"batch": row - place, "pair": jnp.minimum(row, row + group_size - 1 - 2 * place), "elem": row}[cfg.mode]
-    draws = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row), (6,)))(first)
+    draws = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row), (6,), jnp.float32))(first)
 
     both = cfg.mixup_alpha > 0 and cfg.cutmix_alpha > 0
     cut = draws[:, 1] < (cfg.switch_prob if both else float(cfg.cutmix_alpha > 0))
-    lam = symmetric_beta(draws[:, 2:4], jnp.where(cut, cfg.cutmix_alpha, cfg.mixup_alpha))
-    centre = jnp.floor(draws[:, 4:] * jnp.array([[height, width]])).astype(jnp.int32)
+    lam = symmetric_beta(draws[:, 2:4], jnp.where(cut, jnp.float32(cfg.cutmix_alpha), jnp.float32(cfg.mixup_alpha)))
+    centre = jnp.floor(draws[:, 4:] * jnp.array([[height, width]], jnp.float32)).astype(jnp.int32)
     whole = jnp.array([[0, height, 0, width]], jnp.int32)
     box = jnp.where(cut[:, None], cutmix_box(lam, centre, height, width), whole)
     mixed = (draws[:, 0] < cfg.prob) & partner(valid, group_size)
@@ -142,7 +142,7 @@ def mix(
 def apply_mix(
     images: Float32[Array, "b y x c"],
     labels: Float32[Array, "b classes"],
-    keep: Float32[Array, "b"],
+    keep: Float32[Array, " b"],
     box: Int32[Array, "b 4"],
     group_size: int,
 ) -> tuple[Float32[Array, "b y x c"], Float32[Array, "b classes"]]:
@@ -152,18 +152,18 @@ def apply_mix(
     """
     height, width = images.shape[1:3]
     own = jnp.where(inside(box, height, width), keep[:, None, None, None], 1.0)
-    area = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2]) / (height * width)
+    area = ((box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2])).astype(jnp.float32) / (height * width)
     lam = (1 - (1 - keep) * area)[:, None]
     return (own * images + (1 - own) * partner(images, group_size),
             lam * labels + (1 - lam) * partner(labels, group_size))
 
 
-def partner(x: Shaped[Array, "b *rest"], group_size: int) -> Shaped[Array, "b *rest"]:
+def partner(x: Shaped[Array, " b *rest"], group_size: int) -> Shaped[Array, " b *rest"]:
     """Each row's partner: the groups, each in reverse order."""
     return jnp.flip(x.reshape(-1, group_size, *x.shape[1:]), 1).reshape(x.shape)
 
 
-def symmetric_beta(uniform: Float32[Array, "b 2"], alpha: Float[Array, "b"]) -> Float32[Array, "b"]:
+def symmetric_beta(uniform: Float32[Array, "b 2"], alpha: Float[Array, " b"]) -> Float32[Array, " b"]:
     """Beta(α, α) of two uniform numbers in [0, 1).
 
     It is (1 + t / √(2α + t²)) / 2 of Student's t with 2α degrees of freedom, which has a polar form (R. W. Bailey,
@@ -174,7 +174,7 @@ def symmetric_beta(uniform: Float32[Array, "b 2"], alpha: Float[Array, "b"]) -> 
     return 0.5 + 0.5 * cos * jnp.sqrt((1 - w) / (w + (1 - w) * cos**2))
 
 
-def cutmix_box(lam: Float32[Array, "b"], centre: Int32[Array, "b 2"], height: int, width: int) -> Int32[Array, "b 4"]:
+def cutmix_box(lam: Float32[Array, " b"], centre: Int32[Array, "b 2"], height: int, width: int) -> Int32[Array, "b 4"]:
     """The box that leaves λ of an image of `height` by `width`, but for rounding down and for what falls outside.
 
     Args:
@@ -192,7 +192,7 @@ def cutmix_box(lam: Float32[Array, "b"], centre: Int32[Array, "b 2"], height: in
 def inside(box: Int32[Array, "b 4"], height: int, width: int) -> Bool[Array, "b y x 1"]:
     """Whether a pixel is in its row's box."""
     top, bottom, left, right = (box[:, i, None] for i in range(4))
-    y, x = jnp.arange(height)[None], jnp.arange(width)[None]
+    y, x = (jnp.arange(side, dtype=jnp.int32)[None] for side in (height, width))
     return ((y >= top) & (y < bottom))[:, :, None, None] & ((x >= left) & (x < right))[:, None, :, None]
 
 
@@ -209,14 +209,14 @@ def erase(key: Key[Array, ""], images: Float32[Array, "b y x c"], cfg: ErasingCo
     boxes = erase_boxes(place, rows, height, width, cfg)
     fill = {
         "pixel": lambda: _normal(noise, images.shape)[:, None],
-        "rand": lambda: jax.random.normal(noise, (rows, cfg.count, 1, 1, channels)),
-        "const": lambda: jnp.zeros((rows, 1, 1, 1, 1)),
+        "rand": lambda: jax.random.normal(noise, (rows, cfg.count, 1, 1, channels), jnp.float32),
+        "const": lambda: jnp.zeros((rows, 1, 1, 1, 1), jnp.float32),
     }[cfg.mode]()
     return apply_erase(images, boxes, fill)
 
 
 def apply_erase(
-    images: Float32[Array, "b y x c"], boxes: Int32[Array, "b k 4"], fill: Float32[Array, "b #k #y #x #c"]
+    images: Float32[Array, "b y x c"], boxes: Int32[Array, "b k 4"], fill: Float32[Array, " b #k #y #x #c"]
 ) -> Float32[Array, "b y x c"]:
     """`fill` where an image's boxes are; where they overlap, the last one's."""
     rows, height, width, channels = images.shape
@@ -229,7 +229,7 @@ def apply_erase(
 
 def erase_boxes(key: Key[Array, ""], rows: int, height: int, width: int, cfg: ErasingConfig) -> Int32[Array, "b k 4"]:
     """Boxes to erase: `cfg.count` an image, those that are not wanted or never fitted empty."""
-    draws = jax.random.uniform(key, (rows, cfg.count, TRIES + 2, 2))
+    draws = jax.random.uniform(key, (rows, cfg.count, TRIES + 2, 2), jnp.float32)
     tries, place, image = draws[:, :, :TRIES], draws[:, :, TRIES], draws[:, 0, TRIES + 1]
     count = jnp.where(image[:, :1] < cfg.prob, 1 + jnp.floor(image[:, 1:] * cfg.count), 0)
 
@@ -238,7 +238,7 @@ def erase_boxes(key: Key[Array, ""], rows: int, height: int, width: int, cfg: Er
     ratio = jnp.exp((1 - 2 * tries[..., 1]) * math.log(cfg.ratio_min))
     tall, wide = jnp.round(jnp.sqrt(area * ratio)), jnp.round(jnp.sqrt(area / ratio))
     fits = (tall < height) & (wide < width)
-    taken = fits & (jnp.cumsum(fits, axis=-1) == 1) & (jnp.arange(cfg.count)[None] < count)[:, :, None]
+    taken = fits & (jnp.cumsum(fits, axis=-1) == 1) & (jnp.arange(cfg.count, dtype=jnp.int32)[None] < count)[:, :, None]
     tall, wide = (jnp.sum(jnp.where(taken, side, 0), axis=-1).astype(jnp.int32) for side in (tall, wide))
 
     top = jnp.floor(place[..., 0] * (height - tall + 1)).astype(jnp.int32)
@@ -253,7 +253,7 @@ def _normal(key: Key[Array, ""], shape: tuple[int, int, int, int]) -> Float32[Ar
     4 % is looked at. MurmurHash3's finaliser (A. Appleby, 2011) is a permutation in which each bit moves all others.
     """
     rows, height, width, channels = shape
-    lines, columns = jnp.split(jax.random.bits(key, (rows, height + width * channels)), [height], axis=1)
+    lines, columns = jnp.split(jax.random.bits(key, (rows, height + width * channels), jnp.uint32), [height], axis=1)
     word = lines[:, :, None, None] ^ columns.reshape(rows, 1, width, channels)
     word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
     word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)

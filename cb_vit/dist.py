@@ -39,6 +39,21 @@ def initialize() -> None:
         jax.distributed.initialize(shutdown_timeout_seconds=SHUTDOWN)
 
 
+def check_jax() -> None:
+    """Refuse what JAX itself can be told and no run can do with; its other settings may be as they like.
+
+    Raises:
+        ConfigError: names the environment variable.
+    """
+    guards = ["jax_transfer_guard" + way for way in ("", "_host_to_device", "_device_to_device", "_device_to_host")]
+    for name, refused, why in (
+        ("jax_disable_jit", (True,), "the train step is compiled for its mesh"),
+        ("jax_numpy_dtype_promotion", ("strict",), "optax and Flax mix dtypes"),
+        *((guard, ("disallow", "disallow_explicit"), "numbers are moved to and from the devices") for guard in guards)):
+        if (value := getattr(jax.config, name)) in refused:
+            raise ConfigError(name.upper(), f"cannot be {value} in training, as {why}; unset it")
+
+
 def _on_tpu() -> bool:
     devices = any(os.path.exists(path) for path in ("/dev/accel0", "/dev/vfio/0"))
     platforms = os.environ.get("JAX_PLATFORMS") or "tpu"

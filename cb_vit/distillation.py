@@ -80,8 +80,8 @@ class Teacher:
         return jax.lax.stop_gradient(logits)
 
     def loss(
-        self, params: Tree, image: Float[Array, "b y x c"], out: dict[str, Array], label_loss: Float[Array, "b"],
-    ) -> Float[Array, "b"]:
+        self, params: Tree, image: Float[Array, "b y x c"], out: dict[str, Array], label_loss: Float[Array, " b"],
+    ) -> Float[Array, " b"]:
         """The student's loss.
 
         Args:

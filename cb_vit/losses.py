@@ -53,7 +53,7 @@ def bce(logits: Float[Array, "*b c"], labels: Num[Array, "*b c"]) -> Float32[Arr
 
 def distill_hard(logits: Float[Array, "*b c"], teacher_logits: Float[Array, "*b c"]) -> Float32[Array, "*b"]:
     """Hard-label distillation (DeiT, arXiv 2012.12877, equation 3): cross-entropy with the teacher's decision."""
-    decision = jax.nn.one_hot(jnp.argmax(teacher_logits, axis=-1), logits.shape[-1])
+    decision = jax.nn.one_hot(jnp.argmax(teacher_logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
     return softmax_xent(logits, decision)
 
 

@@ -202,7 +202,7 @@ def _constant(t: Float32[Array, ""], numbers: Numbers) -> Float32[Array, ""]:
 DECAYS = {"cosine": _cosine, "linear": _linear, "rsqrt": _rsqrt, "constant": _constant}
 
 
-def _deit(numbers: Numbers) -> Float32[np.ndarray, "epochs"]:
+def _deit(numbers: Numbers) -> Float32[np.ndarray, " epochs"]:
     """The multiplier of each epoch."""
     nominal = np.maximum(0, np.arange(numbers.total) - 1)  # DeiT steps its scheduler at the end of epoch e, with e
     rising = numbers.start + (1 - numbers.start) * nominal / max(1, numbers.warmup)
@@ -210,7 +210,7 @@ def _deit(numbers: Numbers) -> Float32[np.ndarray, "epochs"]:
     return np.where(nominal < numbers.warmup, rising, falling).astype(np.float32)
 
 
-def _by_epoch(multipliers: Float32[np.ndarray, "epochs"], steps_per_epoch: int, step: Step) -> Float32[Array, ""]:
+def _by_epoch(multipliers: Float32[np.ndarray, " epochs"], steps_per_epoch: int, step: Step) -> Float32[Array, ""]:
     # Integers only: a float division that is off by one bit would begin an epoch a step early or late.
     epoch = jnp.clip(jnp.asarray(step) // steps_per_epoch, 0, len(multipliers) - 1)
     return jnp.asarray(multipliers)[epoch]

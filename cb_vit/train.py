@@ -61,6 +61,7 @@ def train_and_evaluate(
         CannotWrite: the storage of the run has failed; names the last good step.
         NonFinite: training has diverged.
     """
+    dist.check_jax()
     settings = check(config)
     dist.together(lambda: workdir_lib.check_writable(workdir))
     dist.together(lambda: workdir_lib.check_contents(workdir))

@@ -64,9 +64,9 @@ def train_step(
     batch = prepare(batch)
     # A row without any label (-1 on the host) teaches nothing, nor does one that could not be read.
     learnt = batch["_mask"] & jnp.any(batch["labels"] > 0, axis=1)
-    skipped = jnp.sum(~batch["_mask"])
+    skipped = jnp.sum(~batch["_mask"], dtype=jnp.int32)
     batch = augment(stream_key(seed, "augment", state.step), {**batch, "_mask": learnt})
-    count = jnp.maximum(jnp.sum(learnt), 1)
+    count = jnp.maximum(jnp.sum(learnt, dtype=jnp.int32), 1)
     key = stream_key(seed, "dropout", state.step)
 
     def loss_fn(params: Tree, micro: dict[str, jax.Array], index: jax.Array) -> jax.Array:
@@ -105,6 +105,6 @@ def _accumulate(grad_fn: Callable, params: Tree, batch: dict[str, jax.Array], st
     def body(total: Tree, xs: tuple) -> tuple[Tree, None]:
         return jax.tree.map(jnp.add, total, grad_fn(params, *xs)), None
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(body, zero, (micro, jnp.arange(steps)))
+    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(body, zero, (micro, jnp.arange(steps, dtype=jnp.int32)))
     return total

@@ -106,7 +106,7 @@ def scale_by_schedules(
         def scaled(name: str, leaf: jax.Array) -> jax.Array:
             mult = rules[name].lr_mult
             if isinstance(mult, tuple):  # [l, 1, …] against a leaf that stacks l blocks
-                mult = np.reshape(mult, (-1, *[1] * (leaf.ndim - 1)))
+                mult = np.reshape(np.float32(mult), (-1, *[1] * (leaf.ndim - 1)))
             return (leaf * (-lr * mult * now[rules[name].schedule])).astype(leaf.dtype)
 
         return map_with_names(scaled, updates), optax.ScaleByScheduleState(optax.safe_increment(state.count))
@@ -125,5 +125,5 @@ def unit_axes(name: str, ndim: int) -> tuple[int, ...]:
     return tuple(range(int(is_stacked(name)), ndim - outputs))
 
 
-def _norm(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float32[Array, "..."]:
+def _norm(x: Float[Array, " ..."], axes: tuple[int, ...]) -> Float32[Array, " ..."]:
     return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True))

@@ -161,3 +161,18 @@ def test_what_fails_on_one_process_fails_on_all(monkeypatch):
     monkeypatch.setattr(dist, "worst", lambda number: 1)
     with pytest.raises(Failure, match="another process cannot go on; it says why"):
         dist.together(lambda: "result")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("jax_disable_jit", True), ("jax_numpy_dtype_promotion", "strict"), ("jax_transfer_guard", "disallow"),
+    ("jax_transfer_guard_host_to_device", "disallow_explicit")])
+def test_settings_of_jax_that_no_run_can_do_with_are_refused(name, value):
+    dist.check_jax()
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        with pytest.raises(ConfigError, match=f"^{name.upper()}: cannot be {value} in training, as .*; unset it"):
+            dist.check_jax()
+    finally:
+        jax.config.update(name, before)
+    dist.check_jax()

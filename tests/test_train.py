@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from cb_vit import io, train, workdir
+from cb_vit import experiment, io, train, workdir
 from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import ConfigError, Failure
 from cb_vit.datasets.core import DataError
@@ -28,6 +28,7 @@ from cb_vit.datasets.fake import FakeSource
 from cb_vit.evaluators.classification import Evaluator
 from cb_vit.io import CannotWrite
 from cb_vit.metric_writer import MetricWriter
+from cb_vit.settings import check
 from cb_vit.train import NonFinite, train_and_evaluate
 
 pytestmark = [pytest.mark.filterwarnings("ignore:Sharding info not provided"),  # of reading a checkpoint as it is
@@ -577,3 +578,31 @@ def test_the_average_is_measured_too_and_the_best_may_go_by_it(tmp_path):
     assert all(record["ema/val/loss"] != record["val/loss"] for record in judged)
     with pytest.raises(ConfigError, match="keep_best.metric: 'ema/val/loss' is of no evaluator; .* begin with 'val/'$"):
         train_and_evaluate(tiny(**best | {"ema": None}), tmp_path / "other")
+
+
+EVERYTHING = {
+    "weight_decay": 0.05, "optax_name": "scale_by_lamb", "grad_clip_norm": 1.0, "grad_clip_adaptive": 0.1,
+    "layer_decay": 0.9, "ema": dict(decay=0.9, warmup=True), "label_smoothing": 0.1,
+    "mixup": dict(mixup_alpha=0.8, cutmix_alpha=1.0, mode="elem"),
+    "schedule": dict(decay_type="cosine", warmup_steps=1),
+    "model.drop_path": 0.1, "model.pool_type": "map", "model.layer_scale": 0.1, "model.context": "cb_s",
+    "total_steps": 4, "log_training_steps": 1, "ckpt_steps": 2}
+
+
+def test_a_run_is_the_same_where_jax_has_64_bits(tmp_path):
+    """Draws and dtypes are stated everywhere; optax alone corrects Adam's bias in float64, in the seventh digit."""
+    config = tiny(**EVERYTHING, random_erasing=dict(prob=0.9, count=2))
+    train_and_evaluate(config, tmp_path / "32")
+    jax.config.update("jax_enable_x64", True)
+    try:
+        for mode in ("pixel", "rand", "const"):
+            run = experiment.build(check(config | dict(random_erasing=dict(prob=0.9, mode=mode))))
+            assert {str(leaf.dtype) for leaf in jax.tree.leaves(run.shapes)} == {"float32", "int32", "bool"}
+            mixed = jax.eval_shape(lambda batch, run=run: run.augment(
+                jax.random.key(0), run.settings.preprocess.device(batch)), run.batch_shapes())
+            assert mixed["image"].dtype == mixed["labels"].dtype == np.float32
+        train_and_evaluate(config, tmp_path / "64")
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    for got, expected in zip(timeless(tmp_path / "64"), timeless(tmp_path / "32"), strict=True):
+        assert got == pytest.approx(expected, rel=1e-4), expected

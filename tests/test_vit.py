@@ -11,7 +11,7 @@ from scipy.special import erf
 from cb_vit.config import ConfigError
 from cb_vit.models import vit
 from cb_vit.models.common import to_loop, to_scan
-from cb_vit.models.layers import drop_path, posemb_sincos_2d, softmax
+from cb_vit.models.layers import MAPHead, drop_path, posemb_sincos_2d, softmax
 from cb_vit.models.vit import Model
 from cb_vit.tree import names
 
@@ -298,3 +298,96 @@ def test_softmax_and_its_gradient_equal_jaxs_in_float32(dtype, tolerance):
     (back,), (reference_back,) = pullback(g), reference_pullback(g.astype(jnp.float32))
     error = jnp.linalg.norm(back.astype(jnp.float32) - reference_back) / jnp.linalg.norm(reference_back)
     assert back.dtype == dtype and float(error) < 2 * tolerance
+
+
+def of(shape=(1, 8, 12, 3), dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+BAD_IMAGES = {
+    "no batch axis": (of((8, 12, 3)), r"^images: have 3 axes, \[8 12 3\], where .* has 4; give images\[None\]"),
+    "video": (of((1, 2, 8, 12, 3)), r"^images: have 5 axes"),
+    "uint8": (of(dtype=np.uint8), r"^images: are uint8; scale them as .*np.float32\(images\) / 127.5 - 1"),
+    "int64": (of(dtype=np.int64), "^images: are int.*; scale them"),
+    "bool": (of(dtype=bool), "^images: are bool; scale them"),
+    "float64": (of(dtype=np.float64), "^images: are float64; make them one array of np.float32"),
+    "complex": (of(dtype=np.complex64), "^images: are complex64; make them one array"),
+    "object": (of(dtype=object), "^images: are object; make them one array"),
+    "list": ([[0.0]], r"^images: are a list; give one array \[b y x c\] of float32"),
+    "channels first": (of((1, 3, 8, 12)), r"^images: \[1 3 8 12\] have .* first; .*images.transpose\(0, 2, 3, 1\)"),
+    "channels": (of((1, 8, 12, 1)), r"^images: \[1 8 12 1\] have 1 channels, .* embedding 3; .*channels=1\)"),
+    "size": (of((1, 8, 8, 3)), r"^images: of 8×8 pixels are 2×2 patches, pos_embedding has 6; .*merge.*\(8, 8\)\)"),
+    "patch": (of((1, 8, 9, 3)), "^model.patch_size: 4×4 does not divide the image of 8×9"),
+    "no pixels": (of((1, 0, 12, 3)), "^model.patch_size: 4×4 does not divide the image of 0×12")}
+NUMBERS_ONLY = [name for name in BAD_IMAGES if name not in ("object", "list")]
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_images_of_another_kind_are_refused_in_a_sentence(name):
+    image, message = BAD_IMAGES[name]
+    model = Model(7, **SMALL)
+    with pytest.raises(ConfigError, match=message):
+        model.apply({"params": init(model)}, image)
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS_ONLY if name not in ("float64", "channels", "size")])
+def test_images_are_looked_at_under_every_transformation_and_before_there_are_parameters(name):
+    image, message = BAD_IMAGES[name]
+    model = Model(7, **SMALL)
+    apply = lambda image: model.apply({"params": init(model)}, image)[0]  # noqa: E731
+    for function in (jax.jit(apply), lambda image: jax.eval_shape(apply, image),
+                     lambda image: apply(jnp.asarray(image)), lambda image: model.init(jax.random.key(0), image)):
+        with pytest.raises(ConfigError, match=message):
+            function(image)
+
+
+def test_images_that_only_look_odd_are_taken():
+    one = dict(SMALL, patch_size=1)
+    for shape in ((1, 3, 4, 6), (1, 2, 3, 1)):  # of six channels, and of one
+        model = Model(7, **one)
+        params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), of((1, *shape[1:])))["params"])
+        assert model.apply({"params": params}, of(shape))[0].shape == (shape[0], 7)
+    for dtype in ("float16", "bfloat16"):
+        model = Model(7, **SMALL)
+        assert model.apply({"params": init(model)}, IMAGES.astype(dtype))[0].shape == (2, 7)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("kw", [
+    dict(pool_type="gap", rep_size=True), dict(pool_type="tok", rep_size=24), dict(pool_type="tok", distilled=True),
+    dict(pool_type="map"), dict(pool_type="0"), dict(pool_type="none", rep_size=True)])
+def test_intermediates_are_what_they_are_in_big_vision(kw, scan):
+    """Each from others by numpy: the pooled tokens, and the head's layers on the pooled and on every patch."""
+    loop, model = Model(7, **SMALL, **kw), Model(7, **SMALL, **kw, scan=scan)
+    params = init(loop)
+    _, out = model.apply({"params": to_scan(params) if scan else params}, IMAGES)
+    assert "logits_2d" not in Model(None, **SMALL, **kw).apply({"params": params}, IMAGES)[1]
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
+    pre_ln, encoded = np.asarray(out["encoder"]["pre_ln"]), np.asarray(out["encoded"])
+    close(pre_ln, out["encoder"]["block02"]["+mlp"])
+    params = jax.tree.map(np.asarray, params)
+    norm = params["Transformer"]["encoder_norm"]
+    scaled = (pre_ln - pre_ln.mean(-1, keepdims=True)) / np.sqrt(pre_ln.var(-1, keepdims=True) + 1e-6)
+    close(scaled * norm["scale"] + norm["bias"], encoded)
+
+    pool, extra = kw["pool_type"], (kw["pool_type"] == "tok") + kw.get("distilled", False)
+    assert ("head_input" in out) == (pool != "none")
+    if pool != "none":
+        close(out["head_input"], {"gap": encoded.mean(1), "map": out["head_input"]}.get(pool, encoded[:, 0]))
+    hidden = lambda x: np.tanh(x @ params["pre_logits"]["kernel"] + params["pre_logits"]["bias"]) \
+        if kw.get("rep_size") else x  # noqa: E731
+    head = lambda x: x @ params["head"]["kernel"] + params["head"]["bias"]  # noqa: E731
+    patches = encoded[:, extra:].reshape(2, 2, 3, 32)
+    close(out["pre_logits_2d"], hidden(patches))
+    close(out["logits_2d"], head(hidden(patches)))
+    close(out["pre_logits"], hidden(np.asarray(out["head_input"]) if pool != "none" else encoded))
+    close(out["logits_cls" if kw.get("distilled") else "logits"], head(np.asarray(out["pre_logits"])))
+
+
+def test_attention_pooling_is_in_float32_as_in_big_vision():
+    kw = dict(SMALL, pool_type="map")
+    params = init(Model(None, **kw))
+    out = Model(None, **kw, dtype_mm="bfloat16").apply({"params": params}, IMAGES)[1]
+    head = MAPHead(Model(None, **kw).config).apply({"params": params["MAPHead_0"]}, out["encoded"])
+    np.testing.assert_array_equal(out["head_input"], head)
+    assert out["head_input"].dtype == jnp.float32

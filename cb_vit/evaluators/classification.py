@@ -57,7 +57,7 @@ class Evaluator:
             batch = preprocess.device(batch)
             logits, _ = predict_fn(state, batch["image"])
             found = batch_sums(logits, batch["labels"], batch["_mask"], loss(logits, batch["labels"]))
-            return {**found, "masked": jnp.sum(~batch["_mask"])}
+            return {**found, "masked": jnp.sum(~batch["_mask"], dtype=jnp.int32)}
 
         self._sums = jax.jit(sums, out_shardings=dist.replicated(sharding.mesh))
 

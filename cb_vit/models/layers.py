@@ -4,6 +4,7 @@ Letters: b batch, n m tokens, d width, h heads, k head width, f MLP width.
 """
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -87,8 +88,8 @@ class MAPHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
-        """Pool tokens into one vector."""
-        cfg = self.config
+        """Pool tokens into one vector; in float32 whatever `dtype_mm` is, as big_vision does."""
+        cfg = dataclasses.replace(self.config, dtype_mm="float32")
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, cfg.width), jnp.float32)
         x, _ = MultiHeadDotProductAttention(cfg)(jnp.broadcast_to(probe, (x.shape[0], 1, cfg.width)), x)
         return (x + MlpBlock(cfg)(layer_norm(cfg)(x)))[:, 0]
@@ -150,8 +151,6 @@ class PatchEmbedding(nn.Module):
         cfg, init = self.config, Init(self.config)
         dtype, (py, px) = jnp.dtype(cfg.dtype_mm), cfg.patch_size
         b, y, x, c = image.shape
-        if y % py or x % px:
-            raise ConfigError("model.patch_size", f"{py}×{px} does not divide the image of {y}×{x}")
         kernel = self.param("kernel", init.patch_kernel, (py, px, c, cfg.width), jnp.float32)
         bias = self.param("bias", init.patch_bias(py * px * c), (cfg.width,), jnp.float32)
         # As a reshape and a matmul: the same sums as the convolution, and every backend is fast at it.
@@ -229,11 +228,11 @@ def _softmax_backward(probabilities: Array, gradient: Array) -> tuple[Array]:
 softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
-def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
+def dropout(x: Float[Array, " ..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, " ..."]:
     """Inverted dropout (Srivastava et al., 2014): x·Bernoulli(1-rate)/(1-rate). No key: x."""
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    keep = jax.random.bernoulli(key, jnp.float32(1 - rate), x.shape)
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
@@ -252,5 +251,5 @@ def drop_path(
     """
     if key is None or (isinstance(rate, float | int) and rate == 0):
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
+    keep = jax.random.bernoulli(key, jnp.float32(1 - rate), (x.shape[0], 1, 1))
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros((), x.dtype))

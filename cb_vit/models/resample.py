@@ -78,7 +78,7 @@ def adapt_channels(kernel: Float[Array, "p q 3 d"], channels: int) -> Float[Arra
     return jnp.tile(kernel, (1, 1, math.ceil(channels / 3), 1))[:, :, :channels] * (3 / channels)
 
 
-def _apply(matrices: list[np.ndarray], x: Float[Array, "..."]) -> Float[Array, "..."]:
+def _apply(matrices: list[np.ndarray], x: Float[Array, " ..."]) -> Float[Array, " ..."]:
     """One matrix [after, before] for each of the first axes of `x`."""
     for axis, matrix in enumerate(matrices):
         matrix = jnp.asarray(matrix, jnp.float32)

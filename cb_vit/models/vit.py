@@ -33,7 +33,7 @@ from cb_vit.models.layers import (
     posemb_sincos_2d,
 )
 from cb_vit.models.resample import Grid, resample_patch, resample_posemb, square
-from cb_vit.models.vit_config import VARIANTS, Config, check_image_size, patch_grid, resolve
+from cb_vit.models.vit_config import VARIANTS, Config, check_image_size, check_images, patch_grid, resolve
 
 __all__ = ["VARIANTS", "Config", "Model", "ViT", "check_image_size", "merge", "patch_grid", "resolve"]
 
@@ -121,24 +121,32 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Float[Array, "b y x c"], *, train: bool = False, attention: bool = False
-    ) -> tuple[Float[Array, "b *out"], dict[str, Any]]:
+        self, image: Any, *, train: bool = False, attention: bool = False
+    ) -> tuple[Float[Array, " b *out"], dict[str, Any]]:
         """Classify images.
 
         Args:
-            image: pixels as the model's preprocessing scales them.
+            image: [b y x c], pixels as the model's preprocessing scales them, in float32 or narrower.
             train: apply dropout and drop path; they draw from the Linen stream "dropout".
             attention: also put every block's attention probabilities into the intermediates.
 
         Returns:
             `(logits, out)`: logits [b, num_classes] (the mean of both heads if distilled), and the
-            named intermediates: "stem", "with_posemb" [b n d]; "encoder/blockXX" with "sa", "+sa",
-            "mlp", "+mlp" [b n d] and, if asked for, "attention" [b h n n]; "encoded" [b n d];
-            "pre_logits"; "logits"; "logits_cls" and "logits_dist" if distilled.
+            named intermediates, big_vision's and ours: "stem" [b gy gx d]; "with_posemb" [b n d];
+            "encoder/blockXX" with "sa", "+sa", "mlp", "+mlp" [b n d] and, if asked for, "attention" [b h n n];
+            "encoder/pre_ln" [b n d], what the last block gives; "encoded" [b n d], after the norm; "head_input" [b d],
+            the pooled tokens (not with pool_type="none"); "pre_logits" and "logits", what the head sees and says;
+            "pre_logits_2d" [b gy gx …] and "logits_2d" [b gy gx num_classes], the same layers on each patch;
+            "logits_cls" and "logits_dist" if distilled, and "logits_2d" is then of the first one's head. What is not
+            used costs nothing under `jax.jit`.
+
+        Raises:
+            ConfigError: the images are not of this kind, or not of the size and channels of the parameters.
         """
         cfg, out = self.config, {}
+        check_images(cfg, image, self.variables.get("params", {}))
         init = Init(cfg)
-        x = out["stem"] = PatchEmbedding(cfg, name="embedding")(image)
+        x = out["stem"] = PatchEmbedding(cfg, name="embedding")(jnp.asarray(image))
         grid = x.shape[1:3]
         x = x.reshape(x.shape[0], -1, cfg.width)
         if cfg.posemb == "learn":
@@ -156,19 +164,23 @@ class ViT(nn.Module):
         x, out["encoder"] = Encoder(cfg, attention, name="Transformer")(x, key)
         out["encoded"] = x
 
-        pooled = self._pool(x)
+        pooled, patches = self._pool(x), x[:, len(prefix):].reshape(x.shape[0], *grid, cfg.width)
+        if cfg.pool_type != "none":
+            out["head_input"] = pooled[0]
         if cfg.rep_size:
             width = cfg.width if cfg.rep_size is True else cfg.rep_size
-            pooled[0] = nn.tanh(nn.Dense(width, kernel_init=init.head, name="pre_logits")(pooled[0]))
-        out["pre_logits"] = pooled[0]
+            hidden = nn.Dense(width, kernel_init=init.head, name="pre_logits")
+            pooled[0], patches = nn.tanh(hidden(pooled[0])), nn.tanh(hidden(patches))
+        out["pre_logits"], out["pre_logits_2d"] = pooled[0], patches
         if not self.num_classes:
             return pooled[0], out
         head_init = nn.initializers.zeros if cfg.head_zeroinit else init.head
-        heads = [nn.Dense(self.num_classes, kernel_init=head_init, name=name)(p)
-                 for name, p in zip(("head", "head_dist"), pooled, strict=False)]
+        heads = [nn.Dense(self.num_classes, kernel_init=head_init, name=name)
+                 for name, _ in zip(("head", "head_dist"), pooled, strict=False)]
+        logits = [head(p) for head, p in zip(heads, pooled, strict=True)]
         if cfg.distilled:
-            out["logits_cls"], out["logits_dist"] = heads
-        out["logits"] = sum(heads) / len(heads)
+            out["logits_cls"], out["logits_dist"] = logits
+        out["logits"], out["logits_2d"] = sum(logits) / len(logits), heads[0](patches)
         return out["logits"], out
 
     def _pool(self, x: Float[Array, "b n d"]) -> list[Float[Array, "b ..."]]:
@@ -203,7 +215,8 @@ class Encoder(nn.Module):
         layers = range(cfg.depth) if cfg.context_layers is None else cfg.context_layers
         has_context = [cfg.context != "none" and i in layers for i in range(cfg.depth)]
         # Keys are folded from the block's number, so that loop and scan draw alike.
-        keys = None if key is None else jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(cfg.depth))
+        fold = jax.vmap(lambda i: jax.random.fold_in(key, i))
+        keys = None if key is None else fold(jnp.arange(cfg.depth, dtype=jnp.int32))
 
         block = Block
         if cfg.remat_policy != "none":
@@ -222,7 +235,8 @@ class Encoder(nn.Module):
                 xs = (float(rates[i]), None if keys is None else keys[i], None)
                 x, out = block(cfg, has_context[i], self.attention, name=f"encoderblock_{i}")(x, xs)
                 outs.append(out)
-        return layer_norm(cfg, name="encoder_norm")(x), {f"block{i:02d}": out for i, out in enumerate(outs)}
+        named = {f"block{i:02d}": out for i, out in enumerate(outs)} | {"pre_ln": x}
+        return layer_norm(cfg, name="encoder_norm")(x), named
 
 
 class Block(nn.Module):

@@ -4,7 +4,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from cb_vit.config import ConfigError, bare_name
 from cb_vit.registry import Registry
@@ -48,8 +49,9 @@ class Config:
         scan: run the blocks under `nn.scan`: compiles once, whatever the depth.
         remat_policy: what a block keeps for the backward pass: "none" keeps all, "nothing_saveable"
             recomputes the block (big_vision's choice under scan), …
-        dtype_mm: dtype of the matrix products and of the residual stream, as in big_vision; softmax, norms,
-            the mean of CB, the head and all parameters are float32.
+        dtype_mm: dtype of the matrix products and of the residual stream, as in big_vision (but there the stream is
+            float32 where `pos_embedding` was made so: a smaller error, for more memory traffic); softmax, norms, the
+            mean of CB, attention pooling, the head and all parameters are float32.
         context: "none", "cb" or "cb_s" (scaled per channel; our reading of the paper).
         context_at: where in the block; the paper's place is "mlp_end".
         context_layers: the blocks (from 0) that have it; None: all.
@@ -170,3 +172,56 @@ def check_image_size(config: Config, image_size: tuple[int, int]) -> None:
         field, value = ("variant", config.variant) if from_variant else ("patch_size", config.patch_size)
         raise ConfigError(field, f"{value!r} has patch {patch[0]}×{patch[1]}, which does not divide the image of "
                                  f"{height}×{width}; change the patch, or the size in input.pp")
+
+
+def check_images(config: Config, image: Any, params: Mapping[str, Any]) -> None:
+    """Refuse what is no batch of images [b y x c] for a model; only shapes and dtypes are looked at.
+
+    Args:
+        config: of the model; resolved.
+        image: what the model is called with: an array, or a tracer of one.
+        params: of the model; empty while they are made.
+
+    Raises:
+        ConfigError: at "images", or at "model.patch_size" where the patch does not divide them.
+    """
+    shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
+    if shape is None or dtype is None:
+        raise ConfigError("images", f"are a {type(image).__name__}; give one array [b y x c] of float32")
+    if str(dtype) not in ("float32", "bfloat16", "float16"):
+        way = "make them one array of np.float32"
+        if str(dtype).lstrip("u").startswith(("int", "bool")):
+            way = "scale them as the model's preprocessing does: value_range(-1, 1) is np.float32(images) / 127.5 - 1"
+        raise ConfigError("images", f"are {dtype}; {way}")
+    if len(shape) != 4:
+        way = "; give images[None]" if len(shape) == 3 else ""
+        raise ConfigError("images", f"have {len(shape)} axes, {_axes(shape)}, where [b y x c] has 4{way}")
+    kernel, posemb = params.get("embedding", {}).get("kernel"), params.get("pos_embedding")
+    channels = None if kernel is None else kernel.shape[2]
+    if not _fits(config, shape, channels):
+        _, first, *_, last = shape
+        if first < last and _fits(config, (shape[0], *shape[2:], first), channels):
+            raise ConfigError("images", f"{_axes(shape)} have their channels first; give [b y x c], that is "
+                                        "images.transpose(0, 2, 3, 1)")
+        if channels not in (None, last):
+            raise ConfigError("images", f"{_axes(shape)} have {last} channels, the model's embedding {channels}; "
+                                        f"cb_vit.load(…, channels={last}) converts it")
+        (py, px), (height, width) = config.patch_size, shape[1:3]
+        raise ConfigError("model.patch_size", f"{py}×{px} does not divide the image of {height}×{width}")
+    rows, columns = patch_grid(config, shape[1:3])
+    known = rows * columns if posemb is None else posemb.shape[1]
+    if known != rows * columns:
+        side = math.isqrt(known)
+        theirs = f"{side}×{side}" if side * side == known else f"{known}"
+        raise ConfigError("images", f"of {shape[1]}×{shape[2]} pixels are {rows}×{columns} patches, pos_embedding has "
+                                    f"{theirs}; resize them, or resample it: cb_vit.merge(…, image_size="
+                                    f"({shape[1]}, {shape[2]}))")
+
+
+def _fits(config: Config, shape: tuple[int, ...], channels: int | None) -> bool:
+    divides = all(size and size % patch == 0 for size, patch in zip(shape[1:3], config.patch_size, strict=True))
+    return divides and channels in (None, shape[3])
+
+
+def _axes(shape: tuple[int, ...]) -> str:
+    return f"[{' '.join(map(str, shape))}]"

@@ -43,7 +43,7 @@ def vgg_value_range(
 
 
 def onehot(
-    labels: Integer[Array, "b"] | Integer[Array, "b n"],
+    labels: Integer[Array, " b"] | Integer[Array, "b n"],
     depth: int,
     multi: bool = True,
     on: float = 1.0,
@@ -59,7 +59,7 @@ def onehot(
         on: value at a label.
         off: value elsewhere.
     """
-    classes = jnp.arange(depth).reshape((1,) * labels.ndim + (depth,))
+    classes = jnp.arange(depth, dtype=jnp.int32).reshape((1,) * labels.ndim + (depth,))
     hit = labels[..., None] == classes
     if multi and labels.ndim > 1:
         hit = hit.any(axis=1)
