@@ -194,7 +194,8 @@ def test_adaptive_clipping_goes_by_output_units():
     untouched = 0
     for name, leaf in flat(after).items():
         p, g = params[name], grads[name]
-        units = [()] if not name.endswith("/kernel") else np.ndindex(p.shape[-2:] if "query" in name else p.shape[-1:])
+        units = [()] if not name.endswith("/kernel") else np.ndindex(
+            p.shape[-2:] if re.search("/(query|key|value)/", name) else p.shape[-1:])
         expected = g.copy()
         for unit in units:
             at = (..., *unit)
