@@ -7,11 +7,13 @@ With g the gradient of a parameter p and t completed steps, an update is, in thi
     g ← g · min(1, grad_clip_norm / ‖g‖)           one norm over all trainable parameters (arXiv 1211.5063)
     u ← optax_name(g)                              for example Adam's direction (arXiv 1412.6980)
     u ← u + weight_decay · wd_mult · p             decoupled (AdamW)
-    u ← u · ‖p‖ / ‖u‖                              "scale_by_lamb" only, where p is decayed (arXiv 1904.00962)
+    u ← u · ‖p‖ / ‖u‖                              "scale_by_lamb" only, where p is decayed (arXiv 1904.00962); one
+                                                   ratio for query, key and value of an attention (`lamb_fused_qkv`)
     p ← p - lr · lr_mult · layer_decay^(L+1-i) · schedule(t) · u
 
 so weight decay is multiplied by the learning rate, as in PyTorch's and optax's AdamW and in the DeiT recipes. In
-big_vision, as in the AdamW paper (arXiv 1711.05101, algorithm 2), it is not: its `wd` is our `weight_decay · lr`.
+big_vision, as in the AdamW paper (arXiv 1711.05101, algorithm 2), it is not: its `wd` is our `weight_decay · lr`, or
+`weight_decay · lr · lr_mult` where `lr_mults` are set.
 
 Layer decay counts as BEiT does (arXiv 2106.08254), with L blocks: i = 0 for patch, position and token embeddings,
 i = k + 1 for block k = 0 … L - 1, i = L + 1 for the final norm and the heads. (timm has its norm in the last block.)
@@ -73,6 +75,10 @@ class OptimiserConfig:
         optax_name: the transformation of the gradient, one of `TRANSFORMATIONS`. "scale_by_lamb" is LAMB as timm and
             DeiT-III have it: parameters that are not decayed keep Adam's step. DeiT-III clips the norm at 1.
         optax: its keyword arguments, e.g. `dict(b2=0.95, mu_dtype="bfloat16")`.
+        lamb_fused_qkv: LAMB's norms are those of timm's tensors (`updates.fused_name`): one over query, key and value
+            of an attention, one over key and value in attention pooling, of those that are trained and decayed. False:
+            one a parameter. None: as timm, and where a run goes on, as it began; one without a record of it, one a
+            parameter.
         wd: a trap for big_vision's weight decay; always an error.
     """
 
@@ -87,6 +93,7 @@ class OptimiserConfig:
     grad_clip_adaptive: float | None = None
     optax_name: str = "scale_by_adam"
     optax: dict[str, Any] = dataclasses.field(default_factory=dict)
+    lamb_fused_qkv: bool | None = None
     wd: float | None = None
 
     def __post_init__(self):
@@ -95,14 +102,18 @@ class OptimiserConfig:
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(name, f"must be a number above 0, got {value}")
         if self.wd is not None:
-            scaled = " (lr as scaled by lr_reference_batch)" if self.lr_reference_batch else ""
-            raise ConfigError("wd", "big_vision's weight decay is not multiplied by lr; write "
-                                    f"weight_decay = wd / lr = {self.wd / self.lr:.6g}{scaled}")
+            raise ConfigError("wd", "big_vision's weight decay is not multiplied by lr; " + updates.big_vision_decay(
+                self.wd, lr=self.lr, batch=self.lr_reference_batch, lr_mults=self.lr_mults, wd_mults=self.wd_mults,
+                layer_decay=self.layer_decay, lamb=self.lamb,
+                freezes=any(block is None for _, block in self.schedule_rules)))
         if not 0 <= self.weight_decay < math.inf:
             raise ConfigError("weight_decay", f"must be 0 or more, got {self.weight_decay}")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ConfigError("layer_decay", f"must be above 0 and at most 1, got {self.layer_decay}")
-        if self.optax_name == "scale_by_lamb" and not self.weight_decay:
+        if self.lamb_fused_qkv is not None and not self.lamb:
+            raise ConfigError("lamb_fused_qkv", f"is {self.lamb_fused_qkv}, and {self.optax_name} has no such norms; "
+                                                "unset it, or set optax_name='scale_by_lamb'")
+        if self.lamb and not self.weight_decay:
             raise ConfigError("weight_decay", "is 0, and scale_by_lamb adapts the steps of decayed parameters only, so "
                                               "this is Adam; set it, or optax_name='scale_by_adam'")
         _check_regexes("schedule", self.schedule_rules)
@@ -116,6 +127,11 @@ class OptimiserConfig:
             if not 0 <= mult < math.inf:
                 raise ConfigError(f"wd_mults[{index}]", f"{regex!r} has multiplier {mult}, which must be 0 or more")
         object.__setattr__(self, "optax", _check_arguments(self.optax_name, self.optax))
+
+    @property
+    def lamb(self) -> bool:
+        """Whether steps are LAMB's."""
+        return self.optax_name == "scale_by_lamb"
 
     @property
     def schedule_rules(self) -> tuple[tuple[str, ScheduleConfig | None], ...]:
@@ -247,7 +263,7 @@ def make(
     update_trainable = optax.chain(
         clip,
         TRANSFORMATIONS[cfg.optax_name](**cfg.optax),
-        updates.add_weight_decay(cfg.weight_decay, rules, trust=cfg.optax_name == "scale_by_lamb"),
+        updates.add_weight_decay(cfg.weight_decay, rules, trust=cfg.lamb, fused_qkv=cfg.lamb_fused_qkv is not False),
         updates.scale_by_schedules(peak_lr(cfg, batch_size), schedules, rules))
     return optax.chain(
         optax.masked(optax.set_to_zero(), frozen), optax.masked(update_trainable, trainable)), schedules

@@ -45,10 +45,11 @@ def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
     cfg, weights = settings.train, None
     _check_addresses(settings)
     if Reader(io.as_path(workdir) / "checkpoints").steps():
-        known = recorded_classes(workdir)
-    elif cfg.resume:
-        resume_folder(cfg.resume)
-        known = recorded_classes(cfg.resume)
+        begun = workdir
+    elif begun := cfg.resume:
+        resume_folder(begun)
+    if begun:
+        known, settings = recorded_classes(begun), _with_its_norms(settings, begun)
     else:
         weights = open_init(cfg) if cfg.model_init else None
         known = weights and weights.class_names
@@ -67,12 +68,32 @@ def recorded_classes(workdir: str | os.PathLike) -> tuple[str, ...] | None:
     Returns:
         Names, one a class of the head; None: not known.
     """
+    for recorded in _recorded(workdir):
+        if stream := recorded.get("stream"):
+            return stream["class_names"] and tuple(stream["class_names"])
+    return dist.together(lambda: _classes_in_notes(workdir))
+
+
+def _recorded(workdir: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """What is noted in the checkpoints of a run, the newest first."""
     reader = Reader(io.as_path(workdir) / "checkpoints")
     for step in reversed(reader.steps()):
         with contextlib.suppress(Damaged):  # which is told where it is restored
-            if recorded := reader.patiently(step, functools.partial(reader.meta, step)).get("stream"):
-                return recorded["class_names"] and tuple(recorded["class_names"])
-    return dist.together(lambda: _classes_in_notes(workdir))
+            yield reader.patiently(step, functools.partial(reader.meta, step))
+
+
+def _with_its_norms(settings: Settings, workdir: str | os.PathLike) -> Settings:
+    """`settings`, in which LAMB's norms are those that the run in `workdir` has had, unless they say otherwise.
+
+    Checkpoints from before there was a choice do not say which; they had one a parameter.
+    """
+    if not settings.train.lamb or settings.train.lamb_fused_qkv is not None:
+        return settings
+    fused = next(_recorded(workdir), {}).get("lamb_fused_qkv", False)
+    if not fused:
+        logger.info("config.lamb_fused_qkv: this run keeps LAMB's norms of query, key and value apart, as it began; "
+                    "new runs have one over the three, as timm: --config.lamb_fused_qkv=True")
+    return dataclasses.replace(settings, train=dataclasses.replace(settings.train, lamb_fused_qkv=fused))
 
 
 def _classes_in_notes(workdir: str | os.PathLike) -> tuple[str, ...] | None:

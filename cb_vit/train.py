@@ -249,7 +249,8 @@ class Loop:
         with self.chrono.paused("checkpoint"):
             self.writer.flush()
             meta = {"chrono": self.chrono.state(), "examples_skipped": self.examples_skipped,
-                    "errors": self.judge.state(), "model_init": self.model_init, "stream": self.stream}
+                    "errors": self.judge.state(), "model_init": self.model_init, "stream": self.stream,
+                    "lamb_fused_qkv": self.experiment.cfg.lamb_fused_qkv is not False}
             self.checkpointer.save(state, meta, scores)
 
     def _say_goodbye(self, step: int, first: int, stopping: bool) -> None:

@@ -6,7 +6,7 @@ a leaf stacks blocks (scan layout), so that both layouts train alike.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,10 @@ import optax
 from jaxtyping import Array, Float, Float32
 
 from cb_vit.schedules import Schedule
-from cb_vit.tree import Tree, is_stacked, map_with_names
+from cb_vit.tree import Tree, flatten_with_names, is_stacked, map_with_names
 
 _HEADS = ("head", "head_dist")
+_QKV = ("query", "key", "value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,25 +71,63 @@ def clip_adaptive(factor: float) -> optax.GradientTransformation:
 
 
 def add_weight_decay(
-    weight_decay: float, rules: Mapping[str, ParamRule], *, trust: bool = False
+    weight_decay: float, rules: Mapping[str, ParamRule], *, trust: bool = False, fused_qkv: bool = True
 ) -> optax.GradientTransformation:
     """u ← u + weight_decay · wd_mult · p; with `trust`, then LAMB's u ← u · ‖p‖ / ‖u‖ wherever something was added.
 
     LAMB is that of arXiv 1904.00962, algorithm 2, with φ the identity; u stays as it is where either norm is 0.
+
+    Args:
+        weight_decay: of all parameters.
+        rules: by the parameter's name.
+        trust: LAMB.
+        fused_qkv: one norm for what is one tensor in timm, see `fused_name`; frozen parameters, and those that are not
+            decayed, have no share in it.
     """
     def decayed(name: str, update: jax.Array, param: jax.Array) -> jax.Array:
         coefficient = weight_decay * rules[name].wd_mult
-        if not coefficient:
+        return update + coefficient * param.astype(update.dtype) if coefficient else update
+
+    def tensor(name: str) -> str | None:
+        if not weight_decay * rules[name].wd_mult:
+            return None
+        return fused_name(name) if fused_qkv else name
+
+    def apply(updates: Tree, params: Tree) -> Tree:
+        updates = map_with_names(decayed, updates, params)
+        return _trust(updates, params, tensor) if trust else updates
+
+    return optax.stateless(apply)
+
+
+def fused_name(name: str) -> str:
+    """The tensor that holds a parameter in timm: `…/qkv/kernel` for the kernels of an attention's query, key and value.
+
+    So for biases. Attention pooling (`MAPHead_0`) has `kv` there, and a query of its own. All else stands by itself.
+    """
+    *path, layer, leaf = ("", *name.split("/"))
+    fused = "kv" if any(part.startswith("MAPHead") for part in path) else "qkv"
+    return "/".join([*path, fused, leaf])[1:] if layer in _QKV and layer[0] in fused else name
+
+
+def _trust(updates: Tree, params: Tree, tensor: Callable[[str], str | None]) -> Tree:
+    """u ← u · ‖p‖ / ‖u‖, the norms over all that `tensor` gives one name; where it gives None, u stays."""
+    squares: dict[str, tuple[Array, Array]] = {}
+    leaves = jax.tree.leaves(params)
+    for (name, update), param in zip(flatten_with_names(updates)[0], leaves, strict=True):
+        if (whole := tensor(name)) is not None:
+            axes = tuple(range(int(is_stacked(name)), param.ndim))
+            both = _squares(param, axes), _squares(update, axes)
+            squares[whole] = tuple(map(jnp.add, squares[whole], both)) if whole in squares else both
+
+    def scaled(name: str, update: jax.Array) -> jax.Array:
+        if (whole := tensor(name)) is None:
             return update
-        update = update + coefficient * param.astype(update.dtype)
-        if not trust:
-            return update
-        axes = tuple(range(int(is_stacked(name)), param.ndim))
-        size, length = _norm(param, axes), _norm(update, axes)
+        size, length = map(jnp.sqrt, squares[whole])
         ratio = jnp.where((size > 0) & (length > 0), size / length, 1.0)
         return (update * ratio).astype(update.dtype)
 
-    return optax.stateless(lambda updates, params: map_with_names(decayed, updates, params))
+    return map_with_names(scaled, updates)
 
 
 def scale_by_schedules(
@@ -114,6 +153,41 @@ def scale_by_schedules(
     return optax.GradientTransformation(init, update)
 
 
+def big_vision_decay(
+    wd: float, *, lr: float, batch: int | None, lr_mults: Sequence[tuple[str, float]],
+    wd_mults: Sequence[tuple[str, float]], layer_decay: float | None, lamb: bool, freezes: bool,
+) -> str:
+    """How to write big_vision's `wd`, whose step is schedule · wd · wd_mult · p, in words.
+
+    Args:
+        wd: big_vision's.
+        lr: the setting.
+        batch: its `lr_reference_batch`.
+        lr_mults: the setting; there, too, it multiplies the gradient's part of the step.
+        wd_mults: the setting.
+        layer_decay: the setting, which big_vision has not.
+        lamb: whether the step is LAMB's.
+        freezes: whether the schedule leaves parameters where they are.
+    """
+    if lamb:
+        return "and no weight_decay equals it under scale_by_lamb, which scales it too; take a recipe's for LAMB"
+    if batch:  # the number of images in a batch is not known here
+        text = (f"write weight_decay = wd / lr = {wd * batch / lr:.6g} / input.batch_size (lr as scaled by "
+                f"lr_reference_batch: {lr:g} · input.batch_size / {batch})")
+    else:
+        text = f"write weight_decay = wd / lr = {wd / lr:.6g}"
+    if lr_mults:
+        pairs = [(f"(?=(?:{lr_regex})$){regex}", float(f"{mult / lr_mult:.6g}"))
+                 for lr_regex, lr_mult in lr_mults for regex, mult in wd_mults]
+        text += f"; nor by lr_mults, so divide those out, less what matches nothing: wd_mults = {[*pairs, *wd_mults]}"
+    if layer_decay not in (None, 1):
+        text += (f"; nor by layer_decay, so divide wd_mults by {layer_decay:g}ⁿ too, in loop layout: n = L - k in "
+                 "block k of L, L + 1 in the stem, 0 above the blocks")
+    if freezes:
+        text += "; what the schedule freezes is decayed in neither"
+    return text
+
+
 def unit_axes(name: str, ndim: int) -> tuple[int, ...]:
     """The axes within which a parameter's entries belong to one output unit of its layer; the others count units.
 
@@ -121,9 +195,13 @@ def unit_axes(name: str, ndim: int) -> tuple[int, ...]:
     key and value are [h k]. Whatever is no kernel (bias, norm, token, position embedding) is one unit.
     """
     *_, layer, leaf = ("", *name.split("/"))
-    outputs = 0 if leaf != "kernel" else 2 if layer in ("query", "key", "value") else 1
+    outputs = 0 if leaf != "kernel" else 2 if layer in _QKV else 1
     return tuple(range(int(is_stacked(name)), ndim - outputs))
 
 
-def _norm(x: Float[Array, " ..."], axes: tuple[int, ...]) -> Float32[Array, " ..."]:
-    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True))
+def _norm(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float32[Array, "..."]:
+    return jnp.sqrt(_squares(x, axes))
+
+
+def _squares(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float32[Array, "..."]:
+    return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True)

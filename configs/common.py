@@ -158,7 +158,8 @@ def _lengths(*names: str) -> dict[str, Any]:
 _OVERRIDABLE = dict(
     num_classes=int, allow_unused_classes=bool, loss=str, label_smoothing=float, grad_accum_steps=int, lr=float,
     lr_reference_batch=int, weight_decay=float, grad_clip_norm=float, grad_clip_adaptive=float, layer_decay=float,
-    keep_last=int, resume=str, model_init=str, allow_changed_data=bool, optax_name=str, tensorboard=bool, plot=bool)
+    keep_last=int, resume=str, model_init=str, allow_changed_data=bool, optax_name=str, lamb_fused_qkv=bool,
+    tensorboard=bool, plot=bool)
 _MODEL = dict(
     variant=str, patch_size=int, width=int, depth=int, mlp_dim=int, num_heads=int, posemb=str, pool_type=str,
     rep_size=bool, dropout=float, head_zeroinit=bool, scan=bool, remat_policy=str, dtype_mm=str, context=str,

@@ -5,6 +5,10 @@
 
 The data is prepared on first use. 360 images, a fixed seeded permutation's first, are the test split
 (`cb_vit/datasets/digits.py` writes it down).
+
+1 437 images are few even for so small a model: what it makes of them hangs on its first weights, on the order of the
+batches and, by way of rounding, on the processor. Mixup and stochastic depth leave it less freedom, a lower learning
+rate keeps its path calmer, and 130 epochs pay for both. `benchmarks/digits_seeds.py` measures the spread.
 """
 import configs.common as c
 
@@ -13,22 +17,25 @@ def get_config(arg=None):
     """Arguments: variant, context (none, cb, cb_s)."""
     arg = c.parse_arg(arg, variant="nano/2", context="cb")
     config = c.base()
-    config.total_epochs = 100.0
+    config.total_epochs = 130.0
 
     config.input.data = dict(name="digits", split="train", data_dir=c.placeholder(str))
     config.input.batch_size = 64
     # A pixel is an eighth of the image: shifts by one are about all the augmentation it bears.
     config.input.pp = "decode|random_crop(8, padding=1)|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
 
+    config.mixup.mixup_alpha = 0.4
+
     config.model_name = "vit"
     config.model.variant = arg.variant
     config.model.context = arg.context
     config.model.posemb = "sincos2d"
     config.model.init = "deit"
+    config.model.drop_path = 0.1
 
     config.loss = "softmax_xent"
     config.label_smoothing = 0.1
-    config.lr = 3e-3
+    config.lr = 2e-3
     config.weight_decay = 0.05
     config.grad_clip_norm = 1.0
     config.optax_name = "scale_by_adam"

@@ -1,5 +1,7 @@
 """The optimiser against an independent NumPy AdamW in float64, its rules by name, and the errors of its keys."""
+import ast
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +134,24 @@ def test_the_advised_conversion_of_wd_gives_big_vision_decay():
     tx, _ = build(params, lr=lr, weight_decay=5, wd_mults=[(".*", 1)])
     after, _ = train(tx, params, [jax.tree.map(jnp.zeros_like, params)])
     assert_trees_close(after, jax.tree.map(lambda p: p * (1 - wd), params), rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [None, 4])
+def test_the_advised_wd_mults_undo_lr_mults(batch):
+    """big_vision: p ← p - schedule · wd · wd_mult · p, whatever lr_mults are."""
+    wd, given = 2e-2, dict(lr=4e-3, lr_reference_batch=batch, lr_mults=[("head/.*", 0.1), (".*/kernel", 3.0)],
+                           wd_mults=[("head/bias", 0.5), (".*/(kernel|scale)", 1.0)])
+    with pytest.raises(ConfigError) as error:
+        config(wd=wd, **given)
+    weight_decay, wd_mults = re.search(r"wd / lr = ([\d.]+).*: wd_mults = (.*)$", str(error.value)).groups()
+    params = nested(draw(0))
+    tx, _ = build(params, **given | dict(weight_decay=float(weight_decay) / (8 if batch else 1),
+                                         wd_mults=[(regex, mult) for regex, mult in ast.literal_eval(wd_mults)
+                                                   if any(re.fullmatch(regex, name) for name in SHAPES)]))
+    after, _ = train(tx, params, [jax.tree.map(jnp.zeros_like, params)])
+    for name, leaf in flat(params).items():
+        mult = 0.5 if name == "head/bias" else float(name.endswith(("/kernel", "/scale")))
+        np.testing.assert_allclose(flat(after)[name], leaf * (1 - wd * mult), rtol=1e-6, err_msg=name)
 
 
 def test_frozen_parameters_keep_every_bit_and_have_no_state():
@@ -337,7 +357,15 @@ def test_transformations_that_would_not_fit_are_not_offered():
     (dict(optax=dict(mu_dtype="bfloat17")), "config.optax: scale_by_adam refuses {'mu_dtype': 'bfloat17'}"),
     (dict(optax_name="trace"), "config.optax.decay: required by trace and not set; write optax = dict(decay=...)"),
     (dict(wd=1e-4, lr_reference_batch=512),
-     "config.wd: big_vision's weight decay is not multiplied by lr; write weight_decay = wd / lr = 0.01 (lr as scaled"),
+     "config.wd: big_vision's weight decay is not multiplied by lr; write weight_decay = wd / lr = 5.12 / "
+     "input.batch_size (lr as scaled by lr_reference_batch: 0.01 · input.batch_size / 512)"),
+    (dict(wd=1e-4, layer_decay=0.75, schedule=[("cls", None), (".*", {})]),
+     "config.wd: big_vision's weight decay is not multiplied by lr; write weight_decay = wd / lr = 0.01; nor by "
+     "layer_decay, so divide wd_mults by 0.75ⁿ too, in loop layout: n = L - k in block k of L, L + 1 in the stem, "
+     "0 above the blocks; what the schedule freezes is decayed in neither"),
+    (dict(wd=1e-4, optax_name="scale_by_lamb"),
+     "config.wd: big_vision's weight decay is not multiplied by lr; and no weight_decay equals it under scale_by_lamb"),
+    (dict(lamb_fused_qkv=True), "config.lamb_fused_qkv: is True, and scale_by_adam has no such norms; unset it"),
 ])
 def test_errors_of_the_config(block, message):
     with pytest.raises(ConfigError) as error:

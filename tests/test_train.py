@@ -20,8 +20,9 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from cb_vit import experiment, io, train, workdir
+from cb_vit import experiment, io, startup, train, workdir
 from cb_vit.checkpoint import Checkpointer
+from cb_vit.checkpoint_reading import digest
 from cb_vit.config import ConfigError, Failure
 from cb_vit.datasets.core import DataError
 from cb_vit.datasets.fake import FakeSource
@@ -324,6 +325,39 @@ def test_a_changed_setting_is_told(finished, caplog):
     train_and_evaluate(tiny(lr=2e-2), finished)
     assert "config.lr: 0.01 -> 0.02" in caplog.text
     assert json.loads((finished / "config.json").read_text())["lr"] == 2e-2
+
+
+def forget(folder, step, key):
+    """Take `key` out of the notes of a checkpoint, which is then as an earlier version left it."""
+    path = folder / "checkpoints" / str(step) / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    del meta[key], meta["digest"]
+    path.write_text(json.dumps({**meta, "digest": digest(meta)}))
+
+
+def test_a_run_of_lamb_goes_on_with_the_norms_it_began_with(tmp_path, caplog):
+    """One that does not say which has one a parameter, here and where another goes on from it; new ones have timm's."""
+    caplog.set_level(logging.INFO)
+
+    def config(steps, **changes):
+        return tiny(evals={}, optax_name="scale_by_lamb", weight_decay=0.1, total_steps=steps, **changes)
+
+    def run(name, *settings, **changes):
+        train_and_evaluate(config(*settings, **changes), tmp_path / name)
+        return saved(tmp_path / name, *settings)
+
+    def norms(name, **changes):
+        return startup.build(check(config(4, **changes)), tmp_path / name).cfg.lamb_fused_qkv
+
+    apart, old, new = run("apart", 4, lamb_fused_qkv=False), run("old", 2, lamb_fused_qkv=False), run("new", 2)
+    assert any(not np.array_equal(old[name], new[name]) for name in old)
+    forget(tmp_path / "old", 2, "lamb_fused_qkv")
+    assert norms("new") is True and norms("empty") is None and "as it began" not in caplog.text
+    assert norms("old", lamb_fused_qkv=True) is True and norms("empty", resume=str(tmp_path / "old")) is False
+    caplog.clear()
+    run("old", 3)
+    assert caplog.text.count("keeps LAMB's norms of query, key and value apart, as it began") == 1
+    assert_same_state(run("old", 4), apart)  # from a checkpoint that says so
 
 
 def unreadable(patch, folder):

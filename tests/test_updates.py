@@ -1,4 +1,6 @@
 """LAMB and adaptive clipping against NumPy in float64, parameter by parameter, and in both layouts."""
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,18 +8,20 @@ import optax
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from cb_vit import tree
+from cb_vit import dist, tree
 from cb_vit.config import parse
 from cb_vit.models.common import to_loop, to_scan
 from cb_vit.optax import OptimiserConfig, make
-from cb_vit.updates import unit_axes
+from cb_vit.updates import fused_name, unit_axes
 
 ATTENTION = "MultiHeadDotProductAttention_0"
 BLOCK = {
     f"{ATTENTION}/query/kernel": (6, 2, 3), f"{ATTENTION}/query/bias": (2, 3), f"{ATTENTION}/out/kernel": (2, 3, 6),
+    f"{ATTENTION}/key/kernel": (6, 2, 3), f"{ATTENTION}/value/kernel": (6, 2, 3),
     "MlpBlock_0/Dense_0/kernel": (6, 8), "MlpBlock_0/Dense_0/bias": (8,), "LayerNorm_0/scale": (6,)}
 SHAPES = {f"Transformer/encoderblock_{i}/{name}": shape for i in range(3) for name, shape in BLOCK.items()} | {
-    "embedding/kernel": (2, 2, 3, 6), "cls": (1, 1, 6), "pos_embedding": (1, 4, 6), "head/kernel": (6, 5)}
+    "embedding/kernel": (2, 2, 3, 6), "cls": (1, 1, 6), "pos_embedding": (1, 4, 6), "head/kernel": (6, 5)} | {
+        f"MAPHead_0/{ATTENTION}/{part}/kernel": (6, 2, 3) for part in ("query", "key", "value")}
 STEPS = 20
 
 
@@ -55,31 +59,101 @@ def lr_at(t):
     return 1e-3 + 0.019 * t / 5 if t < 5 else 0.01 * (1 + np.cos(np.pi * (t - 5) / 15))
 
 
-def lamb(params, grads, decay, clip, b1=0.9, b2=0.999, eps=1e-8):
-    """LAMB by the book in float64; decay: name → weight decay, without which a parameter takes Adam's step."""
+def lamb(params, grads, decay, clip=np.inf, b1=0.9, b2=0.999, eps=1e-8, whole=lambda name: name, frozen=()):
+    """LAMB by the book in float64; decay: name → weight decay, without which a parameter takes Adam's step.
+
+    whole: name → the name of the tensor whose norms count.
+    """
     m, v = ({name: 0.0 for name in params} for _ in range(2))
     for t, grad in enumerate(grads):
         factor = min(1, clip / np.sqrt(sum(np.sum(g**2) for g in grad.values())))
+        steps, after = {}, dict(params)
         for name, p in params.items():
+            if name in frozen:
+                continue
             g = grad[name] * factor
             m[name] = b1 * m[name] + (1 - b1) * g
             v[name] = b2 * v[name] + (1 - b2) * g**2
             u = m[name] / (1 - b1 ** (t + 1)) / (np.sqrt(v[name] / (1 - b2 ** (t + 1))) + eps)
+            steps[name] = u + decay(name) * p
+        for name, u in steps.items():
             if decay(name):
-                u = u + decay(name) * p
-                u = u * np.linalg.norm(p) / np.linalg.norm(u)
-            params = params | {name: p - lr_at(t) * u}
+                group = [other for other in steps if whole(other) == whole(name) and decay(other)]
+                size, length = (np.linalg.norm(np.concatenate([tree[other].ravel() for other in group]))
+                                for tree in (params, steps))
+                u = u * size / length
+            after[name] = params[name] - lr_at(t) * u
+        params = after
     return params
+
+
+def in_timm(name):
+    """The name of the tensor that holds a kernel in timm."""
+    head = name.startswith("MAPHead_0")
+    parts = "key|value" if head else "query|key|value"
+    return re.sub(f"/({parts})/", "/fused/", name)
 
 
 def test_lamb_equals_numpy():
     params, grads = draw(0), [draw(10 + t) for t in range(STEPS)]
     after = train(nested(params), map(nested, grads), optax_name="scale_by_lamb", optax=dict(b2=0.99), weight_decay=0.3,
-                  wd_mults=[("head/.*", 2.0), (".*/kernel", 1.0)], grad_clip_norm=1.0)
+                  wd_mults=[("head/.*", 2.0), (".*/kernel", 1.0)], grad_clip_norm=1.0, lamb_fused_qkv=False)
     expected = lamb(params, grads, clip=1.0, b2=0.99, decay=lambda name: 0.3 * (2 if name.startswith("head/") else
                                                                                 name.endswith("/kernel")))
     for name, leaf in flat(after).items():
         np.testing.assert_allclose(leaf, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("layout, block, decay, frozen", [
+    (dict, {}, {}, ""),
+    (to_scan, dict(wd_mults=[(".*/query/.*", 2.0), (".*/value/kernel", 0.0), (".*/kernel", 1.0)]),
+     {"query": 2.0, "value": 0.0}, ""),
+    (dict, dict(schedule=[(".*/query/.*", None), (".*", dict(warmup_steps=5, warmup_lr=1e-3))]), {}, "/query/")],
+    ids=["all", "decayed unlike each other, scan", "query frozen"])
+def test_lamb_has_one_norm_for_a_tensor_of_timms(layout, block, decay, frozen):
+    """Over those that are decayed and trained; each block by itself."""
+    params, grads = draw(0), [draw(10 + t) for t in range(4)]
+    after = train(layout(nested(params)), [layout(nested(grad)) for grad in grads], optax_name="scale_by_lamb",
+                  weight_decay=0.3, **block)
+
+    def of(name):
+        *_, layer, leaf = ("", *name.split("/"))
+        return 0.3 * decay.get(layer, leaf == "kernel")
+
+    expected = lamb(params, grads, of, whole=in_timm, frozen=[name for name in params if frozen and frozen in name])
+    apart = lamb(params, grads, of, frozen=[name for name in params if frozen and frozen in name])
+    moved = set()
+    for name, leaf in flat(to_loop(after)).items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+        moved |= {name} if np.abs(apart[name] - expected[name]).max() > 1e-3 else set()
+    assert any("encoderblock_2" in name for name in moved) and all("MultiHead" in name for name in moved)
+
+
+@pytest.mark.parametrize("name, whole", [
+    (f"Transformer/encoderblock_0/{ATTENTION}/query/kernel", f"Transformer/encoderblock_0/{ATTENTION}/qkv/kernel"),
+    (f"Transformer/encoderblock/{ATTENTION}/value/bias", f"Transformer/encoderblock/{ATTENTION}/qkv/bias"),
+    (f"MAPHead_0/{ATTENTION}/key/kernel", f"MAPHead_0/{ATTENTION}/kv/kernel"),
+    *[(name, name) for name in (f"MAPHead_0/{ATTENTION}/query/kernel", f"MAPHead_0/{ATTENTION}/out/kernel", "cls",
+                                "head/kernel")]])
+def test_fused_name(name, whole):
+    assert fused_name(name) == whole
+
+
+def test_one_norm_is_the_same_on_eight_devices():
+    """Kernels cut along inputs and heads, as FSDP and tensor parallel do."""
+    params, grad = nested(draw(0)), nested(draw(1))
+    mesh = dist.create_mesh([("rest", 2), ("fsdp", 2), ("model", 2)])
+
+    def place(leaf):
+        free = iter(("fsdp", "model"))
+        axes = [next(free, None) if size % 2 == 0 else None for size in leaf.shape]
+        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
+
+    placed = [jax.tree.map(place, one) for one in (params, grad)]
+    after, expected = (flat(train(p, [g], optax_name="scale_by_lamb", weight_decay=0.3))
+                       for p, g in (placed, (params, grad)))
+    for name, leaf in expected.items():
+        np.testing.assert_allclose(after[name], leaf, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_lambs_ratio_is_1_where_a_norm_is_0():
@@ -120,7 +194,8 @@ def test_adaptive_clipping_goes_by_output_units():
     untouched = 0
     for name, leaf in flat(after).items():
         p, g = params[name], grads[name]
-        units = [()] if not name.endswith("/kernel") else np.ndindex(p.shape[-2:] if "query" in name else p.shape[-1:])
+        units = [()] if not name.endswith("/kernel") else np.ndindex(
+            p.shape[-2:] if re.search("/(query|key|value)/", name) else p.shape[-1:])
         expected = g.copy()
         for unit in units:
             at = (..., *unit)

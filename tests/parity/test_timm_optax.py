@@ -2,6 +2,7 @@
 import functools
 import math
 import re
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+import cb_vit
 from cb_vit import losses, models
 from cb_vit.config import parse
 from cb_vit.optax import OptimiserConfig, describe, make
@@ -209,3 +211,65 @@ def test_hard_distillation():
     reference = torch.nn.functional.cross_entropy(torch.tensor(LOGITS), torch.tensor(TEACHER).argmax(dim=1))
     np.testing.assert_allclose(losses.distill_hard(jnp.asarray(LOGITS), jnp.asarray(TEACHER)).mean(), reference,
                                rtol=1e-5)
+
+
+@pytest.mark.parametrize("pool, decayed", [
+    ("avg", ".*/kernel"), ("map", ".*/kernel|MAPHead_0/probe"),  # timm decays the latent
+    ("map", ".*")])
+def test_lamb_trains_timms_model_as_timm_does(pool, decayed):
+    """The same weights, images and loss; eps is large, for the gradient of a key's bias is nothing but rounding."""
+    theirs = timm.models.vision_transformer.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=10, class_token=False, fc_norm=False,
+        global_pool=pool)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # of a size of its own each, so that what is fused has three sizes
+        for p in theirs.parameters():
+            for part in p.chunk(3 if len(p) == 96 else 2 if len(p) == 64 else 1):
+                scale = 0.05 + 0.3 * torch.rand((), generator=generator)
+                part.add_(scale * torch.randn(part.shape, generator=generator))
+    mine, begun = ours_of(theirs, pool)
+    rng = np.random.default_rng(0)
+    images = [rng.normal(size=(8, 16, 16, 3)).astype(np.float32) for _ in range(12)]
+    labels = [rng.integers(10, size=8) for _ in images]
+
+    groups = timm_optim.param_groups_weight_decay(theirs, 0.05, no_weight_decay_list=theirs.no_weight_decay())
+    optimiser = timm_optim.Lamb([dict(params=list(theirs.parameters()), weight_decay=0.05)] if decayed == ".*" else
+                                groups, lr=0.02, betas=(0.9, 0.999), eps=1e-4, max_grad_norm=1.0)
+    for x, y in zip(images, labels, strict=True):
+        optimiser.zero_grad()
+        logits = theirs(torch.from_numpy(x).permute(0, 3, 1, 2))
+        torch.nn.functional.cross_entropy(logits, torch.from_numpy(y)).backward()
+        optimiser.step()
+    _, expected = ours_of(theirs, pool)
+
+    def distance(**block):
+        cfg = parse(OptimiserConfig, dict(
+            lr=0.02, schedule=dict(decay_type="constant"), weight_decay=0.05, optax_name="scale_by_lamb",
+            optax=dict(eps=1e-4), grad_clip_norm=1.0, wd_mults=[(decayed, 1.0)], **block))
+        tx, _ = make(cfg, begun, total_steps=12, batch_size=8)
+
+        @jax.jit
+        def step(params, state, x, y):
+            def loss(params):
+                return optax.softmax_cross_entropy_with_integer_labels(mine.apply({"params": params}, x)[0], y).mean()
+
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        params, state = begun, tx.init(begun)
+        for x, y in zip(images, labels, strict=True):
+            params, state = step(params, state, x, y)
+        assert names(params) == names(expected)
+        return max(float(np.abs(a - b).max())
+                   for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True))
+
+    assert distance() < 1e-5
+    assert distance(lamb_fused_qkv=False) > 1e-3
+
+
+def ours_of(model, pool):
+    """A model of timm as ours, which loads what it saves."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.pth"
+        torch.save(model.state_dict(), path)
+        return cb_vit.load(path, num_heads=2, gelu="erf")
