@@ -28,7 +28,7 @@ def main(config) -> None:
     dist.initialize()
     metrics = train.train_and_evaluate(config, workdir)
     if jax.process_index() == 0:
-        print(summary(metrics, workdir))
+        cli.show(*summary(metrics, workdir).split("\n"))
 
 
 def summary(metrics: dict[str, float], workdir: str) -> str:

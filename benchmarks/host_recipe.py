@@ -83,7 +83,7 @@ def timm_by_stage(files: list[bytes], transform: Callable) -> dict[str, float]:
 
 def timm_decode(file: bytes) -> Image.Image:
     """As timm's `ImageDataset` opens a file."""
-    return Image.open(io.BytesIO(file)).convert("RGB")
+    return Image.open(io.BytesIO(file), formats=["JPEG"]).convert("RGB")
 
 
 def medians(rounds: list[dict[str, float]], scale: float = 1e3) -> dict[str, float]:

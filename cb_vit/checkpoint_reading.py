@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -21,6 +22,7 @@ from cb_vit import damage, dist, io, retry
 from cb_vit.checkpoint_arrays import checksums, describe
 from cb_vit.config import ConfigError
 from cb_vit.damage import Damaged, Unreadable, Verdict
+from cb_vit.texts import parse_json
 from cb_vit.tree import names
 
 T = TypeVar("T")
@@ -99,16 +101,18 @@ class Reader:
 
     def _parse(self, step: int, content: bytes) -> dict[str, Any]:
         try:
-            meta = json.loads(content)
-        except (ValueError, RecursionError) as error:
+            meta = parse_json(content)
+        except ValueError as error:
             raise Damaged(f"its notes are not JSON: {error}") from None
         if not isinstance(meta, dict):
             raise Damaged(f"its notes are {meta!r:.40}")
         if meta.pop("digest", None) != digest(meta):
             raise Damaged("its notes have changed")
-        if meta["format"] != FORMAT:
-            raise Mismatch("workdir", f"checkpoint {step} in {self.directory} has format {meta['format']}, this "
-                                      f"version reads {FORMAT}; read it with the version that wrote it")
+        if meta.get("format") != FORMAT:
+            raise Mismatch("workdir", f"checkpoint {step} in {self.directory} has format {meta.get('format')!r:.40}, "
+                                      f"this version reads {FORMAT}; read it with the version that wrote it")
+        if wrong := _malformed(meta):
+            raise Damaged(f"its notes say {wrong!r:.80}, where a run notes something else")
         return meta
 
     def arrays(self, step: int, meta: Mapping[str, Any], target: Mapping[Item, Tree]) -> dict[str, Tree]:
@@ -178,6 +182,23 @@ def _matters(record: logging.LogRecord) -> bool:
 
 # Through which Orbax tells of its every step, and warns of what is so on purpose: a page for each `cb_vit.load`.
 logging.getLogger("absl").addFilter(_matters)
+
+
+def _malformed(meta: Mapping[str, Any]) -> Any:
+    """What of the notes is not as `Checkpointer.save` writes it, however well their digest fits; None: nothing."""
+    arrays, metrics, stream = meta.get("arrays"), meta.get("metrics"), meta.get("stream")
+    for block in (arrays, metrics, {} if stream is None else stream):
+        if not isinstance(block, dict):
+            return {"block": block}
+    for name, entry in arrays.items():
+        try:
+            shape, dtype, _ = entry
+            sound = all(type(side) is int and 0 <= side < 1 << 63 for side in shape) and jnp.dtype(dtype)
+        except (TypeError, ValueError):
+            sound = False
+        if not sound:
+            return {name: entry}
+    return next(({name: value} for name, value in metrics.items() if not isinstance(value, int | float)), None)
 
 
 def handlers() -> dict[str, Any]:

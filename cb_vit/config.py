@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -207,13 +208,20 @@ def convert(value: Any, hint: Any, path: str) -> Any:
             return tuple(convert(v, args[0], f"{path}[{i}]") for i, v in enumerate(value))
         if len(args) == len(value):
             return tuple(convert(v, a, f"{path}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value):
+    if hint is float and _is_real(value):
         return float(value)
     if hint is int and isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
         return int(value)
     if hint in (bool, str) and isinstance(value, hint):
         return value
     raise ConfigError(path, f"expected {describe(hint)}, got {value!r}")
+
+
+def _is_real(value: Any) -> bool:
+    """Whether it is a number that a float can hold; infinity is one."""
+    if isinstance(value, float):
+        return not math.isnan(value)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_unset(value: Any) -> bool:

@@ -45,7 +45,7 @@ def export(
         normalisation: (mean, std) of pixels from 0 to 1 that the model was trained with, each [c], in place of what
             `weights` say.
         fold: change the patch embedding so that the model takes pixels from -1 to 1.
-        overwrite: replace what is there; never a run that was trained.
+        overwrite: replace what is there; never a run that was trained, and of a link never what it leads to.
 
     Returns:
         Lines to print: what `dst` cannot say of the model, and the Python that loads it elsewhere.
@@ -85,12 +85,17 @@ def check_target(dst: str, overwrite: bool) -> None:
         raise ConfigError("DST", f"{dst}: nothing is put on the hub from here; write it to this machine")
     io.check_address(dst, "DST")
     path = io.as_path(dst)
-    if not path.exists():
+    if not io.is_taken(dst):
         if io.is_local(dst) and not _is_run(dst) and not path.parent.is_dir():
             raise ConfigError("DST", f"{dst}: there is no folder {path.parent}; make it first")
         return
     if not overwrite:
         raise ConfigError("DST", f"{dst} is already there; choose another name, or overwrite it")
+    there = io.kind(path) if io.is_local(dst) else None
+    if there == io.LINK:
+        return
+    if there == io.DEVICE:
+        raise ConfigError("DST", f"{dst} is {there}; choose another name")
     if path.is_dir() != _is_run(dst):
         raise ConfigError("DST", f"{dst} is a {'folder' if path.is_dir() else 'file'}; choose another name")
     if path.is_dir() and (more := {entry.name for entry in path.iterdir()} - RUN):
@@ -129,7 +134,7 @@ def write_huggingface(dst: str, weights: Weights, params: Tree, overwrite: bool)
         pp = weights.pp or evaluation({}, weights.normalisation, weights.grid, config.patch_size)[0]
         cards["preprocessor_config.json"], unsaid = preprocessor(pp, weights.normalisation)
     for name in cards:
-        if not overwrite and (io.as_path(folder) / name).exists():
+        if not overwrite and io.is_taken(os.path.join(folder, name)):
             raise ConfigError("DST", f"there is a {name} beside {dst}; choose another folder, or overwrite it")
     for name, content in cards.items():  # before the weights, which mean nothing without them
         with io.writing(os.path.join(folder, name)):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -83,7 +84,8 @@ def _range(normalisation: Normalisation) -> str:
 def _replacing_folder(dst: str, overwrite: bool) -> Iterator[Any]:
     """A folder to fill that takes the place of `dst` at the end; however it ends before, `dst` stays as it was.
 
-    In a bucket, where nothing can be renamed, it is `dst` itself.
+    A link is replaced itself, and what it leads to stays. In a bucket, where nothing can be renamed, the folder is
+    `dst` itself.
     """
     target = io.as_path(dst)
     if not io.is_local(dst):
@@ -91,14 +93,22 @@ def _replacing_folder(dst: str, overwrite: bool) -> Iterator[Any]:
             target.rmtree()
         yield target
         return
-    staged = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    staged, replaced = (target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.{end}" for end in ("tmp", "old"))
     try:
         staged.mkdir(parents=True)
         yield staged
-        if overwrite and target.exists():
-            target.rename(staged / "replaced")  # deleted once the new one stands in its place
-        staged.rename(target)
-        shutil.rmtree(target / "replaced", ignore_errors=True)
+        there = overwrite and os.path.lexists(target)
+        if there:
+            target.rename(replaced)  # deleted once the new one stands in its place
+        try:
+            staged.rename(target)
+        except OSError:
+            if there:
+                replaced.rename(target)
+            raise
+        if os.path.islink(replaced):
+            replaced.unlink()
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise ConfigError("DST", f"{dst} cannot be written: {error.strerror or error}") from None
     finally:

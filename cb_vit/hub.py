@@ -17,6 +17,7 @@ from cb_vit.formats.files import reading
 from cb_vit.formats.index import read_index, shards
 from cb_vit.formats.opening import IN_FOLDER
 from cb_vit.formats.safetensors import parse_json
+from cb_vit.io import open_regular
 
 TIMEOUT = 5  # seconds, for the hub's first answer
 CARDS = ("config.json", "preprocessor_config.json")
@@ -105,4 +106,5 @@ def _cards(files: Mapping[str, Path]) -> dict[str, Any]:
 
 def _json(file: Path) -> dict[str, Any]:
     with reading(str(file)):
-        return parse_json(file.read_bytes(), str(file), "it")
+        with open_regular(file) as content:
+            return parse_json(content.read(), str(file), "it")

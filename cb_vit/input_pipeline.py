@@ -34,6 +34,7 @@ from cb_vit.config import ConfigError
 from cb_vit.datasets import DataError, Source
 from cb_vit.order import Reordered, RepeatedOrder, Rows
 from cb_vit.pp.builder import Preprocess
+from cb_vit.texts import printable
 
 logger = logging.getLogger(__name__)
 Example = dict[str, np.ndarray]
@@ -109,7 +110,7 @@ class Loader:
         except DataError as error:
             if not self.skip_errors:
                 raise
-            logger.warning("skipped: %s", error)
+            logger.warning("skipped: %s", printable(error))  # a worker has a log of its own
             return self._blank()
 
     def _blank(self) -> Example:

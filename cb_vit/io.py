@@ -9,7 +9,7 @@ import re
 import stat
 import uuid
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from etils import epath
 
@@ -56,6 +56,12 @@ def exists(path: str | os.PathLike) -> bool:
     return kind(path) not in (None, LINK) if is_local(path) else _asked(path, path.exists)
 
 
+def is_taken(path: str | os.PathLike) -> bool:
+    """Whether something would have to make way for a new file there; a link to nowhere would."""
+    path = as_path(path)
+    return os.path.lexists(path) if is_local(path) else _asked(path, path.exists)
+
+
 def kind(path: str | os.PathLike) -> str | None:
     """What is at a path of this machine: `FILE`, `FOLDER`, a `LINK` to nothing, a `DEVICE` or the like, or None.
 
@@ -81,12 +87,29 @@ def read(path: str | os.PathLike) -> bytes | None:
         Failure: there is something that cannot be read.
     """
     path = as_path(path)
+    if is_local(path) and kind(path) == DEVICE:  # to open a pipe is to wait
+        raise Failure(f"{path} is {DEVICE}; move it away")
     try:
         return _asked(path, path.read_bytes)
     except FileNotFoundError:
         if is_local(path) and os.path.lexists(path):
             raise Failure(f"{path} is {LINK}; delete it, or bring that back") from None
         return None
+
+
+def open_regular(path: str | os.PathLike, buffering: int = -1) -> IO[bytes]:
+    """A file, local or in a bucket, open for reading; never a pipe, for which opening alone may wait for ever.
+
+    Raises:
+        OSError: as `open` does, and for what is neither a file nor a folder.
+    """
+    if not is_local(path):
+        return as_path(path).open("rb")
+    file = open(path, "rb", buffering, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.ESPIPE, "it is a pipe or a device, no regular file", os.fspath(path))
+    return file
 
 
 def _asked(path: os.PathLike, question: Callable[[], T]) -> T:

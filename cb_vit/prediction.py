@@ -7,13 +7,13 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from cb_vit import io, retry
 from cb_vit.attention_maps import View
 from cb_vit.config import ConfigError, Failure
 from cb_vit.models.vit import patch_grid
@@ -112,11 +112,13 @@ class Predictor:
     def _read(self, path: str) -> Prediction:
         try:
             # The same draws for every file, should there be a random op.
-            image = self.preprocess.host({"image": Path(path).read_bytes()}, np.random.default_rng(0))["image"]
+            with io.open_regular(path) as file:
+                data = file.read()
+            image = self.preprocess.host({"image": data}, np.random.default_rng(0))["image"]
         except OSError as error:
             return Prediction(path, error=error.strerror or str(error))
-        except ValueError as error:
-            return Prediction(path, error=str(error))
+        except Exception as error:  # as the input pipeline: ops raise whatever they stumble over
+            return Prediction(path, error=retry.reason(error))
         if image.shape != self.image_shape:
             (height, width, _), wanted = image.shape, self.image_shape[:2]
             return Prediction(path, error=f"{height}×{width} pixels, where the model takes {wanted[0]}×{wanted[1]}; "

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import os
@@ -10,6 +9,7 @@ from typing import Any
 
 from cb_vit import io
 from cb_vit.config import ConfigError
+from cb_vit.texts import parse_json
 
 logger = logging.getLogger(__name__)
 BEGIN = b'{"step": '  # of every record
@@ -75,19 +75,19 @@ def _torn(line: bytes) -> bool:
     """Whether an unfinished line may be what a kill, or the power, has left of a record."""
     line = line.rstrip(b"\0")
     try:
-        json.loads(line)
-    except (ValueError, RecursionError):
+        parse_json(line)
+    except ValueError:
         return line.startswith(BEGIN) or BEGIN.startswith(line)
     return False
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         if not isinstance(record, dict) or type(record.get("step")) is not int:
             return None
         if not all(v is None or isinstance(v, int | float) and math.isfinite(v) for v in record.values()):
             return None
-    except (ValueError, OverflowError, RecursionError):
+    except (ValueError, OverflowError):
         return None
     return {name: math.nan if value is None else value for name, value in record.items()}

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 from cb_vit.config import ConfigError, convert, suggest
 
 T = TypeVar("T")
+# What Python's parser raises at a text; the last two where that is nested too deep.
+UNPARSED = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
 class Registry(dict[str, T]):
@@ -86,9 +88,9 @@ def parse_calls(text: str, path: str) -> tuple[Call, ...]:
         return ()
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError) as error:
-        reason = getattr(error, "msg", None) or error
-        raise ConfigError(path, f"cannot read {text!r}: {reason}; write it as 'op(1)|op2(name=2)'") from None
+    except UNPARSED as error:
+        reason = getattr(error, "msg", None) or str(error) or "it is nested too deep"
+        raise ConfigError(path, f"cannot read {text!r:.200}: {reason}; write it as 'op(1)|op2(name=2)'") from None
     nodes: list[ast.expr] = []
     while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.BitOr):
         nodes.append(tree.right)
@@ -98,8 +100,8 @@ def parse_calls(text: str, path: str) -> tuple[Call, ...]:
 
 
 def _call(node: ast.expr, text: str, path: str) -> Call:
-    source = ast.unparse(node)
     try:
+        source = ast.unparse(node)
         if isinstance(node, ast.Name):
             return Call(node.id, (), {}, source)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -107,6 +109,8 @@ def _call(node: ast.expr, text: str, path: str) -> Call:
             kwargs = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg}
             if len(kwargs) == len(node.keywords):
                 return Call(node.func.id, args, kwargs, source)
+    except RecursionError:
+        raise ConfigError(path, f"cannot read {text!r:.200}: it is nested too deep") from None
     except (ValueError, TypeError):
-        raise ConfigError(path, f"{source!r}: arguments must be plain values such as 224, 0.5 or 'name'") from None
-    raise ConfigError(path, f"cannot read {source!r} in {text!r}; write it as 'op(1)|op2(name=2)'")
+        raise ConfigError(path, f"{source!r:.200}: arguments must be plain values such as 224, 0.5 or 'name'") from None
+    raise ConfigError(path, f"cannot read {source!r:.200} in {text!r:.200}; write it as 'op(1)|op2(name=2)'")

@@ -17,7 +17,8 @@ PARSING = (ValueError, LookupError, TypeError, AttributeError, AssertionError, A
            EOFError, zlib.error)
 # What asking again does not change; without a number, as fsspec raises them, the type must do.
 LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError)
-LASTING_NUMBERS = {errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+LASTING_NUMBERS = {errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+                   errno.ESPIPE, errno.ENXIO}
 
 
 @dataclasses.dataclass(frozen=True)

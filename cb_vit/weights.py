@@ -288,15 +288,10 @@ def _open_run(folder: str, step: int | None, field: str, item: Item) -> Weights:
     except ConfigError as error:
         raise ConfigError(field, error.message) from None
     try:
-        module = models.get(notes["model_name"])
-        model = module.Model(notes["num_classes"], **{**notes["model"], "scan": False})
-        *size, channels = notes["image_shape"]
-        normalisation = as_normalisation(builder.build(notes["pp"], "pp").normalisation(channels), channels)
-        pp = next(iter(notes.get("pp_evals", {}).values()), None)
+        model, grid, normalisation, pp = _told_by_run(notes)
         names = workdir.class_names(notes, folder)
-        grid = module.patch_grid(model.config, tuple(size))
     except retry.PARSING as error:
-        raise ConfigError(field, f"{notes_file} does not describe a model: {error!r}") from None
+        raise ConfigError(field, f"{notes_file} does not describe a model: {error!r:.300}") from None
     try:
         with contextlib.closing(_checkpoints(folder)) as checkpointer:
             found, shapes = checkpointer.params_shapes(step, item)
@@ -307,8 +302,21 @@ def _open_run(folder: str, step: int | None, field: str, item: Item) -> Weights:
         with contextlib.closing(_checkpoints(folder)) as checkpointer:
             return checkpointer.restore_params(found, like, item)
 
-    return Weights(folder, "run", found, model, shapes, grid, normalisation, pp and _pixels_only(pp),
-                   names, (), (), fetch)
+    return Weights(folder, "run", found, model, shapes, grid, normalisation, pp, names, (), (), fetch)
+
+
+def _told_by_run(
+    notes: Mapping[str, Any]
+) -> tuple[nn.Module, tuple[int, int] | None, Normalisation, str | None]:
+    """The model, its grid, normalisation and preprocessing as `run.json` has them; raises `retry.PARSING`."""
+    module = models.get(notes["model_name"])
+    model = module.Model(notes["num_classes"], **{**notes["model"], "scan": False})
+    *size, channels = notes["image_shape"]
+    normalisation = as_normalisation(builder.build(notes["pp"], "pp").normalisation(channels), channels)
+    pp = next(iter(notes.get("pp_evals", {}).values()), None)
+    pp = pp and _pixels_only(pp)
+    grid = module.patch_grid(model.config, tuple(size))
+    return model, grid, normalisation, pp
 
 
 def _open_file(path: str, file: str, key: str | None, prefix: str | None, model: Mapping[str, Any]) -> Weights:

@@ -15,9 +15,11 @@ from etils import epath
 from cb_vit import io
 from cb_vit.config import ConfigError
 from cb_vit.datasets.contents import pad
+from cb_vit.texts import parse_json
 
 logger = logging.getLogger(__name__)
 NOTES = ("config.json", "run.json")
+MOST_CLASSES = 10**7  # a larger head is a slip of the pen, and a list of so many names fills the memory
 # What a run keeps in its workdir, and does with it.
 CONTENTS = {
     **dict.fromkeys(NOTES, (io.FILE, os.R_OK)), "metrics.jsonl": (io.FILE, os.R_OK | os.W_OK),
@@ -107,9 +109,8 @@ def read_json(path: epath.Path) -> dict[str, Any] | None:
     if (data := io.read(path)) is None:
         return None
     try:
-        content = json.loads(data)
-        flatten(content)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(data)
+    except ValueError as error:
         raise ConfigError("workdir", f"{path} is not JSON ({error}); move it away, or use another workdir") from None
     if not isinstance(content, dict):
         raise ConfigError("workdir", f"{path} holds {content!r:.40}, no settings; move it away, or use another workdir")
@@ -130,7 +131,8 @@ def class_names(run: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[str
     names, count = run.get("class_names"), run.get("num_classes")
     if not names:
         return None
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and len(names) <= (count or 0)):
+    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not listed or type(count) is not int or not len(names) <= count <= MOST_CLASSES:
         raise ConfigError("workdir", f"class_names in run.json of {workdir} are no names of {count} classes: "
                                      f"{names!r:.60}")
     return pad(names, count)

@@ -37,7 +37,7 @@ def _value(name: str, text: str, default: Any) -> Any:
         return False
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (TypeError, ValueError, SyntaxError, RecursionError, MemoryError):
         value = text
     if default is None or type(value) is type(default) or (isinstance(default, float) and isinstance(value, int)):
         return value

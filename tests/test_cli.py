@@ -1,5 +1,6 @@
 """Bad input as a user meets it: one line on stderr that says where, what and the way out; nothing written."""
 import json
+import logging
 import os
 import pathlib
 import re
@@ -264,3 +265,15 @@ def test_a_length_on_the_command_line_replaces_the_files(tmp_path):
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     assert [written[key] for key in ("total_steps", "total_epochs", "plot")] == [7, None, False]
     assert written["input"]["batch_size"] == 16
+
+
+def test_what_others_wrote_reaches_neither_terminal_nor_log_as_it_is(capsys):
+    record = logging.LogRecord("cb_vit", logging.WARNING, "", 0, "%s\n%s", ("a\x1b[2J\u202e", "b\udcff"), None)
+    assert cli._Log("%(message)s").format(record) == "a\\x1b[2J\\u202e\nb\\udcff"
+    cli.show("a\x1b[2J", "b\rc")
+    assert capsys.readouterr().out == "a\\x1b[2J\nb\\rc\n"
+
+
+def test_a_name_in_an_error_is_escaped(tmp_path):
+    error = refused(f"--config={tmp_path}/\x1b]0;x\x07\u202e.py")
+    assert "\x1b" not in error and "\u202e" not in error

@@ -13,7 +13,7 @@ import pytest
 
 import cb_vit
 from cb_vit import export, export_run, startup
-from cb_vit.config import ConfigError
+from cb_vit.config import ConfigError, Failure
 from cb_vit.formats import FormatError, write_npz, write_safetensors
 from cb_vit.formats.big_vision import to_big_vision
 from cb_vit.formats.conversion import UNSEEN
@@ -228,6 +228,48 @@ def test_nothing_is_replaced_untold_or_left_half_written(runs, tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == [target]
     if target == "x":
         assert {path.name for path in (tmp_path / "x").iterdir()} == export.RUN
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("leads_to", ["an export", "nowhere", "itself"])
+def test_a_link_is_replaced_and_what_it_leads_to_stays(runs, tmp_path, target, leads_to):
+    (tmp_path / "there").mkdir()
+    inside, link = tmp_path / "there" / target, tmp_path / target
+    if leads_to == "an export":
+        convert(runs["plain"][0], inside)
+    link.symlink_to(link if leads_to == "itself" else inside)
+    before = {path: path.read_bytes() for path in inside.parent.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"DST: .* is already there; choose another name, or overwrite it$"):
+        convert(runs["cb"][0], link)
+    assert link.is_symlink()
+    for source in ("cb", "cb_s"):  # and what is left is something that the next call takes
+        convert(runs[source][0], link, overwrite=True)
+        assert not link.is_symlink()
+        jax.tree.map(np.testing.assert_array_equal, cb_vit.load(link)[1], cb_vit.load(runs[source][0])[1])
+        assert {path.name for path in tmp_path.iterdir()} == {"there", target}
+    assert {path: path.read_bytes() for path in inside.parent.rglob("*") if path.is_file()} == before
+
+
+def test_links_to_what_is_not_replaced(runs, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+    (tmp_path / "link").symlink_to("run")
+    (tmp_path / "x.npz").symlink_to("run")
+    os.mkfifo(tmp_path / "pipe.npz")
+    for name, error in (("link", "holds more than an exported run, metrics.jsonl"), ("x.npz", "is a folder"),
+                        ("pipe.npz", "is neither a file nor a folder"), ("run/metrics.jsonl/x", "cannot be|no folder")):
+        with pytest.raises((ConfigError, Failure), match=error):
+            convert(runs["cb"][0], tmp_path / name, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "link", "x.npz", "pipe.npz"}
+
+
+def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(runs, tmp_path):
+    dst, _ = convert(runs["plain"][0], tmp_path / "x")
+    with pytest.raises(ConfigError, match="DST: .* cannot be written: No such file or directory"):
+        with export_run._replacing_folder(str(dst), True) as folder:
+            folder.rmdir()  # so that it cannot be moved
+    assert_same(cb_vit.load(dst), cb_vit.load(runs["plain"][0]))
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_a_run_that_was_trained_is_never_replaced(runs, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = {name: number for number, names in enumerate((
     "config",
-    "registry retry",
+    "registry retry texts",
     "tree dist io order timing losses schedules curves",
     "records damage",
     "models pp datasets augment updates sharding metric_writer profiling",

@@ -2,8 +2,10 @@
 import io
 import math
 import pickle
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import jax
@@ -14,7 +16,8 @@ from PIL import Image
 from scipy import stats
 
 from cb_vit.config import ConfigError
-from cb_vit.pp import ops_device
+from cb_vit.datasets import folder
+from cb_vit.pp import builder, images, ops_device
 from cb_vit.pp.builder import build
 from cb_vit.pp.ops_image import InceptionCrop
 
@@ -469,3 +472,56 @@ def test_bad_strings_fail_when_read_and_say_how_to_mend_them(text, fragment):
     with pytest.raises(ConfigError) as error:
         build(text, PATH)
     assert error.value.path == PATH and fragment in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- files of others -----------------------------------------------------------------------------------------------
+
+OTHERS = {
+    "EPS": [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n",
+            b"\xc5\xd0\xd3\xc6" + bytes(30)],
+    "HEIC": [b"\0\0\0\x18ftyp" + brand + bytes(4) + b"mif1" + brand for brand in (b"heic", b"heix", b"hevc", b"mif1")],
+    "AVIF": [b"\0\0\0\x1cftypavif\0\0\0\0", b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf"],
+    "PDF": [b"%PDF-1.7\n"], "SVG": [b"<svg xmlns='x'/>", b"<?xml version='1.0'?>\n<!-- a -->\n<svg/>",
+                                    b"<!DOCTYPE svg PUBLIC 'x'>"],
+    "HTML": [b"<!DOCTYPE html><p>", b"\n<html>"], "text": [b"hello\n", "héllo 猫".encode()], "empty": [b""],
+    "zeros": [bytes(99)], "video": [b"\0\0\0\x18ftypmp42" + bytes(9)], "archive": [b"PK\3\4x"],
+    "Photoshop": [b"8BPS\0\1"],
+    "JPEG 2000": [b"\0\0\0\x0cjP  \r\n\x87\n"], "JPEG XL": [b"\xff\x0a"], "Git LFS": [b"version https://git-lfs.x\n"],
+    "damaged or truncated": [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"], "known here": [bytes(range(128, 256))],
+}
+
+
+@pytest.mark.parametrize("words, data", [(words, data) for words, files in OTHERS.items() for data in files])
+def test_content_that_is_no_image_is_named(words, data):
+    begin = f"^decode: cannot decode {len(data)} bytes that begin .*no image format"
+    with pytest.raises(ValueError, match=f"{begin}.*{words}") as caught:
+        run("decode", data)
+    assert "\n" not in str(caught.value)
+
+
+def test_formats_are_those_of_the_files_that_are_listed():
+    known = Image.registered_extensions()
+    assert set(images.FORMATS) == {known[ending] for ending in folder.EXTENSIONS}
+    for form in (*images.FORMATS, "MPO"):
+        more = dict(save_all=True, append_images=[Image.new("RGB", (9, 8))]) if form in ("MPO", "GIF") else {}
+        assert run("decode", encoded(Image.new("RGB", (9, 8)), form, **more))["image"].shape == (8, 9, 3)
+    for form in ("PPM", "ICO", "PCX", "TGA", "JPEG2000", "AVIF"):  # Pillow would
+        with pytest.raises(ValueError, match="no image format that is read here"):
+            run("decode", encoded(Image.new("RGB", (16, 16)), form))
+
+
+def test_images_that_would_fill_the_memory(recwarn):
+    line = encoded(Image.new("L", (60_000, 1)), "PNG")
+    assert run("decode|central_crop((1, 9))", line)["image"].shape == (1, 9, 3)
+    with pytest.raises(ValueError, match=r"^resize_small\(256\): 3932160000 pixels, over the limit of 89478485"):
+        run("decode|resize_small(256)", line)
+    with pytest.raises(ConfigError, match=r"^pp: 'resize\(99999\)': 9999800001 pixels, over the limit"):
+        builder.build("decode|resize(99999)", "pp")
+    header = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+    images._hush_pillow.cache_clear()  # pytest has other filters in every test
+    for side in (10_000, 50_000):  # over the limit, and over twice that
+        chunk = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        data = header[:-4] + chunk + struct.pack(">I", zlib.crc32(chunk)) + b"\0\0\0\x09IDAT" + bytes(13)
+        with pytest.raises(ValueError, match="^decode: cannot decode .* pixels.*limit of"):
+            run("decode", data)
+    assert not [warning for warning in recwarn if "bomb" in str(warning.message)]

@@ -281,16 +281,16 @@ def test_pictures_of_the_attention(deit, folder, tmp_path):
     looks, files = tmp_path / "looks", [f"{folder}/a.png", f"{folder}/b/9.webp"]
     options = Options(attention=str(looks), layers="all", rollout=True, top=1)
     tool.predict(files, deit, options)
-    assert sorted(str(path.relative_to(looks)) for path in looks.rglob("*.*")) == ["a.png.png", "b/9.webp.png"]
-    with Image.open(looks / "a.png.png") as picture:
+    assert sorted(str(path.relative_to(looks)) for path in looks.rglob("*.*")) == ["a.png", "b/9.png"]
+    with Image.open(looks / "a.png") as picture:
         assert picture.size == pytest.approx((120 * (0.15 + 4 * 2.02 + 0.75), 120 * (0.98 + 1.9 + 0.15)), abs=1)
 
-    (looks / "a.png.png").unlink()
-    with pytest.raises(ConfigError, match=r"^--attention: .*b/9\.webp\.png is already there; choose another fo"):
+    (looks / "a.png").unlink()
+    with pytest.raises(ConfigError, match=r"^--attention: .*b/9\.png is already there; choose another fo"):
         tool.predict(files, deit, options)
-    assert not (looks / "a.png.png").exists()
+    assert not (looks / "a.png").exists()
     tool.predict(files, deit, dataclasses.replace(options, overwrite=True, layers="last"))
-    with Image.open(looks / "b" / "9.webp.png") as picture:  # input, rollout, mean and two heads
+    with Image.open(looks / "b" / "9.png") as picture:  # input, rollout, mean and two heads
         assert picture.size[0] == pytest.approx(120 * (0.15 + 5 * 2.02 + 0.75), abs=1)
 
 
@@ -301,7 +301,7 @@ def test_options_about_pictures_that_are_not_made(options, deit, folder):
 
 
 def test_a_folder_for_pictures_that_cannot_be_made(deit, folder):
-    with pytest.raises(Failure, match=r"a\.png\.png cannot be written: Not a directory; something else is in its"):
+    with pytest.raises(Failure, match=r"a\.png cannot be written: Not a directory; something else is in its"):
         tool.predict([f"{folder}/a.png"], deit, Options(attention=f"{folder}/c.jpeg/looks"))
 
 
@@ -331,7 +331,7 @@ def test_a_run_of_this_project(deit, folder, tmp_path):
     assert code == 1 and err.splitlines()[-1] == "error: 1 of 3 images could not be read"
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["path"] for line in lines] == [f"{folder}/a.png", f"{folder}/c.jpeg"]
-    assert Image.open(io.BytesIO((tmp_path / "looks" / "c.jpeg.png").read_bytes())).format == "PNG"
+    assert Image.open(io.BytesIO((tmp_path / "looks" / "c.png").read_bytes())).format == "PNG"
     expected = next(iter(Predictor(deit, preprocessing(deit, "resize(16)"), 3)([f"{folder}/a.png"], 1)))
     assert [(entry["class"], entry["name"]) for entry in lines[0]["top"]] == [(c, NAMES[c]) for c in expected.classes]
 
@@ -342,3 +342,53 @@ def test_a_run_of_this_project(deit, folder, tmp_path):
 def test_a_command_line_that_lacks_something(args, error):
     code, out, err = command(*args)
     assert (code, out, err) == (1, "", f"error: {error}\n")
+
+
+# What comes from outside.
+
+
+def test_pictures_never_meet_nor_replace_an_image(deit, tmp_path):
+    scans, pixels = tmp_path / "scans", Image.fromarray(np.zeros((20, 20, 3), np.uint8))
+    names = ["0.png", "a.jpg", "a.png", "a.jpg.png", "deep/a.jpg", os.fsdecode(b"n\xff\x1b.bmp")]
+    for name in names:
+        (scans / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels.save(os.fsencode(scans / name))
+    files = find_images([str(scans), f"{scans}/deep/../a.jpg"])
+    assert len(files) == len(names)
+    tool.predict(files, deit, Options(attention=str(tmp_path / "looks"), top=1))
+    found = {str(path.relative_to(tmp_path / "looks")) for path in (tmp_path / "looks").rglob("*.png")}
+    assert found == {"0.png", "a.jpg.png", "a.png.png", "a.jpg.png.png", "deep/a.png", os.fsdecode(b"n\xff\x1b.png")}
+    before = {path: path.read_bytes() for path in scans.rglob("*.*")}
+    with pytest.raises(ConfigError, match=r"^--attention: .*0\.png is one of the images; choose another folder"):
+        tool.predict(files, deit, Options(attention=str(scans), overwrite=True))
+    assert {path: path.read_bytes() for path in scans.rglob("*.*")} == before
+
+
+def test_names_that_are_no_text_are_shown_without_harm_and_kept_in_json(deit, tmp_path, capsys):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\x1b]0;x\x07\n.png")
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(os.fsencode(path))
+    weights = dataclasses.replace(deit, class_names=("\x1b[31mred\u202e", *NAMES[1:]))
+    tool.predict([path], weights, Options(top=7))
+    table = capsys.readouterr().out
+    assert len(table.splitlines()) == 7 and r"/\udcff\x1b]0;x\x07\n.png " in table and r"\x1b[31mred\u202e" in table
+    tool.predict([path], weights, Options(top=7, format="json"))
+    line, = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["path"] == path and line.isprintable() and line.isascii()
+    assert weights.class_names[0] in [entry["name"] for entry in json.loads(line)["top"]]
+
+
+def test_only_files_are_opened(deit, tmp_path, caplog):
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "gone.jpg").symlink_to("nowhere")
+    files = find_images([str(tmp_path)])
+    assert files == [f"{tmp_path}/a.png", f"{tmp_path}/gone.jpg"] and "left out: " in caplog.text
+    with pytest.raises(ConfigError, match=r"^arguments: .*/pipe\.jpg is neither a file nor a folder; give images"):
+        find_images([f"{tmp_path}/pipe.jpg"])
+    with pytest.raises(ConfigError, match="^--classes: .* it is a pipe or a device, no regular file"):
+        read_names(f"{tmp_path}/pipe.jpg", 3)
+    found = list(Predictor(deit, preprocessing(deit))([f"{tmp_path}/{name}" for name in (
+        "pipe.jpg", "gone.jpg", "folder.jpg", "a.png")], 4))
+    assert [one.error for one in found] == [
+        "it is a pipe or a device, no regular file", "No such file or directory", "Is a directory", None]

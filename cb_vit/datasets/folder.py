@@ -21,7 +21,7 @@ from cb_vit.config import ConfigError, parse
 from cb_vit.datasets.contents import Contents, DataError, describe_left_out, fingerprint
 from cb_vit.datasets.core import SourceConfig, Spans, select, splits_of
 from cb_vit.datasets.labels import are_numbers
-from cb_vit.io import is_local
+from cb_vit.io import is_local, open_regular
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp")
 LAYOUT = "expected ROOT/train/<class>/*.jpg (also png, webp, bmp, tif, gif) and ROOT/val/<class>/…, one folder a class"
@@ -142,7 +142,7 @@ class FolderSource:
         name, label = self.listings[split][number]
         file = os.path.join(self.root, split, self.class_names[label], name)
         try:
-            with open(file, "rb") as handle:
+            with open_regular(file) as handle:
                 return {"image": handle.read(), "label": label, "id": file}
         except OSError as error:
             raise DataError(f"{file}: {error.strerror or error}") from error

@@ -5,6 +5,7 @@ axis as a big-endian 32-bit number, then the bytes themselves; gzipped or not.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import math
@@ -18,6 +19,7 @@ import numpy as np
 from cb_vit.config import ConfigError, parse
 from cb_vit.datasets.contents import Contents, DataError, fingerprint
 from cb_vit.datasets.core import SourceConfig, Spans, select, splits_of
+from cb_vit.io import open_regular
 
 SPLITS = {"train": "train", "test": "t10k"}
 
@@ -96,7 +98,10 @@ def _read(root: str, name: str, axes: int, path: str) -> np.ndarray:
     if found is None:
         raise ConfigError(path, f"neither {name} nor {name}.gz is in {root}")
     try:
-        with (gzip.open if found.endswith(".gz") else open)(found, "rb") as handle:
+        with contextlib.ExitStack() as stack:
+            handle = stack.enter_context(open_regular(found))
+            if found.endswith(".gz"):
+                handle = stack.enter_context(gzip.open(handle))
             header = handle.read(4 + 4 * axes)
             if header[:4] != bytes([0, 0, 8, axes]) or len(header) < 4 + 4 * axes:
                 raise DataError(f"{found}: begins with {header[:4]!r}, not as an idx file of {axes}-dimensional bytes")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,13 +14,15 @@ from typing import Any, SupportsIndex
 
 from etils import epath
 
+from cb_vit import retry
 from cb_vit.config import ConfigError, parse
 from cb_vit.datasets.arrayrecord import ArrayRecords
 from cb_vit.datasets.contents import Contents, DataError, fingerprint
 from cb_vit.datasets.core import KINDS, SourceConfig, Spans, select
 from cb_vit.datasets.tfrecord import TFRecords, index_files
-from cb_vit.io import as_path, check_address
+from cb_vit.io import as_path, check_address, open_regular
 from cb_vit.registry import suggest
+from cb_vit.texts import parse_json
 
 Records = ArrayRecords | TFRecords  # one interface: `paths`, `sizes`, `read(number of file, number of record)`
 VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -79,15 +80,20 @@ def open_folder(folder: epath.Path, config: TfdsConfig, path: str) -> TfdsSource
     import tensorflow_datasets as tfds
 
     try:
+        for name in ("dataset_info.json", "features.json"):  # TFDS would wait for a pipe, and recurse into what is deep
+            with open_regular(folder / name) as file:
+                parse_json(file.read())
         info = tfds.builder_from_directory(folder).info
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise DataError(f"{folder}: the description of the prepared data cannot be read: {error}") from error
-    label = _check_features(info.features, folder, config, path)
-    lengths = {name: split.shard_lengths for name, split in info.splits.items()}
+        features, splits = info.features, info.splits
+        lengths = {name: list(map(int, split.shard_lengths)) for name, split in splits.items()}
+    except Exception as error:  # TFDS makes classes of what stands there, and raises what they stumble over
+        raise DataError(f"{folder}: the description of the prepared data, dataset_info.json and features.json, cannot "
+                        f"be read: {retry.reason(error)}") from error
+    label = _check_features(features, folder, config, path)
     spans = select(config.split, lengths, f"{path}.split").refine({
         name: list(zip(map(os.fspath, split.filepaths), split.shard_lengths, strict=True))
-        for name, split in info.splits.items()})
-    counts = {os.fspath(file): count for split in info.splits.values()
+        for name, split in splits.items()})
+    counts = {os.fspath(file): count for split in splits.values()
               for file, count in zip(split.filepaths, split.shard_lengths, strict=True)}
     files = list(dict.fromkeys(span.name for span in spans.spans))
     held = [counts[file] for file in files]
@@ -215,9 +221,11 @@ def _entries(folder: epath.Path) -> list[str]:
 def _default_config(home: epath.Path) -> str | None:
     """The configuration that TFDS noted as the data set's default, if any."""
     try:
-        return json.loads((home / ".config" / "metadata.json").read_text()).get("default_config_name")
-    except (OSError, ValueError):
+        with open_regular(home / ".config" / "metadata.json") as file:
+            name = parse_json(file.read()).get("default_config_name")
+    except (OSError, ValueError, AttributeError):
         return None
+    return name if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) else None
 
 
 def _not_prepared(config: TfdsConfig, data_dir: epath.Path, home: epath.Path, path: str) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 
 from cb_vit.datasets.contents import DataError
 from cb_vit.datasets.core import allow_open_files
-from cb_vit.io import as_path, is_local, write_atomic
+from cb_vit.io import as_path, is_local, open_regular, write_atomic
 
 logger = logging.getLogger(__name__)
 HEADER, FOOTER = 12, 4  # bytes round each payload
@@ -152,7 +152,7 @@ class TFRecords:
 
 
 def _open(path: str) -> Any:
-    return open(path, "rb", buffering=0) if is_local(path) else as_path(path).open("rb")
+    return open_regular(path, 0)
 
 
 def _reader(file: Any, path: str) -> Read:
@@ -200,10 +200,11 @@ def _size_and_time(path: str) -> tuple[int, int]:
 def _load_cache(cache: Path, stamp: np.ndarray) -> np.ndarray | None:
     """The offsets, or None if the file is absent, stale or broken."""
     try:
-        content = io.BytesIO(cache.read_bytes())
+        with open_regular(cache) as file:
+            content = io.BytesIO(file.read())
         with _PARSING:
-            stored = np.load(content, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+            stored = np.lib.format.read_array(content, allow_pickle=False)
+    except Exception:  # NumPy evaluates a header as Python, which fails in many ways
         return None
     size = stamp[1]
     sound = stored.dtype == np.int64 and stored.ndim == 1 and len(stored) > 3 and (stored[:3] == stamp).all()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cb_vit.formats.files import FormatError, show
+from cb_vit.retry import PARSING
 
 ARRAYS = "the arrays show it, and they decide"
 NOTHING = "it does not change what a trained model computes"
@@ -44,7 +45,7 @@ Rule = Tells | Only | str
 
 
 def _whole(value: Any) -> int:
-    if type(value) is not int or value < 1:
+    if type(value) is not int or not 1 <= value < 1 << 31:
         raise ValueError
     return value
 
@@ -240,7 +241,7 @@ def _told(block: Mapping[str, Any], rules: Mapping[str, Rule], path: str) -> dic
 def _read(read: Callable[[Any], Any], key: str, value: Any, path: str, choices: tuple[str, ...] = ()) -> Any:
     try:
         return read(value)
-    except (TypeError, ValueError, KeyError):
+    except PARSING:
         raise FormatError(f"{path}: its config.json says {key}={show(value)}, " + (
             f"which is not supported; supported are {', '.join(map(show, choices))}" if choices
             else "which cannot be")) from None

@@ -25,6 +25,8 @@ from cb_vit.formats.names import Normalisation, Reading, as_normalisation, liste
 from cb_vit.formats.prefixes import candidates, take_off, under
 from cb_vit.models.resample import square
 from cb_vit.models.vit import Config, Model
+from cb_vit.retry import PARSING
+from cb_vit.texts import parse_json
 from cb_vit.tree import flatten_with_names
 
 # What no file of parameters says; `describe` writes it beside them.
@@ -147,12 +149,12 @@ def _described(metadata: Mapping[str, Any], path: str) -> _Described:
     if "cb_vit" not in metadata:
         return _Described({})
     try:
-        said = json.loads(metadata["cb_vit"])
+        said = parse_json(metadata["cb_vit"].encode())
         model = spell_out({name: said["model"][name] for name in UNSEEN if name in said["model"]})
         if len(model) == len(said["model"]):
             return _Described(model, said["normalisation"], said.get("grid") and pair(said["grid"]),
                               names_of_classes(said.get("class_names")))
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except PARSING:
         pass
     raise FormatError(f"{path}: what its metadata say under 'cb_vit' is not what was once written there")
 

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from cb_vit.config import Failure
-from cb_vit.io import as_path, is_local, write_atomic
+from cb_vit.io import FILE, LINK, as_path, is_local, is_taken, kind, open_regular, write_atomic
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # What a file may hold. Nothing else is needed for weights; objects, above all, would have to be unpickled.
@@ -112,10 +112,9 @@ def open_binary(path: str) -> io.IOBase:
     """
     with reading(path):
         target = as_path(path)
-        # Opening a pipe waits, perhaps for ever.
         if is_local(path) and os.path.exists(target) and not os.path.isfile(target):
             raise FormatError(f"{path}: this is no file; give a .safetensors, .npz, .pth or .bin file")
-        return target.open("rb")
+        return open_regular(target)
 
 
 @contextlib.contextmanager
@@ -139,14 +138,18 @@ def reading(path: str) -> Iterator[None]:
 def replacing(path: str | os.PathLike, overwrite: bool) -> Iterator[io.IOBase]:
     """A file to write that takes the place of `path` at the end; however it ends before, `path` stays as it was.
 
+    A link is replaced itself: what it leads to may belong to a run, or to the cache of a hub.
+
     Raises:
         FormatError: `path` is there and `overwrite` is not given, or the system refuses.
     """
     target = as_path(path)
     try:
-        if target.exists() and (target.is_dir() or not overwrite):
-            raise FormatError(f"{path}: is already there; choose another name" +
-                              ("" if target.is_dir() else " or give overwrite=True"))
+        if is_taken(path):
+            replaceable = not is_local(path) or kind(path) in (FILE, LINK)
+            if not overwrite or not replaceable:
+                raise FormatError(f"{path}: is already there; choose another name" +
+                                  " or give overwrite=True" * replaceable)
         if not is_local(path):  # an object store would publish what was written before a failure
             yield (content := io.BytesIO())
             write_atomic(target, content.getvalue())

@@ -10,12 +10,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from cb_vit.config import ConfigError
 from cb_vit.formats.cards import NOTHING, READ, pair
 from cb_vit.formats.names import Normalisation
 from cb_vit.pp import builder
 from cb_vit.pp.ops_general import ValueRange, VggValueRange
 from cb_vit.pp.ops_image import CentralCrop, Decode, Resize, ResizeSmall
+from cb_vit.retry import PARSING
 
 # Hugging Face's `preprocessor_config.json`; transformers ignores the rest.
 PROCESSOR = {
@@ -86,7 +86,7 @@ def evaluation(
         decode = "decode" if len(mean) == 3 else f"decode({len(mean)})"
         pp = "|".join([decode, *steps, f"vgg_value_range({mean}, {std})"])
         builder.build(pp, "pp")
-    except (TypeError, ValueError, KeyError, IndexError, ZeroDivisionError, ConfigError) as error:
+    except PARSING as error:
         return None, f"how its card prepares images cannot be done here ({' '.join(str(error).split())})"
     return pp, note
 
@@ -189,5 +189,5 @@ def _divide(values: Any, factor: Any) -> Any:
             return values
         by = 255 * factor
         return [value / by for value in values] if isinstance(values, list | tuple) else values / by
-    except (TypeError, ZeroDivisionError):
+    except (TypeError, ArithmeticError):
         return None

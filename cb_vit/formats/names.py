@@ -40,7 +40,7 @@ def as_normalisation(value: Any, channels: int) -> Normalisation:
         mean, std = (_numbers(part, channels) for part in value)
         if min(std) > 0:
             return mean, std
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError("expected (mean, std) with a number for each channel, std above 0, such as "
                      f"{((0.5,) * channels,) * 2}; got {value!r}")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cb_vit import texts
 from cb_vit.formats.files import (
     BFLOAT16,
     FormatError,
@@ -102,19 +103,12 @@ def parse_json(content: bytes, path: str, what: str = "its header") -> dict[str,
         FormatError: it is something else.
     """
     try:
-        parsed = json.loads(content, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
+        parsed = texts.parse_json(content, encodable=True)
+    except ValueError as error:
         raise FormatError(f"{path}: {what} is not JSON ({str(error)[:100]!r}); the file is damaged") from None
     if not isinstance(parsed, dict):
         raise FormatError(f"{path}: {what} is no JSON object; the file is damaged")
     return parsed
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) != len(pairs):
-        raise ValueError("a name stands twice")
-    "".join(found).encode()  # half of a surrogate pair could be parsed, but never printed or written
-    return found
 
 
 def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor | np.ndarray],

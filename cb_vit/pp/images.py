@@ -1,11 +1,15 @@
 """Between bytes, Pillow images and uint8 arrays; sizes and resampling methods. What the image ops are made of."""
 from __future__ import annotations
 
+import functools
+import io
+import re
+import warnings
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cb_vit.registry import Registry
 
@@ -18,12 +22,73 @@ METHODS: Registry[Image.Resampling] = Registry("resampling method", {
     "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS,
     "lanczos3": Image.Resampling.LANCZOS, "hamming": Image.Resampling.HAMMING,
     "box": Image.Resampling.BOX, "area": Image.Resampling.BOX})
+# Pillow's names of the formats that are read: it knows forty, of which one starts another program (EPS: Ghostscript).
+# A JPEG of several pictures, MPO, is read as JPEG.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
+_CONVERT = "convert it to JPEG or PNG"
+# How the content of other files begins, and in words for errors; of several the first.
+_OTHERS = tuple((re.compile(start, re.DOTALL | re.IGNORECASE), words) for start, words in (
+    (rb"\Z", "the file is empty; copy it anew"),
+    (rb"\0+\Z", "it holds nothing but zeros; copy it anew"),
+    (rb".{4}ftyp(.{4}){0,16}?avi[fs]", f"it is an AVIF file; {_CONVERT}, e.g. with avifdec"),
+    (rb".{4}ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", f"it is a HEIC (HEIF) file; {_CONVERT}, e.g. with heif-convert"),
+    (rb".{4}ftyp", "it is a video (MP4 or the like); cut pictures from it, as JPEG or PNG"),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", f"it is an EPS or PostScript file; {_CONVERT}"),
+    (rb".{0,1024}?%PDF-", f"it is a PDF file; {_CONVERT}"),
+    (rb"\s*(<\?xml.{0,2048}?|<!--.{0,2048}?|<!doctype\s+)?<?svg\b", f"it is an SVG file; {_CONVERT}"),
+    (rb"\s*(<!--.{0,2048}?)?<(!doctype\s+html|html|head|body)\b", "it is a web page (HTML); the download failed"),
+    (rb"version https://git-lfs", "it is a Git LFS pointer; fetch the file with git lfs pull"),
+    (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", f"it is a JPEG 2000 file; {_CONVERT}"),
+    (rb"\0\0\0\x0cJXL |\xff\x0a", f"it is a JPEG XL file; {_CONVERT}"),
+    (rb"8BPS", f"it is a Photoshop file; {_CONVERT}"), (rb"PK\x03\x04|\x1f\x8b|Rar!|7z", "it is an archive; unpack it"),
+    (rb"\xff\xd8|\x89PNG|GIF8|RIFF.{4}WEBP|II\*\0|MM\0\*|BM", "it is damaged or truncated; copy it anew"),
+    (rb"([\t\n\r -~]|[\xc3-\xf4][\x80-\xbf]{0,3})+\Z", "it is text, no image"),
+))
 POINT_METHODS = ("nearest", "bilinear", "bicubic")  # those that Pillow can sample without widening the filter
 
 
 def is_encoded(image: Any) -> bool:
     """Whether an image is still the bytes of a file."""
     return isinstance(image, bytes | bytearray | memoryview)
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """The first image of a file in one of `FORMATS`, its pixels read.
+
+    Raises:
+        ValueError: it is of another format, which is named where it is known; or it has too many pixels.
+        Exception: whatever Pillow's readers stumble over in damaged bytes.
+    """
+    _hush_pillow()
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"no image format that is read here, {', '.join(FORMATS)}; {name_content(data)}") from None
+    check_pixels(image.height, image.width)  # Pillow only warns up to twice the limit
+    image.load()
+    return image
+
+
+def name_content(data: bytes) -> str:
+    """What the bytes of a file are that is no image in one of `FORMATS`, and the way out."""
+    head = bytes(data[:4096])
+    return next((words for start, words in _OTHERS if start.match(head)), "it is in no image format that is known here")
+
+
+@functools.cache
+def _hush_pillow() -> None:
+    """What Pillow warns of on the terminal, once a process, is an error here."""
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+def check_pixels(height: int, width: int) -> None:
+    """Refuse an image that would fill the memory.
+
+    Raises:
+        ValueError: it has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    if (limit := Image.MAX_IMAGE_PIXELS) and height * width > limit:
+        raise ValueError(f"{height * width} pixels, over the limit of {limit} (PIL.Image.MAX_IMAGE_PIXELS)")
 
 
 def as_pil(image: Any) -> Image.Image:
@@ -63,6 +128,7 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
 
 def resize_image(image: Image.Image, size: HW, method: str, antialias: bool) -> Image.Image:
     """The image at (h, w); see `Resize` for what `antialias` means."""
+    check_pixels(*size)  # a line of pixels, its shorter side made longer, would become a hundred gigabytes
     if antialias:
         return image.resize(size[::-1], METHODS[method])
     return image.transform(size[::-1], Image.Transform.EXTENT, (0, 0, *image.size), METHODS[method])
@@ -74,9 +140,10 @@ def height_width(size: Size) -> HW:
 
 
 def check_size(size: Size) -> None:
-    """Refuse sizes of 0 or less."""
+    """Refuse sizes of 0 or less, and those that no memory holds."""
     if min(height_width(size)) <= 0:
         raise ValueError(f"size must be positive, got {size}")
+    check_pixels(*height_width(size))
 
 
 def check_method(method: str, antialias: bool) -> None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import io
 import math
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from cb_vit.pp.images import (
     HW,
@@ -22,6 +21,7 @@ from cb_vit.pp.images import (
     check_fits,
     check_method,
     check_size,
+    decode_image,
     height_width,
     is_encoded,
     resize_image,
@@ -58,7 +58,7 @@ class PixelOp(ImageOp):
 @register_op("decode")
 @dataclasses.dataclass(frozen=True)
 class Decode(ImageOp):
-    """Encoded bytes (JPEG, PNG, whatever Pillow reads) to an image [h w channels]; an array is only converted.
+    """Encoded bytes (in one of `images.FORMATS`) to an image [h w channels]; an array is only converted.
 
     Greyscale, palette and CMYK become RGB, transparency is cut off, an animation gives its first frame,
     16-bit pixels keep their high byte (Pillow's own conversion, and so timm, saturates greyscale ones).
@@ -87,15 +87,11 @@ class Decode(ImageOp):
         try:
             return {**features, "image": self._decode(data)}
         except Exception as error:  # Pillow's plugins raise whatever they stumble over in damaged bytes
-            reason = "no image format that Pillow reads" if isinstance(error, UnidentifiedImageError) else error
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"cannot decode {len(data)} bytes that begin {bytes(data[:8])!r}: {reason}") from error
 
     def _decode(self, data: bytes) -> Image.Image:
-        image = Image.open(io.BytesIO(data))
-        pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-        if limit and pixels > limit:  # Pillow only warns up to twice the limit
-            raise ValueError(f"{pixels} pixels, over the limit of {limit} (PIL.Image.MAX_IMAGE_PIXELS)")
-        image.load()
+        image = decode_image(data)
         return to_channels(ImageOps.exif_transpose(image) if self.exif else image, self.channels)
 
 

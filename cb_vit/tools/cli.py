@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import ml_collections
 from absl import app, flags
@@ -21,11 +21,13 @@ from ml_collections import config_flags
 from cb_vit import config as config_lib
 from cb_vit import io
 from cb_vit.config import ConfigError, Failure
-from cb_vit.registry import suggest
+from cb_vit.registry import UNPARSED, suggest
+from cb_vit.texts import printable
 
 FLAGS = flags.FLAGS
 CONFIG_HELP = (
-    "The experiment: a file with get_config(), e.g. configs/digits.py. Arguments of the file follow a colon, "
+    "The experiment: a file with get_config(), e.g. configs/digits.py. It is Python, and is executed: run none of "
+    "strangers. Arguments of the file follow a colon, "
     "configs/vit_i1k.py:variant=S/16,context=cb. Any key it declares can be overridden: --config.lr=3e-4, "
     "--config.input.batch_size=512, --config.total_steps=1000. --config=list lists the files.")
 
@@ -79,7 +81,10 @@ def run_plain(main: Callable[..., None], usage: str, *arguments: str) -> None:
 def _start(program: Callable[..., None], parse: Callable[..., list[str]], news: TextIO) -> None:
     def guarded(argv: Sequence[str]) -> None:
         # absl has put its own handler in place by now; Orbax and JAX tell their news through it.
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=news, force=True)
+        logging.basicConfig(level=logging.INFO, stream=news, force=True)
+        logging.root.handlers[0].setFormatter(_Log("%(message)s"))
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="backslashreplace")  # an encoding need not have what is printed
         for chatty in ("jax", "matplotlib"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         _hush_threads()
@@ -99,6 +104,20 @@ def _start(program: Callable[..., None], parse: Callable[..., list[str]], news: 
             _fail("interrupted", status=130)
 
     app.run(guarded, flags_parser=parse)
+
+
+class _Log(logging.Formatter):
+    """Messages line by line, without what a terminal would obey."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
+        """The message, without a traceback."""
+        return "\n".join(map(printable, super().formatMessage(record).split("\n")))
+
+
+def show(*lines: str, file: Any = None) -> None:
+    """Print lines in which there may be words of others: names of files, of classes, of what is in a file."""
+    for line in lines:
+        print(printable(line), file=file, flush=True)
 
 
 def _hush_threads() -> None:
@@ -139,7 +158,7 @@ def _parse(argv: list[str], usage: str, explain: Callable[[Exception], Exception
 def _parse_config(argv: list[str], usage: str) -> list[str]:
     given, overrides = _given(argv)
     if given == "list":
-        print(list_configs(_configs()))
+        show(*list_configs(_configs()).split("\n"))
         sys.exit(0)
     sys.path.insert(0, os.getcwd())  # `configs.common`, for a config file of the user's own folder too
     explain = functools.partial(_explain, given=given, overrides=overrides)
@@ -251,9 +270,14 @@ def list_configs(folder: Path) -> str:
     """A line for each config file in `folder`: its path, and the first line of its docstring."""
     lines = []
     for path in sorted(folder.glob("*.py")):
-        tree = ast.parse(path.read_text())
+        if not path.is_file():  # to open a pipe is to wait
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except UNPARSED as error:
+            raise ConfigError(str(path), f"is no Python: {error}") from None
         if any(isinstance(node, ast.FunctionDef) and node.name == "get_config" for node in tree.body):
-            lines.append(f"{str(path):<28}{(ast.get_docstring(tree) or '').splitlines()[0]}")
+            lines.append(f"{str(path):<28}{(ast.get_docstring(tree) or '—').splitlines()[0]}")
     return "\n".join(lines) or f"no config files in {folder}"
 
 
@@ -262,5 +286,5 @@ def _no_config() -> ConfigError:
 
 
 def _fail(message: object, status: int = 1) -> None:
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    show(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(status)

@@ -35,12 +35,12 @@ def main(src: str, dst: str) -> None:
     """Convert, and say what was read, what was written, and how to use it."""
     check_target(dst, OVERWRITE.value)
     weights = source.open_source(src, "SRC")
-    print("\n".join(describe(weights)), flush=True)
+    cli.show(*describe(weights))
     lines = export(weights, dst, names=STYLE.value, normalisation=_normalisation(weights), fold=FOLD.value,
                    overwrite=OVERWRITE.value)
     count = sum(leaf.size for leaf in jax.tree.leaves(weights.shapes))
-    print(f"wrote     {dst}: {count:,} parameters" + ", for pixels from -1 to 1" * FOLD.value)
-    print("\n".join(lines))
+    cli.show(f"wrote     {dst}: {count:,} parameters" + ", for pixels from -1 to 1" * FOLD.value)
+    cli.show(*(part for line in lines for part in line.split("\n")))
 
 
 def describe(weights: Weights) -> Iterator[str]:

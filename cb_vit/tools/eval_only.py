@@ -107,7 +107,7 @@ def _measure(evaluators: Mapping[str, Any], state: TrainState) -> None:
 
 def _tell(*lines: str) -> None:
     if jax.process_index() == 0:
-        print("\n".join(lines))
+        cli.show(*lines)
 
 
 if __name__ == "__main__":

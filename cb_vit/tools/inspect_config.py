@@ -34,8 +34,7 @@ def main(config: ml_collections.ConfigDict) -> None:
     for title, lines in (("config", _config(settings)), ("data", describe("config.input.data", run.pipeline.source)),
                          ("parameters", _parameters(run)), ("run", _run(run)),
                          ("memory per device", _memory(run))):
-        print(f"\n# {title}")
-        print("\n".join(lines))
+        cli.show("", f"# {title}", *lines)
 
 
 def _source(settings: Settings) -> Source | None:

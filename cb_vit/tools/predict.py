@@ -10,24 +10,28 @@ on stderr; the rest goes on, and the exit status is 1.
 """
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import json
+import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from absl import flags
 
-from cb_vit import attention_maps, io
+from cb_vit import attention_maps, io, retry
 from cb_vit.config import ConfigError, Failure
 from cb_vit.datasets.folder import EXTENSIONS
 from cb_vit.prediction import Prediction, Predictor, preprocessing
+from cb_vit.texts import parse_json, printable
 from cb_vit.timing import Chrono, speed_text
 from cb_vit.tools import cli, source
 from cb_vit.weights import Weights
 
+logger = logging.getLogger(__name__)
 FLAGS = flags.FLAGS
 QUIET = 10.0  # seconds before the first word on progress, and between two
 
@@ -86,18 +90,17 @@ def predict(files: Sequence[str], weights: Weights, options: Options) -> None:
     number = weights.model.num_classes
     names = read_names(options.classes, number) if options.classes else weights.class_names or [None] * number
     for line in (f"{weights}: {weights.format}, {number} classes", *weights.notes, f"images: {preprocess.text}"):
-        print(line, file=sys.stderr)
+        cli.show(line, file=sys.stderr)
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
-    width, broken = max(map(len, files)), 0
+    width, broken = max(len(printable(file)) for file in files), 0
     batch_size = min(options.batch_size, len(files))
     for found in _progress(predictor(files, batch_size), len(files), batch_size):
         if found.error:
             broken += 1
-            print(f"{found.path}: {found.error}", file=sys.stderr)
+            cli.show(f"{found.path}: {found.error}", file=sys.stderr)
             continue
         lines = [json.dumps(as_json(found, names))] if options.format == "json" else as_table(found, names, width)
-        print("\n".join(lines))
+        cli.show(*lines)
         if pictures:
             _draw(pictures[found.path], found, predictor.view, names)
     if broken:
@@ -107,25 +110,36 @@ def predict(files: Sequence[str], weights: Weights, options: Options) -> None:
 def find_images(paths: Sequence[str]) -> list[str]:
     """Files as given, and those in folders by their extension; each once.
 
-    They are sorted by name, those of a folder itself before those of the folders in it.
+    They are sorted by name, those of a folder itself before those of the folders in it. A pipe or a device with the
+    name of an image is left out, with a warning.
 
     Raises:
-        ConfigError: at "arguments": a path that does not exist, or no image at all.
+        ConfigError: at "arguments": a path that does not exist or is neither file nor folder, or no image at all.
     """
     found: list[str] = []
     for path in paths:
         if not os.path.exists(path):
             raise ConfigError("arguments", f"{path} does not exist; give images, or folders of them")
         if not os.path.isdir(path):
+            if not os.path.isfile(path):  # to open a pipe is to wait
+                raise ConfigError("arguments", f"{path} is {io.DEVICE}; give images, or folders of them")
             found.append(path)
             continue
         for folder, below, files in os.walk(path):
             below[:] = sorted(name for name in below if name[0] != ".")
-            found += [os.path.join(folder, name) for name in sorted(files)
+            images = [os.path.join(folder, name) for name in sorted(files)
                       if name.lower().endswith(EXTENSIONS) and name[0] != "."]
+            for image in images:
+                if os.path.exists(image) and not os.path.isfile(image):
+                    logger.warning("left out: %s is %s", image, io.DEVICE)
+                else:  # a link to what is not there is told where it is read
+                    found.append(image)
     if not found:
         raise ConfigError("arguments", f"no images in {', '.join(paths)}; they end in {', '.join(EXTENSIONS)}")
-    return list(dict.fromkeys(found))
+    once: dict[str, str] = {}
+    for path in found:
+        once.setdefault(os.path.abspath(path), path)
+    return list(once.values())
 
 
 def as_json(found: Prediction, names: Sequence[str | None]) -> dict:
@@ -138,7 +152,7 @@ def as_json(found: Prediction, names: Sequence[str | None]) -> dict:
 def as_table(found: Prediction, names: Sequence[str | None], width: int) -> Iterator[str]:
     """A line for each class: path (in the first alone), probability, name; `width` is that of the longest path."""
     for row, (number, probability) in enumerate(zip(found.classes, found.probabilities, strict=True)):
-        yield f"{'' if row else found.path:<{width}}  {100 * probability:6.2f} %  {_label(names, number)}"
+        yield f"{'' if row else printable(found.path):<{width}}  {100 * probability:6.2f} %  {_label(names, number)}"
 
 
 def read_names(path: str, num_classes: int) -> list[str]:
@@ -153,11 +167,12 @@ def read_names(path: str, num_classes: int) -> list[str]:
         ConfigError: at "--classes".
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-        content = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
+        with io.open_regular(path) as file:
+            data = file.read()
+        text = data.decode("utf-8-sig")
+        content = parse_json(data) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
         if isinstance(content, dict):
-            pairs = [pair[::-1] if isinstance(pair[1], int) else pair for pair in content.items()]
+            pairs = [pair[::-1] if type(pair[1]) is int else pair for pair in content.items()]
             numbered = {int(number): name for number, name in pairs}
             content = [numbered[number] for number in range(len(pairs))]
         names = [name[-1] if isinstance(name, list) else name for name in content]
@@ -165,8 +180,9 @@ def read_names(path: str, num_classes: int) -> list[str]:
             raise ValueError("an entry is no text")
     except OSError as error:
         raise ConfigError("--classes", f"{path}: {error.strerror}") from None
-    except (ValueError, LookupError) as error:
-        raise ConfigError("--classes", f"{path} holds neither one name a line nor JSON of names ({error!r})") from None
+    except retry.PARSING as error:
+        raise ConfigError("--classes", f"{path} holds neither one name a line nor JSON of names "
+                                       f"({error!r:.200})") from None
     if len(names) != num_classes:
         raise ConfigError("--classes", f"{path} has {len(names)} names, the model {num_classes} classes")
     return [name.strip() for name in names]
@@ -192,24 +208,40 @@ def pick_layers(text: str, depth: int) -> tuple[int, ...]:
 
 
 def _pictures(files: Sequence[str], options: Options) -> dict[str, str]:
-    """By image, where the picture of its attention goes: the folders that differ, and the name, so that none meet."""
+    """By image, where the picture of its attention goes.
+
+    Folders that differ are kept, and `a.jpg` becomes `a.png`; where two would meet, they keep their extensions too.
+    """
     if options.attention is None:
         if options.layers != "last" or options.rollout or options.overwrite:
             raise ConfigError("--attention", "not given, and --layers, --rollout and --overwrite are about its "
                                              "pictures; for example --attention=looks")
         return {}
     common = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
-    pictures = {file: f"{os.path.join(options.attention, os.path.relpath(file, common))}.png" for file in files}
+    inside = {file: os.path.relpath(file, common) for file in files}
+    names = _unique_pictures(set(inside.values()))
+    pictures = {file: os.path.join(options.attention, names[name]) for file, name in inside.items()}
+    if eaten := set(map(os.path.realpath, pictures.values())) & set(map(os.path.realpath, files)):
+        raise ConfigError("--attention", f"{min(eaten)} is one of the images; choose another folder for the pictures")
     there = next(filter(os.path.lexists, pictures.values()), None)
     if there and not options.overwrite:
         raise ConfigError("--attention", f"{there} is already there; choose another folder, or give --overwrite")
     return pictures
 
 
+def _unique_pictures(names: Collection[str]) -> dict[str, str]:
+    """`a/b.jpg` → `a/b.png`, or `a/b.jpg.png` where another image has that already."""
+    pictures = {name: f"{os.path.splitext(name)[0]}.png" for name in names}
+    while len(set(pictures.values())) < len(pictures):
+        counts = collections.Counter(pictures.values())
+        pictures = {name: f"{name}.png" if counts[picture] > 1 else picture for name, picture in pictures.items()}
+    return pictures
+
+
 def _draw(picture: str, found: Prediction, view: attention_maps.View, names: Sequence[str | None]) -> None:
-    title = f"{_label(names, found.classes[0])}   {found.probabilities[0]:.1%}"
+    title = printable(f"{_label(names, found.classes[0])}   {found.probabilities[0]:.1%}")
     png = attention_maps.draw_maps(found.image, dict(zip(view.titles, found.maps, strict=True)), title,
-                                   f"attention of {view.who}  \u00b7  {os.path.basename(found.path)}")
+                                   printable(f"attention of {view.who}  \u00b7  {os.path.basename(found.path)}"))
     with io.writing(picture):
         os.makedirs(os.path.dirname(picture), exist_ok=True)
         io.write_atomic(picture, png)

@@ -7,6 +7,7 @@ from typing import Any
 from absl import flags
 
 from cb_vit.config import ConfigError
+from cb_vit.registry import UNPARSED
 from cb_vit.weights import Weights, open_weights
 
 EMA = flags.DEFINE_bool("ema", False, "Of a run: the moving average of the parameters.")
@@ -48,6 +49,6 @@ def _keywords(texts: list[str]) -> dict[str, Any]:
             raise ConfigError("--model", f"{name!r} says nothing of a model; it is given as {OWN[name]}")
         try:
             found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (TypeError, *UNPARSED):
             found[name] = value  # a word
     return found

@@ -1,0 +1,54 @@
+"""What others wrote: how it is shown to people, and the one way in which JSON is read."""
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+MAX_DEPTH = 64  # of lists and objects in each other; all that reads it afterwards may recurse
+# What a terminal obeys or cannot encode: controls, ends of lines, directions of writing, halves of pairs (so Python has
+# the bytes of a file name that are no UTF-8).
+_UNSHOWN = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: Any) -> str:
+    """`text` in one line for a terminal, a log or a picture: whatever could do more there than be read is escaped."""
+    return _UNSHOWN.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def parse_json(content: bytes, encodable: bool = False) -> Any:
+    """What JSON of anybody's says.
+
+    Args:
+        content: UTF-8, with or without a byte order mark, or UTF-16 or -32.
+        encodable: refuse names that hold half of a surrogate pair, which could never be printed or written.
+
+    Raises:
+        ValueError: it is not JSON, nested too deep, says a name twice or has a number that nothing can hold.
+    """
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) != len(pairs):
+            raise ValueError("a name stands twice")
+        if encodable:
+            "".join(found).encode()
+        return found
+
+    try:
+        found = json.loads(content, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    if content.count(b"[") + content.count(b"{") > MAX_DEPTH:
+        _check_depth(found)
+    return found
+
+
+_TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
+
+
+def _check_depth(tree: Any) -> None:
+    level, depth = [tree], 0
+    while level := [item for node in level if isinstance(node, dict | list)
+                    for item in (node.values() if isinstance(node, dict) else node)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(_TOO_DEEP)
