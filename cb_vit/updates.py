@@ -199,9 +199,9 @@ def unit_axes(name: str, ndim: int) -> tuple[int, ...]:
     return tuple(range(int(is_stacked(name)), ndim - outputs))
 
 
-def _norm(x: Float[Array, ...], axes: tuple[int, ...]) -> Float32[Array, ...]:
+def _norm(x: Float[Array, " ..."], axes: tuple[int, ...]) -> Float32[Array, " ..."]:
     return jnp.sqrt(_squares(x, axes))
 
 
-def _squares(x: Float[Array, ...], axes: tuple[int, ...]) -> Float32[Array, ...]:
+def _squares(x: Float[Array, " ..."], axes: tuple[int, ...]) -> Float32[Array, " ..."]:
     return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True)
