@@ -13,7 +13,6 @@ import os
 import shlex
 import sys
 
-from cb_vit.timing import speed_text
 from cb_vit.tools import cli
 
 
@@ -33,19 +32,20 @@ def main(config) -> None:
 
 def summary(metrics: dict[str, float], workdir: str) -> str:
     """The end of a run in a few lines, the last of them a command: to evaluate, or to go on."""
+    from cb_vit.workdir import read_run
+
     lines = [(name, f"{value:.4f}") for name, value in metrics.items() if name.endswith(("/prec@1", "/loss"))]
-    if "img/sec" in metrics:
-        lines.append(("speed", f"{speed_text(metrics['img/sec'])} in the median"))
     lines += [(what, os.path.join(workdir, name)) for what, name in (
         ("checkpoints", "checkpoints"), ("metrics", "metrics.jsonl"), ("curves", "training_curves.png"))]
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd() + os.sep) else "python"
     given = cli.FLAGS["config"].config_filename
     overrides = [arg for arg in sys.argv[1:] if arg.startswith(("--config.", "--noconfig."))]
-    ended = metrics["step"] == metrics["total_steps"]
+    total = read_run(workdir)["total_steps"]
+    ended = metrics["step"] == total
     program = ["-m", "cb_vit.tools.eval_only"] if ended else [os.path.relpath(sys.argv[0])]
     command = [python, *program, f"--config={given}", f"--workdir={workdir}", *overrides]
     if not ended:
-        lines.append(("stopped", f"at step {metrics['step']:.0f} of {metrics['total_steps']:.0f}"))
+        lines.append(("stopped", f"at step {metrics['step']:.0f} of {total}"))
     lines.append(("next" if ended else "to go on", shlex.join(command)))
     width = max(len(what) for what, _ in lines) + 2
     return "\n" + "\n".join(f"{what:<{width}}{text}" for what, text in lines)

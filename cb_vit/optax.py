@@ -161,10 +161,11 @@ def warn_mismatch(cfg: OptimiserConfig, *, batch_size: int, width: int) -> str |
         batch_size: examples in a global batch.
         width: the model's; narrow ones stand more.
     """
-    if cfg.optax_name != "scale_by_adam" or width < 192 or peak_lr(cfg, batch_size) <= 2e-3:
+    rate = peak_lr(cfg, batch_size)
+    if cfg.optax_name != "scale_by_adam" or width < 192 or rate <= 2e-3:
         return None
-    return (f"config.lr: a peak of {peak_text(cfg, batch_size)} is a learning rate for LAMB; with Adam's direction a "
-            f"width of {width} may diverge above 0.002. Lower lr, or set optax_name='scale_by_lamb'")
+    return (f"config.lr: a peak of {rate:g} is a learning rate for LAMB; with Adam's direction a width of {width} may "
+            "diverge above 0.002. Lower lr, or set optax_name='scale_by_lamb'")
 
 
 def describe(cfg: OptimiserConfig, params_shapes: Tree, *, path: str = "config") -> list[ParamRule]:

@@ -22,7 +22,6 @@ from cb_vit import dist, experiment, io, startup
 from cb_vit import workdir as workdir_lib
 from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import Failure
-from cb_vit.curves import Series
 from cb_vit.datasets import DataError
 from cb_vit.evaluators.common import EMA, measure
 from cb_vit.experiment import Experiment
@@ -32,7 +31,7 @@ from cb_vit.optax import peak_lr
 from cb_vit.profiling import Profiler
 from cb_vit.settings import check
 from cb_vit.skip_errors import Judge
-from cb_vit.timing import Chrono, memory_stats, peak_flops
+from cb_vit.timing import Chrono, memory_stats, peak_flops, speed_text
 from cb_vit.train_state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -52,8 +51,8 @@ def train_and_evaluate(
         workdir: the run's folder, local or in a bucket.
 
     Returns:
-        `step` and `total_steps`: how many steps are complete, and of how many; and of every metric recorded the last
-        value, of `img/sec` the median of the run (on the first process alone).
+        `step`, how many steps are complete, and the last value of every metric recorded (on the first process;
+        elsewhere only `step`).
 
     Raises:
         ConfigError: the config cannot work, by itself or with what the workdir holds; nothing of that is changed.
@@ -93,13 +92,7 @@ def train_and_evaluate(
         loop = Loop(run, evals, checkpointer, writer, chrono, profiler, stop, judge, meta.get("examples_skipped", 0),
                     meta.get("model_init"))
         state = loop.run(state)
-        return {"step": int(state.step), "total_steps": run.total_steps, **summarise(writer.history())}
-
-
-def summarise(history: Mapping[str, Series]) -> dict[str, float]:
-    """What a run comes to: the last value of each metric, and of the speed the median."""
-    last = {name: float(values[-1]) for name, (_, values) in history.items()}
-    return last | {name: float(np.median(history[name][1])) for name in ("img/sec", "img/sec/core") if name in last}
+        return {"step": int(state.step), **{name: float(values[-1]) for name, (_, values) in writer.history().items()}}
 
 
 @dataclasses.dataclass
@@ -256,9 +249,11 @@ class Loop:
     def _say_goodbye(self, step: int, first: int, stopping: bool) -> None:
         if stopping:
             logger.info("told to stop: %s; the same command goes on from there",
-                        f"saved at step {step} of {self.experiment.total_steps}" if step else "not a step is done")
+                        f"saved at step {step}" if step else "not a step is done")
         else:
             logger.info("%s at step %d", "done" if first < step else "this run is already complete,", step)
+        if "img/sec" in (history := self.writer.history()):
+            logger.info("%s in the median of the run", speed_text(float(np.median(history["img/sec"][1]))))
 
     def _diverged(self, step: int, values: dict[str, float]) -> NonFinite:
         shown = ", ".join(f"{name} {values[name]:g}" for name in ("training_loss", "l2_grads", "l2_params"))

@@ -30,6 +30,7 @@ def get_config(arg=None):
     source = dict(name=arg.dataset, data_dir=arg.data_dir, root=arg.root)
     config.input.data = c.data(split="train", **source)
     config.input.batch_size = arg.batch_size
+    config.input.virtual_ranks = c.ranks(arg.batch_size, 4)
     config.input.repeats = 3 if arg.dataset == "imagenet2012" else 1
     config.input.pp = (f"decode|inception_crop({arg.size})|flip_lr|randaug('rand-m9-mstd0.5-inc1')|"
                        f"{c.normalise(arg.classes)}")

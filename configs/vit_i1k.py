@@ -22,6 +22,7 @@ def get_config(arg=None):
     imagenet = dict(name="imagenet2012", data_dir=arg.data_dir, root=arg.root)
     config.input.data = c.data(split="train[:99%]", **imagenet)
     config.input.batch_size = arg.batch_size
+    config.input.virtual_ranks = c.ranks(arg.batch_size, 4)
     normalise = c.normalise(arg.classes, "value_range(-1, 1)")
     # big_vision's inception_crop begins at 5 % of the area; ours, like timm's, at 8 % unless told.
     config.input.pp = (f"decode|inception_crop({arg.size}, area_min=5)|flip_lr|"

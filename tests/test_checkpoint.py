@@ -231,7 +231,7 @@ def truncate(path):
 
 def flip(path):
     content = bytearray(path.read_bytes())
-    for place in range(len(content) // 4, len(content), max(1, len(content) // 4)):
+    for place in range(len(content) // 4, len(content), 64):  # some bytes of a file are read by nobody
         content[place] ^= 0x55
     path.write_bytes(content)
 

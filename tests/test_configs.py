@@ -146,6 +146,17 @@ def test_deit_is_deit():
     assert "resize_small(256)|central_crop(224)" in cfg.evals["val"]["pp_fn"]
 
 
+@pytest.mark.parametrize("module, most", [(deit_i1k, 4), (deit3_i1k, 8), (vit_i1k, 4), (finetune, 4)])
+@pytest.mark.parametrize("batch_size", [36, 64])
+def test_other_classes_and_batches_are_two_arguments(module, most, batch_size):
+    given = f"{f'{INIT},' * (module is finetune)}variant=S/16,root=/pets,classes=37,batch_size={batch_size}"
+    settings = check(module.get_config(given))
+    assert settings.train.num_classes == settings.preprocess.num_classes == 37
+    assert all("onehot(37)" in config.pp_fn for config in settings.evals.values())
+    ranks = settings.train.input.virtual_ranks
+    assert settings.train.input.batch_size == batch_size and ranks <= most and batch_size % (2 * ranks) == 0
+
+
 def test_deit_with_a_teacher_is_distilled():
     config = deit_i1k.get_config("teacher=/runs/teacher")
     settings = check(config)

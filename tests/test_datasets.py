@@ -551,6 +551,21 @@ def test_folder_layout_errors(tmp_path):
         folder("gs://bucket/images")
 
 
+def test_other_layouts_of_folders_are_told(tmp_path):
+    make_folder(tmp_path / "splits", {("train", "cat"): 2, ("train", "dog"): 1})
+    make_folder(tmp_path, {("classes", "cat"): 1, ("classes", "dog"): 1})
+    for root, cause in (
+            ("classes", r"holds the classes themselves \(cat, dog\), and no splits; move their folders into .*/train, and"),
+            ("splits/train", rf"is a split itself, with the classes cat, dog; give root={tmp_path}/splits:"),
+            (".", rf"the splits are one folder deeper; give root={tmp_path}/splits:")):
+        with pytest.raises(ConfigError, match=rf"\.root: .*{cause}.*no split 'train'.*expected ROOT/train/<class>"):
+            folder(tmp_path / root)
+    (tmp_path / "flat" / "train").mkdir(parents=True)
+    (tmp_path / "flat" / "train" / "a.jpg").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"\.root: no class folders in .*/flat/train, where images lie without one"):
+        folder(tmp_path / "flat")
+
+
 def test_folder_reads_what_pillow_reads_safely(tmp_path):
     for i, (suffix, form) in enumerate(dict(jpg="JPEG", jpeg="JPEG", jpe="JPEG", jfif="JPEG", png="PNG", webp="WEBP",
                                             bmp="BMP", tif="TIFF", TIFF="TIFF", gif="GIF").items()):

@@ -10,9 +10,10 @@ from cb_vit.config import ConfigError, parse
 from cb_vit.schedules import ScheduleConfig
 
 
-def build(total_steps=110, batch_size=8, examples=80, peak_lr=1.0, **block):
+def build(total_steps=110, batch_size=8, examples=80, peak_lr=1.0, peak_text=None, **block):
     cfg = parse(ScheduleConfig, block, "config.schedule")
-    return schedules.create(cfg, peak_lr=peak_lr, total_steps=total_steps, batch_size=batch_size, examples=examples)
+    return schedules.create(cfg, peak_lr=peak_lr, total_steps=total_steps, batch_size=batch_size, examples=examples,
+                            peak_text=peak_text)
 
 
 def values(schedule, steps):
@@ -165,6 +166,9 @@ def test_deit_without_a_warmup_starts_at_the_peak():
     (dict(warmup_lr=0.1), {}, "config.schedule.warmup_lr: has no effect without a warm-up; set warmup_steps or"),
     (dict(warmup_lr=2, warmup_steps=9), {}, "config.schedule.warmup_lr: 2 is above the peak learning rate 1"),
     (dict(min_lr=1e-3), dict(peak_lr=1e-4), "config.schedule.min_lr: 0.001 is above the peak learning rate 0.0001"),
+    (dict(warmup_lr=1e-6, warmup_steps=9), dict(peak_lr=3e-7, peak_text="3e-07 (lr 5e-06 × 30 / 500)"),
+     "config.schedule.warmup_lr: 1e-06 is above the peak learning rate 3e-07 (lr 5e-06 × 30 / 500); lower it, for "
+     "example to 0 or 3e-08, or raise lr"),
     (dict(decay_type="linear", min_lr=0.1), {},
      "config.schedule.min_lr: has no effect with decay_type='linear'; it needs 'cosine' or 'deit'"),
     (dict(min_lr=0.1, cooldown_steps=9), {}, "config.schedule.min_lr: the cooldown ends at 0; drop min_lr or"),

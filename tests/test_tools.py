@@ -48,8 +48,10 @@ def test_eval_only_without_a_run(args, error):
 
 
 def test_eval_only_on_another_model(finished):
-    code, _, err = tool("eval_only", "--config=configs/debug.py", f"--workdir={finished[0]}", "--config.model.width=64")
-    assert code == 1 and "in checkpoint 3" in err and err.count("\n") == 1
+    code, _, err = tool("eval_only", "--config=configs/debug.py", f"--workdir={finished[0]}",
+                        "--config.model.variant=nano/4")
+    assert code == 1 and err.count("\n") == 1
+    assert err.startswith("error: workdir: config.model.variant is 'mu/4' there and 'nano/4' here: checkpoint 3 in")
 
 
 def test_inspect_config_counts_what_training_uses(finished):

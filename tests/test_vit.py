@@ -267,6 +267,9 @@ def test_bfloat16_matmuls_stay_near_float32_and_parameters_stay_float32():
 
 @pytest.mark.parametrize("kw, message", [
     (dict(variant="SS/16"), "model.variant: unknown ViT variant 'SS'; did you mean S?"),
+    *((dict(variant=variant), f"model.variant: unknown ViT variant '{variant}'; did you mean {meant}\\?$")
+      for variant, meant in (("b/16", "B/16"), ("B16", "B/16"), ("ViT-B-32", "B/32"), ("TI/16", "Ti/16"),
+                             ("so400m/14", "So400m/14"), ("vit_base_patch16_224", "B/16"), ("deit_tiny", "Ti"))),
     (dict(variant="S/x"), "model.variant: expected SIZE/PATCH"),
     (dict(variant="S"), "model.patch_size: not set"),
     (dict(variant="S/16", num_heads=5), "model.num_heads: 5 does not divide width 384"),

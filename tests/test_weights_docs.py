@@ -92,7 +92,7 @@ def test_a_command(files, command):
                             env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr
     if "predict" in command:  # one of them; `test_predict.py` has the flags of the others
-        assert "scans/a.png" in result.stdout and (files / "looks" / "a.png.png").exists()
+        assert "scans/a.png" in result.stdout and (files / "looks" / "a.png").exists()
         return
     assert result.stderr == ""
     assert "val/prec@1" in result.stdout or "wrote     " in result.stdout
