@@ -555,7 +555,7 @@ def test_other_layouts_of_folders_are_told(tmp_path):
     make_folder(tmp_path / "splits", {("train", "cat"): 2, ("train", "dog"): 1})
     make_folder(tmp_path, {("classes", "cat"): 1, ("classes", "dog"): 1})
     for root, cause in (
-            ("classes", r"holds the classes themselves \(cat, dog\), and no splits; move their folders into .*/train, and"),
+            ("classes", r"holds the classes themselves \(cat, dog\), and no splits; move their folders into .*/train"),
             ("splits/train", rf"is a split itself, with the classes cat, dog; give root={tmp_path}/splits:"),
             (".", rf"the splits are one folder deeper; give root={tmp_path}/splits:")):
         with pytest.raises(ConfigError, match=rf"\.root: .*{cause}.*no split 'train'.*expected ROOT/train/<class>"):
