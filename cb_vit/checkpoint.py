@@ -244,7 +244,8 @@ class Checkpointer:
         try:
             yield
         except Damaged as error:
-            raise ConfigError("checkpoint", f"step {step} in {self.directory} is damaged ({error})") from None
+            raise ConfigError("checkpoint", f"step {step} in {self.directory} is damaged ({error}); "
+                                            "give another, as WORKDIR@STEP") from None
 
     def _set_aside(self, step: int, error: Damaged) -> None:
         target = self._free(str(step))

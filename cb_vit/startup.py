@@ -184,7 +184,7 @@ def restore_or_create(
         with contextlib.closing(Checkpointer(directory, read_only=True)) as other:
             if restored := _restore(run, run.cfg.resume, other):
                 return restored
-        raise ConfigError("config.resume", f"{directory} holds no checkpoint")
+        raise ConfigError("config.resume", f"{directory} holds no checkpoint; give the workdir of a run that has one")
     if run.cfg.model_init:
         return begin_from(run, open_init(run.cfg))
     return run.create_state(), {}

@@ -8,6 +8,12 @@ import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+# The models of tests are small, and most of the time goes by in compiling them: a third of it without optimisation.
+# A version that does not know a flag would end the process, so that others go without.
+if jax.__version_info__[:2] == (0, 10):
+    os.environ["XLA_FLAGS"] = " ".join([
+        "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1", os.environ.get("XLA_FLAGS", "")])
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("cb_vit", "typecheck.checked")

@@ -22,7 +22,7 @@ DEBUG = "--config=configs/debug.py"
 
 
 def run(*args, cwd=ROOT, **env):
-    clean = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "TFDS_DATA_DIR")}
+    clean = {name: value for name, value in os.environ.items() if name != "TFDS_DATA_DIR"}
     return subprocess.run([sys.executable, str(ROOT / "main.py"), *map(str, args)], cwd=cwd, capture_output=True,
                           text=True, timeout=120, env=clean | {"JAX_PLATFORMS": "cpu"} | env)
 
@@ -231,7 +231,7 @@ def test_an_impossible_value(tmp_path):
 
 def test_a_batch_that_the_devices_cannot_share(tmp_path):
     assert refused(DEBUG, "--config.input.batch_size=30", "--config.input.virtual_ranks=1", workdir=tmp_path / "run",
-                   XLA_FLAGS="--xla_force_host_platform_device_count=8") == \
+                   JAX_NUM_CPU_DEVICES="8") == \
         "config.input.batch_size: 30 cannot be shared evenly by 8 devices; use 24 or 32"
 
 

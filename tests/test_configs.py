@@ -3,7 +3,6 @@ import dataclasses
 import re
 from pathlib import Path
 
-import jax
 import pytest
 
 from cb_vit import experiment, optax, startup
@@ -38,13 +37,6 @@ CONFIGS = {  # arguments with which each file is small, and the classes of its d
     "imagenette": (imagenette, "variant=mu/16,size=32", 10),
     "vit_i1k": (vit_i1k, "variant=mu/16,size=32", 1000)}
 SIZES = {"cifar10": 32, "fashion_mnist": 28, "digits": 8}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_no_file_is_forgotten():

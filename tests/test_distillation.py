@@ -24,13 +24,6 @@ def config(pp, model=(), **changes):
                 plot=False) | changes
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     """The folder of a run with another normalisation than the student's, in scan layout."""

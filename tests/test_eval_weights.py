@@ -82,7 +82,7 @@ def test_without_training_data_on_eight_devices_and_in_any_normalisation(trained
     (tmp_path / "mine.py").write_text(CONFIG)
     code, out, err = evaluate(
         "--config=mine.py", f"--weights={folder / 'timm.safetensors'}", cwd=tmp_path,
-        XLA_FLAGS="--xla_force_host_platform_device_count=8")
+        JAX_NUM_CPU_DEVICES="8")
     assert code == 0 and not err, err
     got = metrics(out)
     for metric in ("loss", "prec@1", "prec@5"):  # the model's own is the first

@@ -30,13 +30,6 @@ SIZES = dict(patch_size=4, width=16, depth=1, mlp_dim=32, num_heads=2, pool_type
 MODEL = cb_vit.Model(CLASSES, **SIZES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def params():
     """Random parameters; no leaf is zero, or one."""

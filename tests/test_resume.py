@@ -50,8 +50,7 @@ class Run:
         command = [sys.executable, "main.py", "--config=configs/debug.py", f"--workdir={folder}",
                    "--config.plot=False", "--config.keep_last=1", *overrides]
         # Compiling is most of what so short a run spends.
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        environment |= dict(JAX_PLATFORMS="cpu", XLA_FLAGS=flags,
+        environment |= dict(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(devices),
                             JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1")
         self.folder, self.output = folder, folder.parent / f"{folder.name}-{time.monotonic_ns()}.txt"
         with open(self.output, "w") as file:

@@ -57,7 +57,7 @@ def test_eval_only_on_another_model(finished):
 def test_inspect_config_counts_what_training_uses(finished):
     workdir, _ = finished
     code, out, err = tool("inspect_config", "--config=configs/debug.py", "--config.total_epochs=3", "--compile",
-                          XLA_FLAGS="--xla_force_host_platform_device_count=4")
+                          JAX_NUM_CPU_DEVICES="4")
     assert code == 0, err
     lines = {line.split("  ")[0]: line for line in out.splitlines()}
     assert lines["steps"].split()[1:] == ["24", "(3.00", "epochs)"]  # 3 · 256 / 32

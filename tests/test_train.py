@@ -335,14 +335,6 @@ def forget(folder, step, key):
     path.write_text(json.dumps({**meta, "digest": digest(meta)}))
 
 
-@pytest.fixture
-def _compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("_compile_fast")
 def test_a_run_of_lamb_goes_on_with_the_norms_it_began_with(tmp_path, caplog):
     """One that does not say which has one a parameter, here and where another goes on from it; new ones have timm's."""
     caplog.set_level(logging.INFO)
@@ -631,7 +623,6 @@ EVERYTHING = {
     "total_steps": 4, "log_training_steps": 1, "ckpt_steps": 2}
 
 
-@pytest.mark.usefixtures("_compile_fast")
 def test_a_run_is_the_same_where_jax_has_64_bits(tmp_path):
     """Draws and dtypes are stated everywhere; optax alone corrects Adam's bias in float64, in the seventh digit."""
     config = tiny(**EVERYTHING, random_erasing=dict(prob=0.9, count=2))

@@ -40,13 +40,6 @@ SETTINGS = {
     "average, warm": FSDP | dict(ema=dict(decay=0.9, warmup=True), model=dict(scan=True))}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def build(name):
     """A tiny ViT with Context Broadcasting in float32, and SGD, which keeps the size of the gradient."""

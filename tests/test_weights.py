@@ -30,13 +30,6 @@ DATA = dict(name="fake", split="train", num_examples=32, image_size=8, num_class
 SIZES = dict(patch_size=4, width=16, depth=2, mlp_dim=32, num_heads=2, pool_type="tok", context="cb_s", gelu="erf")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def config(**changes):
     return dict(seed=0, total_steps=2, lr=0.01, input=dict(data=DATA, batch_size=8, pp=PP), model=SIZES, plot=False,
                 ckpt_steps=1, keep_last=9, ema=dict(decay=0.5)) | changes

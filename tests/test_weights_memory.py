@@ -59,7 +59,7 @@ def test_the_peak_is_below_three_times_the_file(tmp_path, write, ways):
     result = subprocess.run(
         [sys.executable, "-c", LOAD, tmp_path / "small", tmp_path / "large", str(ways)], cwd=ROOT, text=True,
         capture_output=True, timeout=120,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={ways}"})
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(ways)})
     assert result.returncode == 0, result.stderr
     peak, held = map(int, result.stdout.split())
     print(f"{write.__name__}, {ways} devices: peak {peak / size:.2f} of the file; a device holds {held / size:.3f}")

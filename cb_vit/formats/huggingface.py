@@ -159,9 +159,10 @@ def _square(size: tuple[int, int]) -> int | list[int]:
 
 def _refuse(config: Config, headless: bool) -> None:
     if config.pool_type != "tok":
-        raise ConfigError("pool_type", f"transformers' ViT classifies by its class token, not by {config.pool_type!r}")
+        raise ConfigError("pool_type", f"transformers' ViT classifies by its class token, not by {config.pool_type!r}; "
+                                       "export to timm")
     if config.layer_scale is not None:
-        raise ConfigError("layer_scale", "transformers' ViT has no LayerScale")
+        raise ConfigError("layer_scale", "transformers' ViT has no LayerScale; export to timm")
     if config.context != "none":
         raise ConfigError("context", "transformers' ViT has no place for Context Broadcasting; export to timm")
     if config.rep_size and (not headless or config.rep_size not in (True, config.width)):

@@ -65,7 +65,7 @@ def _normalisation(weights: Weights) -> Normalisation | None:
     channels = weights.shapes["embedding"]["kernel"].shape[2]
     mean, std = _numbers("--mean", MEAN.value, channels), _numbers("--std", STD.value, channels)
     if min(std) == 0:
-        raise ConfigError("--std", "must be above 0")
+        raise ConfigError("--std", f"must be above 0, got {','.join(STD.value)}")
     return mean, std
 
 

@@ -38,7 +38,7 @@ def main(config: ml_collections.ConfigDict) -> None:
     """Print every metric of every evaluator."""
     settings = check(config)
     if not settings.evals:
-        raise ConfigError("config.evals", "has no evaluator")
+        raise ConfigError("config.evals", "has no evaluator; add one to the config, as in configs/digits.py")
     if WEIGHTS.value is not None:
         if FLAGS.workdir:
             raise ConfigError("--weights", "takes the place of --workdir; give one of them")
@@ -61,7 +61,7 @@ def _evaluate_run(settings: Settings, workdir: str) -> None:
         with startup.telling_settings(settings, workdir):
             restored = checkpointer.restore_latest(run.shapes, run.scan)
         if restored is None:
-            raise ConfigError("--workdir", f"{directory} holds no checkpoint")
+            raise ConfigError("--workdir", f"{directory} holds no checkpoint; give the workdir of a run that has one")
         state, _ = restored
         _tell(f"step {int(state.step)} of {directory}")
         _measure(startup.build_evaluators(run, known), state)

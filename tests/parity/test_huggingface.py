@@ -34,13 +34,6 @@ SIZES = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=6, interme
              patch_size=4, num_labels=5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make(kind, **options):
     """With random parameters."""
     config = (DeiTConfig if kind.__name__.startswith("DeiT") else ViTConfig)(**SIZES | options)

@@ -30,13 +30,6 @@ from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 NAMES = [name for module in ("vision_transformer", "deit") for name in list_models(module=module)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def make(name, **options):
     """On no device: names and shapes."""
     with torch.device("meta"):
