@@ -208,7 +208,8 @@ def test_descriptions_of_prepared_data(tmp_path):
 def test_json_is_read_in_one_way():
     assert texts.parse_json(b'\xef\xbb\xbf{"a": [1, "\\ud800"], "\\ud800": NaN}')["a"] == [1, "\ud800"]
     assert texts.parse_json(b"[" * 64 + b"]" * 64) and texts.parse_json(b"[" + b"[]," * 999 + b"1]")
-    for text, error in (("[" * 66 + "]" * 66, "nested more than 64 deep"), ('{"a":' * 9000, "nested more than 64 deep"),
+    for text, error in (("[" * 66 + "]" * 66, "nested more than 64 deep"),
+                        ('{"a":' * 9000 + "1" + "}" * 9000, "nested more than 64 deep"),
                         ('{"a": 1, "b": {"c": 1, "c": 2}}', "a name stands twice"), ("9" * 5000, "4300"),
                         ("", "Expecting value"), ("\udcff", "invalid start byte")):
         with pytest.raises(ValueError, match=error):
