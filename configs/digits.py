@@ -1,4 +1,4 @@
-"""A small CB-ViT on scikit-learn's digits, 1 797 real 8×8 scans: the whole path in a minute on two cores.
+"""A small CB-ViT on scikit-learn's digits, 1 797 real 8×8 scans: the whole path in a minute or two on two cores.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
     python main.py --config=configs/digits.py:context=none --workdir=runs/digits_plain

@@ -22,7 +22,7 @@ DEBUG = "--config=configs/debug.py"
 
 
 def run(*args, cwd=ROOT, **env):
-    clean = {name: value for name, value in os.environ.items() if name != "TFDS_DATA_DIR"}
+    clean = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "TFDS_DATA_DIR")}
     return subprocess.run([sys.executable, str(ROOT / "main.py"), *map(str, args)], cwd=cwd, capture_output=True,
                           text=True, timeout=120, env=clean | {"JAX_PLATFORMS": "cpu"} | env)
 

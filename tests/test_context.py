@@ -94,4 +94,7 @@ def test_mean_is_taken_in_float32_in_a_bfloat16_model():
 
 def test_jit_and_eager_agree():
     x = tokens(2, 9, 4)
-    np.testing.assert_allclose(jax.jit(broadcast_context)(x), broadcast_context(x), rtol=1e-6, atol=1e-7)
+    # Compiled as users have it: `conftest.py` turns off what these options turn on.
+    compiled = jax.jit(broadcast_context, compiler_options=dict(
+        xla_backend_optimization_level=3, xla_cpu_use_fusion_emitters=True))
+    np.testing.assert_array_equal(compiled(x), broadcast_context(x))
