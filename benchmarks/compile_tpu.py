@@ -38,7 +38,7 @@ def main(config):
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY.value).devices
     run = experiment.build(settings, devices=devices, source=datasets.open_source(fake, "fake"))
     start = time.monotonic()
-    with run.context():
+    with run.active_mesh():
         compiled = run.jit_train_step().lower(*run.step_shapes()).compile()
     seconds = time.monotonic() - start
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()

@@ -16,10 +16,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax as optax_lib
+import optax
 from jax.sharding import Mesh, NamedSharding
 
-from cb_vit import augment, datasets, dist, losses, models, optax, sharding
+from cb_vit import augment, datasets, dist, losses, models, sharding
+from cb_vit import optax as cb_optax
 from cb_vit import train_state as train_state_lib
 from cb_vit import train_step as train_step_lib
 from cb_vit.config import ConfigError, Duration, under
@@ -56,7 +57,7 @@ class Experiment:
     num_classes: int
     total_steps: int
     model: nn.Module
-    tx: optax_lib.GradientTransformation
+    tx: optax.GradientTransformation
     schedules: dict[str, Any]
     shapes: TrainState
     example_spec: Spec
@@ -73,7 +74,7 @@ class Experiment:
         devices = self.mesh.devices.ravel()
         return (f"{self.cfg.model_name} {variant}, {count:,} parameters; {self.total_steps:,} steps of "
                 f"{self.cfg.input.batch_size} images on {len(devices)} × {devices[0].device_kind}; peak learning rate "
-                f"{optax.peak_text(self.cfg, self.cfg.input.batch_size)}")
+                f"{cb_optax.peak_text(self.cfg, self.cfg.input.batch_size)}")
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -85,9 +86,9 @@ class Experiment:
         """Whether the model keeps its blocks in scan layout."""
         return getattr(self.settings.model, "scan", False)
 
-    def context(self) -> contextlib.AbstractContextManager[None]:
+    def active_mesh(self) -> contextlib.AbstractContextManager[None]:
         """Trace and run jitted functions in this."""
-        return sharding.context(self.mesh, self.cfg.sharding_rules)
+        return sharding.active_mesh(self.mesh, self.cfg.sharding_rules)
 
     def init(self, key: jax.Array) -> Any:
         """Parameters from a key."""
@@ -144,7 +145,7 @@ class Experiment:
         cfg = self.cfg
         step = functools.partial(
             train_step_lib.train_step, model=self.model, tx=self.tx,
-            trainable=optax.trainable(cfg, self.shapes.params), loss=losses.LOSSES[cfg.loss],
+            trainable=cb_optax.trainable(cfg, self.shapes.params), loss=losses.LOSSES[cfg.loss],
             prepare=self.settings.preprocess.device, augment=self.augment, seed=cfg.seed,
             distil=self.teacher and self.teacher.loss, ema=cfg.ema, grad_accum_steps=cfg.grad_accum_steps)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
@@ -219,7 +220,7 @@ def build(
     model = models.get(cfg.model_name).Model(num_classes, **dataclasses.asdict(settings.model))
     init = functools.partial(init_params, model, spec["image"][0])
     params = jax.eval_shape(init, jax.random.key(0))
-    tx, schedules = optax.make(cfg, params, total_steps=total_steps, batch_size=cfg.input.batch_size,
+    tx, schedules = cb_optax.make(cfg, params, total_steps=total_steps, batch_size=cfg.input.batch_size,
                                examples=pipeline.examples_per_epoch)
     shapes = train_state_lib.state_shapes(init, tx, cfg.ema is not None)
     shardings = train_state_lib.state_shardings(shapes, cfg.sharding_strategy, mesh)

@@ -15,15 +15,8 @@ from cb_vit.experiment import Experiment
 from cb_vit.settings import TrainConfig
 from cb_vit.train_state import TrainState
 from cb_vit.tree import first_match, flatten_with_names, map_with_names
-from cb_vit.weights import (
-    LoadConfig,
-    Weights,
-    compare,
-    fold_normalisation,
-    open_weights,
-    same_normalisation,
-    with_channels,
-)
+from cb_vit.weights import LoadConfig, Weights, open_weights
+from cb_vit.weights.loading import compare, fold_normalisation, same_normalisation, with_channels
 
 logger = logging.getLogger(__name__)
 

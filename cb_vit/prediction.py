@@ -14,13 +14,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from cb_vit import io, retry
-from cb_vit.attention_maps import View
+from cb_vit.analysis.attention_maps import View
 from cb_vit.config import ConfigError, Failure
 from cb_vit.models.vit import patch_grid
 from cb_vit.pp import builder
 from cb_vit.pp.builder import Preprocess
 from cb_vit.registry import parse_calls
-from cb_vit.weights import LABEL_OPS, Weights
+from cb_vit.weights import Weights
+from cb_vit.weights.loading import LABEL_OPS
 
 T, U = TypeVar("T"), TypeVar("U")
 THREADS = min(16, os.cpu_count() or 1)

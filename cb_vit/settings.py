@@ -8,7 +8,8 @@ from typing import Any
 
 import ml_collections
 
-from cb_vit import datasets, models, optax, sharding
+from cb_vit import datasets, models, sharding
+from cb_vit import optax as cb_optax
 from cb_vit.augment import ErasingConfig, MixupConfig
 from cb_vit.checkpoint import KeepBest
 from cb_vit.config import ConfigError, Duration, parse, plain, under
@@ -16,10 +17,10 @@ from cb_vit.distillation import DistillationConfig
 from cb_vit.evaluators.common import EvaluatorConfig, parse_evals
 from cb_vit.input_pipeline import InputConfig
 from cb_vit.losses import LOSSES
-from cb_vit.metric_writer import LoggingConfig, check_installed
+from cb_vit.monitor.metric_writer import LoggingConfig, check_installed
+from cb_vit.monitor.profiling import ProfileConfig
 from cb_vit.pp import builder
 from cb_vit.pp.builder import Preprocess
-from cb_vit.profiling import ProfileConfig
 from cb_vit.registry import suggest
 from cb_vit.train_state import EmaConfig
 from cb_vit.weights import LoadConfig
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(optax.OptimiserConfig, LoggingConfig):
+class TrainConfig(cb_optax.OptimiserConfig, LoggingConfig):
     """The whole config; the optimiser's and the metric writer's keys stand flat at its top as well.
 
     Attributes:
@@ -173,7 +174,7 @@ def check(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Settings:
         raise ConfigError("config.num_classes", f"{cfg.num_classes}, but input.pp has onehot({preprocess.num_classes})"
                                                 "; make both the same, in every pp_fn too (in some config files by the "
                                                 f"argument classes={cfg.num_classes})")
-    warning = optax.warn_mismatch(cfg, batch_size=cfg.input.batch_size, width=model.width)
+    warning = cb_optax.warn_mismatch(cfg, batch_size=cfg.input.batch_size, width=model.width)
     if warning:
         logger.warning("%s", warning)
     check_installed(cfg)

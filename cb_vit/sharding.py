@@ -149,7 +149,7 @@ def place(params: Tree, strategy: Sequence[tuple[str, str]], mesh: Mesh) -> Tree
 
 
 @contextlib.contextmanager
-def context(mesh: Mesh, rules: Sequence[tuple[str, str | tuple[str, ...]]]) -> Iterator[None]:
+def active_mesh(mesh: Mesh, rules: Sequence[tuple[str, str | tuple[str, ...]]]) -> Iterator[None]:
     """Trace and run jitted functions in this: names of activation axes get their mesh axes from `rules`."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield

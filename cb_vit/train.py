@@ -19,6 +19,7 @@ import ml_collections
 import numpy as np
 
 from cb_vit import dist, experiment, io, startup
+from cb_vit import optax as cb_optax
 from cb_vit import workdir as workdir_lib
 from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import Failure
@@ -26,12 +27,11 @@ from cb_vit.datasets import DataError
 from cb_vit.evaluators.common import EMA, measure
 from cb_vit.experiment import Experiment
 from cb_vit.input_pipeline import to_device
-from cb_vit.metric_writer import MetricWriter, check_login
-from cb_vit.optax import peak_lr
-from cb_vit.profiling import Profiler
+from cb_vit.monitor.metric_writer import MetricWriter, check_login
+from cb_vit.monitor.profiling import Profiler
+from cb_vit.monitor.timing import Chrono, memory_stats, peak_flops, speed_text
 from cb_vit.settings import check
 from cb_vit.skip_errors import Judge
-from cb_vit.timing import Chrono, memory_stats, peak_flops, speed_text
 from cb_vit.train_state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def train_and_evaluate(
     startup.check_hosts(run, evals)
     with contextlib.ExitStack() as stack:
         dist.together(lambda: stack.enter_context(workdir_lib.lock(workdir, primary)))
-        stack.enter_context(run.context())
+        stack.enter_context(run.active_mesh())
         checkpointer = startup.open_checkpoints(run, workdir)
         stack.enter_context(name_last_good(checkpointer))
         stack.enter_context(contextlib.closing(checkpointer))
@@ -205,7 +205,7 @@ class Loop:
         if not self._due(step, self.log_steps):
             return
         run = self.experiment
-        rate = peak_lr(run.cfg, run.cfg.input.batch_size)
+        rate = cb_optax.peak_lr(run.cfg, run.cfg.input.batch_size)
         # `step` is the number of updates made; the schedule of the last of them was that of step - 1.
         values |= {self.lr_names[regex]: rate * float(s(step - 1)) for regex, s in run.schedules.items()}
         if run.cfg.input.skip_errors:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cb_vit import Model
-from cb_vit.attention_maps import View, draw_maps, overlay, patch_map, reading_tokens, rollout
+from cb_vit.analysis.attention_maps import View, draw_maps, overlay, patch_map, reading_tokens, rollout
 
 GRID = (2, 3)
 

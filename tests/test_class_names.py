@@ -205,7 +205,7 @@ def test_a_head_is_kept_only_for_its_own_classes(run, animals, tmp_path, names, 
     settings = config("", model_init=str(run[2]))
     settings["input"] = settings["input"] | dict(data=data)
     built = startup.build(check(settings), tmp_path / "new")
-    with built.context():
+    with built.active_mesh():
         state, notes = startup.begin_from(built, startup.open_init(built.cfg))
     theirs = dict(flatten_with_names(weights.open_weights(run[2], "").read())[0])
     ours = dict(flatten_with_names(state.params)[0])

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cb_vit import experiment, optax, startup
+from cb_vit import experiment, startup
+from cb_vit import optax as cb_optax
 from cb_vit.config import ConfigError
 from cb_vit.settings import TrainConfig, check
 from cb_vit.tools.cli import list_configs
@@ -74,7 +75,7 @@ def small(name):
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "finetune"])
 def test_the_step_and_the_evaluators_of_a_config_can_be_made(name):
     run = experiment.build(check(small(name)))
-    with run.context():
+    with run.active_mesh():
         run.jit_train_step().lower(*run.step_shapes())
     assert "val" in startup.build_evaluators(run)
 
@@ -121,7 +122,7 @@ def test_deit_is_deit():
     """Number by number, from the table of its hyper-parameters (reference: arXiv 2012.12877, Table 9, and its code)."""
     settings = check(deit_i1k.get_config("variant=S/16"))
     cfg, model = settings.train, settings.model
-    assert optax.peak_lr(cfg, 1024) == pytest.approx(1e-3)
+    assert cb_optax.peak_lr(cfg, 1024) == pytest.approx(1e-3)
     given = flatten(settings.raw)
     for key, value in {
             "input.batch_size": 1024, "input.repeats": 3, "input.virtual_ranks": 4, "total_epochs": 300,
@@ -163,7 +164,7 @@ def test_deit3_is_deit3(variant, size, lr, rate):
     cfg, model = settings.train, settings.model
     assert f"inception_crop({size})|flip_lr|three_augment|color_jitter(0.3, 0.3, 0.3)" in cfg.input.pp
     assert f"resize_small({size})|central_crop({size})" in cfg.evals["val"]["pp_fn"]
-    assert (optax.peak_lr(cfg, 2048), cfg.weight_decay, cfg.grad_clip_norm) == (lr, 0.05, 1.0)
+    assert (cb_optax.peak_lr(cfg, 2048), cfg.weight_decay, cfg.grad_clip_norm) == (lr, 0.05, 1.0)
     assert (cfg.optax_name, cfg.loss, cfg.label_smoothing, cfg.input.batch_size) == ("scale_by_lamb", "bce", 0.0, 2048)
     assert (model.drop_path, model.drop_path_schedule, model.layer_scale) == (rate, "constant", 1e-4)
     assert cfg.random_erasing is None and cfg.mixup_group == 256

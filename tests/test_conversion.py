@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from cb_vit import formats
 from cb_vit.config import ConfigError
-from cb_vit.formats import FormatError, Tensor, big_vision, huggingface, timm
-from cb_vit.formats.conversion import convert, describe
 from cb_vit.models.vit import Config, Model, resolve
 from cb_vit.tree import flatten_with_names, unflatten_names
+from cb_vit.weights import containers
+from cb_vit.weights.containers import FormatError, Tensor
+from cb_vit.weights.dialects import big_vision, huggingface, timm
+from cb_vit.weights.dialects.conversion import convert, describe
 
 D, F, H, P, GRID, DEPTH, CLASSES = 32, 64, 4, 4, 3, 2, 5
 SIZES = dict(patch_size=P, width=D, depth=DEPTH, mlp_dim=F, num_heads=H)
@@ -354,8 +355,9 @@ def test_big_vision_is_ours_already(tmp_path):
     assert found.format == "big_vision" and found.model["pool_type"] == "map" and found.model["num_heads"] == H
 
     path = tmp_path / "two_towers.npz"
-    formats.write_npz(path, {f"params/img/{k}": v for k, v in arrays.items()} | {"params/t": np.zeros(1, np.float32)})
-    assert_same(read(convert(formats.parameters(formats.open_file(path)), prefix="img", path=str(path))), arrays)
+    image = {f"params/img/{name}": array for name, array in arrays.items()}
+    containers.write_npz(path, image | {"params/t": np.zeros(1, np.float32)})
+    assert_same(read(convert(containers.parameters(containers.open_file(path)), prefix="img", path=str(path))), arrays)
 
 
 def test_scanned_blocks_are_taken_apart_and_read_once():
@@ -428,10 +430,10 @@ def assert_same_model(found, config):
 def test_to_timm_and_back_is_the_same_bits(kw, tree, tmp_path):
     params, config = ours(**kw)
     path, statistics = tmp_path / "model.safetensors", ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    formats.write_safetensors(path, timm.to_timm(unflatten_names(params) if tree else params, config),
+    containers.write_safetensors(path, timm.to_timm(unflatten_names(params) if tree else params, config),
                               describe(config, statistics))
-    file = formats.open_file(path)
-    found = convert(formats.parameters(file), path=str(path), metadata=file.metadata)
+    file = containers.open_file(path)
+    found = convert(containers.parameters(file), path=str(path), metadata=file.metadata)
     assert_same(read(found), params)
     assert_same_model(found, config)
     assert found.normalisation == statistics and found.num_classes == CLASSES
@@ -488,10 +490,10 @@ def test_arguments_of_timms_class():
 def test_to_big_vision_and_back_is_the_same_bits(kw, tmp_path):
     params, config = ours(**kw)
     path = tmp_path / "model.npz"
-    formats.write_npz(path, big_vision.to_big_vision(unflatten_names(params)))
-    file = formats.open_file(path)
+    containers.write_npz(path, big_vision.to_big_vision(unflatten_names(params)))
+    file = containers.open_file(path)
     assert set(file.tensors) == {f"params/{name}" for name in params}
-    found = convert(formats.parameters(file), path=str(path), **json.loads(describe(config)["cb_vit"])["model"])
+    found = convert(containers.parameters(file), path=str(path), **json.loads(describe(config)["cb_vit"])["model"])
     assert_same(read(found), params)
     assert_same_model(found, config)
 

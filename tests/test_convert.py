@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 
 import cb_vit
-from cb_vit import export, export_run, startup
+from cb_vit import startup
 from cb_vit.config import ConfigError, Failure
-from cb_vit.formats import FormatError, write_npz, write_safetensors
-from cb_vit.formats.big_vision import to_big_vision
-from cb_vit.formats.conversion import UNSEEN
-from cb_vit.formats.timm import to_timm
 from cb_vit.models.vit import Model
 from cb_vit.settings import check
 from cb_vit.tree import flatten_with_names
-from cb_vit.weights import open_weights, same_normalisation
+from cb_vit.weights import export, export_run, open_weights
+from cb_vit.weights.containers import FormatError, write_npz, write_safetensors
+from cb_vit.weights.dialects.big_vision import to_big_vision
+from cb_vit.weights.dialects.conversion import UNSEEN
+from cb_vit.weights.dialects.timm import to_timm
+from cb_vit.weights.loading import same_normalisation
 from configs import debug
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -216,8 +217,8 @@ def test_nothing_is_replaced_untold_or_left_half_written(runs, tmp_path, monkeyp
 
     before = everything()
     with monkeypatch.context() as patch:
-        patch.setattr("cb_vit.formats.safetensors.to_write", fail)
-        patch.setattr("cb_vit.formats.npz.to_write", fail)
+        patch.setattr("cb_vit.weights.containers.safetensors.to_write", fail)
+        patch.setattr("cb_vit.weights.containers.npz.to_write", fail)
         patch.setattr(export_run, "write_notes", fail)
         for path, overwrite in ((dst, True), (tmp_path / f"new_{target}", False)):
             with pytest.raises(KeyboardInterrupt):

@@ -43,7 +43,7 @@ def step(run):
     rng = np.random.default_rng(0)
     batch = {"image": rng.integers(0, 256, (BATCH, 8, 8, 3), np.uint8),
              "label": rng.integers(0, CLASSES, BATCH, np.int32), "_mask": np.full(BATCH, True)}
-    with run.context():
+    with run.active_mesh():
         state = run.create_state()
         before = jax.device_get(state.params)
         sent = dist.to_global(batch, np.arange(BATCH), run.batch_sharding, BATCH)

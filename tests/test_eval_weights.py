@@ -12,11 +12,11 @@ import pytest
 
 import cb_vit
 from cb_vit import sharding
-from cb_vit.export import export
-from cb_vit.formats import write_npz, write_safetensors
-from cb_vit.formats.big_vision import to_big_vision
-from cb_vit.formats.timm import to_timm
 from cb_vit.weights import open_weights
+from cb_vit.weights.containers import write_npz, write_safetensors
+from cb_vit.weights.dialects.big_vision import to_big_vision
+from cb_vit.weights.dialects.timm import to_timm
+from cb_vit.weights.export import export
 from configs import debug
 
 ROOT = pathlib.Path(__file__).parents[1]

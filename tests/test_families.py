@@ -4,9 +4,9 @@ import time
 import numpy as np
 import pytest
 
-from cb_vit.formats import FormatError, Tensor
-from cb_vit.formats.conversion import convert
-from cb_vit.formats.families import ROWS, name_family
+from cb_vit.weights.containers import FormatError, Tensor
+from cb_vit.weights.dialects.conversion import convert
+from cb_vit.weights.dialects.families import ROWS, name_family
 
 TIMM = ("cls_token 3", "pos_embed 3", "patch_embed.proj.weight 4", "blocks.0.norm1.weight 1",
         "blocks.0.attn.qkv.weight 2", "blocks.0.attn.proj.weight 2", "blocks.0.mlp.fc1.weight 2", "norm.weight 1")

@@ -74,7 +74,7 @@ def named(tree):
 def begin(settings, folder):
     """The state before the first step, and the experiment."""
     run = startup.build(check(settings), folder)
-    with run.context(), contextlib.closing(startup.open_checkpoints(run, folder)) as checkpointer:
+    with run.active_mesh(), contextlib.closing(startup.open_checkpoints(run, folder)) as checkpointer:
         state, _ = startup.restore_or_create(run, folder, checkpointer)
     return state, run
 

@@ -1,8 +1,8 @@
 """What cards say of images: every way to prepare them is done, or left open with a word on it."""
 import pytest
 
-from cb_vit.formats.images import evaluation, normalisation, preprocessor
 from cb_vit.pp import builder
+from cb_vit.weights.dialects.images import evaluation, normalisation, preprocessor
 
 HALF = ((0.5,) * 3, (0.5,) * 3)
 RANGE = "vgg_value_range((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))"

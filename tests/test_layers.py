@@ -8,20 +8,19 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = {name: number for number, names in enumerate((
-    "config",
-    "registry retry texts",
-    "tree dist io order timing losses schedules curves",
-    "records damage",
-    "models pp datasets augment updates sharding metric_writer profiling",
-    "optax train_state formats attention_maps workdir", "hub refit",
-    "checkpoint_arrays", "checkpoint_reading",
-    "checkpoint train_step input_pipeline", "skip_errors",
-    "evaluators weights",
-    "distillation prediction export_run", "export",
-    "settings", "experiment", "model_init",
+    "config order retry texts",
+    "registry tree dist io augment schedules",
+    "models pp datasets losses updates sharding records damage",
+    "optax train_state input_pipeline checkpoint_arrays workdir monitor",
+    "train_step skip_errors checkpoint_reading analysis",
+    "checkpoint evaluators",
+    "weights",
+    "distillation prediction",
+    "settings",
+    "experiment",
+    "model_init",
     "startup",
-    "train",
-    "tools",
+    "train tools",
 )) for name in names.split()}
 # `cb_vit/__init__` and `main.py` stand above; both import on first use only.
 FORBIDDEN = {"tensorflow", "torch", "pickle", "cloudpickle", "dill"}

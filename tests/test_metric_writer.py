@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cb_vit import metric_writer
 from cb_vit.config import ConfigError, parse
-from cb_vit.curves import draw_curves
 from cb_vit.io import CannotWrite
-from cb_vit.metric_writer import LoggingConfig, MetricWriter, Pace, WandbConfig
+from cb_vit.monitor import metric_writer
+from cb_vit.monitor.curves import draw_curves
+from cb_vit.monitor.metric_writer import LoggingConfig, MetricWriter, Pace, WandbConfig
 
 PLAIN = LoggingConfig(plot=False)
 
@@ -409,6 +409,6 @@ def test_a_picture_that_fails_does_not_end_the_run(tmp_path, monkeypatch, caplog
 
 
 def test_importing_is_light():
-    code = ("import sys, cb_vit.metric_writer, cb_vit.timing; "
+    code = ("import sys, cb_vit.monitor.metric_writer, cb_vit.monitor.timing; "
             "print({'matplotlib', 'tensorboardX', 'wandb', 'tensorflow', 'torch'} & set(sys.modules))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 from test_conversion import H, flax_shapes, hf_shapes, random, timm_shapes
 
-from cb_vit.formats import FormatError, Tensor, write_npz, write_safetensors
-from cb_vit.formats.conversion import convert
-from cb_vit.formats.prefixes import candidates, take_off
 from cb_vit.weights import open_weights
+from cb_vit.weights.containers import FormatError, Tensor, write_npz, write_safetensors
+from cb_vit.weights.dialects.conversion import convert
+from cb_vit.weights.dialects.prefixes import candidates, take_off
 
 TIMM, HF, BARE, FLAX = timm_shapes(), hf_shapes(), hf_shapes("", head=False), flax_shapes(pos_embedding=(1, 9, 32))
 PREFIXES = ["module.", "_orig_mod.", "model.", "backbone.", "encoder.", "net.", "timm_model.", "student.backbone.",

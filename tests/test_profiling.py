@@ -8,7 +8,7 @@ import pytest
 
 from cb_vit.config import ConfigError, parse
 from cb_vit.io import CannotWrite
-from cb_vit.profiling import ProfileConfig, Profiler
+from cb_vit.monitor.profiling import ProfileConfig, Profiler
 
 
 @pytest.fixture(scope="module")

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 
 import cb_vit
-from cb_vit import dist, refit, sharding
+from cb_vit import dist, sharding
 from cb_vit.config import ConfigError
 from cb_vit.experiment import build
-from cb_vit.export import export
-from cb_vit.formats import write_npz, write_safetensors
-from cb_vit.formats.big_vision import to_big_vision
-from cb_vit.formats.conversion import describe
-from cb_vit.formats.timm import to_timm
 from cb_vit.models.resample import adapt_channels
 from cb_vit.settings import check
 from cb_vit.startup import begin_from, open_init
 from cb_vit.tree import flatten_with_names
-from cb_vit.weights import open_weights
+from cb_vit.weights import open_weights, refit
+from cb_vit.weights.containers import write_npz, write_safetensors
+from cb_vit.weights.dialects.big_vision import to_big_vision
+from cb_vit.weights.dialects.conversion import describe
+from cb_vit.weights.dialects.timm import to_timm
+from cb_vit.weights.export import export
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5,) * 3, (0.5,) * 3
@@ -187,7 +187,7 @@ def test_fine_tuning_on_grey_images_begins_as_the_same_function(tmp_path, params
     settings = check(dict(seed=0, total_steps=1, lr=0.1, input=dict(data=data, batch_size=8, pp=pp), model=SIZES,
                           model_init=str(tmp_path / "x"), model_load=dict(prefix="net"), plot=False))
     run = build(settings)
-    with run.context(), caplog.at_level(logging.INFO, "cb_vit"):
+    with run.active_mesh(), caplog.at_level(logging.INFO, "cb_vit"):
         state, notes = begin_from(run, open_init(settings.train))
     np.testing.assert_allclose(stem(state.params, GREY, ((0.5,), (0.5,))), stem(params, RGB, IMAGENET),
                                rtol=1e-4, atol=1e-5)

@@ -8,21 +8,23 @@ import random
 import pytest
 from etils import epath
 
-from cb_vit import hub, texts, weights, workdir
+from cb_vit import retry, texts, workdir
 from cb_vit.checkpoint_reading import Reader, digest
 from cb_vit.config import ConfigError, Failure
 from cb_vit.damage import Damaged
 from cb_vit.datasets import DataError, open_source
 from cb_vit.datasets.tfds import TfdsConfig, _default_config, open_folder
-from cb_vit.formats import FormatError, cards, images, open_file
-from cb_vit.formats.conversion import _described
-from cb_vit.formats.index import read_index, shards
-from cb_vit.formats.names import as_normalisation
 from cb_vit.models.vit import Config, resolve
 from cb_vit.pp import builder
 from cb_vit.records import reopen
 from cb_vit.registry import parse_calls
 from cb_vit.tools.predict import read_names
+from cb_vit.weights import hub, loading
+from cb_vit.weights.containers import FormatError, open_file
+from cb_vit.weights.containers.index import read_index, shards
+from cb_vit.weights.dialects import cards, images
+from cb_vit.weights.dialects.conversion import _described
+from cb_vit.weights.dialects.names import as_normalisation
 
 OURS = (ConfigError, Failure, Damaged)  # Damaged is told by whoever reads checkpoints
 DEEP = 2000
@@ -108,8 +110,8 @@ def read_run(path, data):
     path.write_bytes(data)
     notes = workdir.read_json(epath.Path(path))
     try:
-        weights._told_by_run(notes)
-    except weights.retry.PARSING:  # which `_open_run` tells
+        loading._told_by_run(notes)
+    except retry.PARSING:  # which `_open_run` tells
         pass
     return workdir.class_names(notes, path)
 

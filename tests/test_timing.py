@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from cb_vit.timing import GIB, Chrono, memory_stats, mfu, peak_flops
+from cb_vit.monitor.timing import GIB, Chrono, memory_stats, mfu, peak_flops
 
 
 class Clock:

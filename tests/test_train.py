@@ -28,7 +28,7 @@ from cb_vit.datasets.core import DataError
 from cb_vit.datasets.fake import FakeSource
 from cb_vit.evaluators.classification import Evaluator
 from cb_vit.io import CannotWrite
-from cb_vit.metric_writer import MetricWriter
+from cb_vit.monitor.metric_writer import MetricWriter
 from cb_vit.settings import check
 from cb_vit.train import NonFinite, train_and_evaluate
 

@@ -57,7 +57,7 @@ def build(name):
 def compiled(name):
     """The step of `build(name)`, compiled as the train loop does it."""
     run = build(name)
-    with run.context():
+    with run.active_mesh():
         return run.jit_train_step().lower(*run.step_shapes()).compile()
 
 
@@ -126,7 +126,7 @@ def test_any_layout_takes_the_same_steps(name):
 def test_the_parameters_one_starts_with_do_not_depend_on_devices():
     states = []
     for name in ("one device", "fsdp"):
-        with build(name).context():
+        with build(name).active_mesh():
             states.append(jax.device_get(build(name).create_state()))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), *states)
 

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 import cb_vit
-from cb_vit.export import export
-from cb_vit.formats import write_npz, write_safetensors
-from cb_vit.formats.big_vision import to_big_vision
-from cb_vit.formats.timm import to_timm
 from cb_vit.weights import open_weights
+from cb_vit.weights.containers import write_npz, write_safetensors
+from cb_vit.weights.dialects.big_vision import to_big_vision
+from cb_vit.weights.dialects.timm import to_timm
+from cb_vit.weights.export import export
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "weights.md").read_text()

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from cb_vit.formats import Tensor, write_npz, write_safetensors
+from cb_vit.weights.containers import Tensor, write_npz, write_safetensors
 
 ROOT = pathlib.Path(__file__).parents[1]
 WIDTH, DEPTH, CLASSES, PATCHES = 768, 12, 1000, 196

@@ -17,10 +17,10 @@ import jax
 from absl import flags
 
 from cb_vit.config import ConfigError
-from cb_vit.export import NAMES, check_target, export, show_normalisation
-from cb_vit.formats.names import Normalisation
 from cb_vit.tools import cli, source
 from cb_vit.weights import Weights
+from cb_vit.weights.dialects.names import Normalisation
+from cb_vit.weights.export import NAMES, check_target, export, show_normalisation
 
 STYLE = flags.DEFINE_enum("names", "timm", list(NAMES), "Whose names a .safetensors file is to have.")
 MEAN = flags.DEFINE_list("mean", None, "How pixels from 0 to 1 were normalised for SRC: a number, or one a channel. "

@@ -27,7 +27,8 @@ from cb_vit.pp import builder
 from cb_vit.settings import Settings, check
 from cb_vit.tools import cli, source
 from cb_vit.train_state import TrainState
-from cb_vit.weights import Weights, same_normalisation
+from cb_vit.weights import Weights
+from cb_vit.weights.loading import same_normalisation
 
 FLAGS = flags.FLAGS
 WEIGHTS = flags.DEFINE_string("weights", None, "In place of --workdir: a run, a file of weights, or hf://ORG/NAME.")
@@ -57,7 +58,7 @@ def _evaluate_run(settings: Settings, workdir: str) -> None:
     dist.initialize()
     known = startup.recorded_classes(workdir)
     run = experiment.build(settings, known_classes=known)
-    with run.context(), contextlib.closing(Checkpointer(directory, read_only=True)) as checkpointer:
+    with run.active_mesh(), contextlib.closing(Checkpointer(directory, read_only=True)) as checkpointer:
         with startup.telling_settings(settings, workdir):
             restored = checkpointer.restore_latest(run.shapes, run.scan)
         if restored is None:
@@ -75,7 +76,7 @@ def _evaluate_weights(settings: Settings) -> None:
     mesh, batch_sharding = experiment.lay_out(settings)
     shapes = sharding.place(weights.shapes, settings.train.sharding_strategy, mesh)
     state = TrainState(jnp.int32(weights.step or 0), shapes, (), jnp.bool_(True))
-    with sharding.context(mesh, settings.train.sharding_rules):
+    with sharding.active_mesh(mesh, settings.train.sharding_rules):
         evaluators = startup.open_evaluators(settings, functools.partial(_predictor, weights), state, batch_sharding,
                                              weights.model.num_classes, weights.class_names)
         _tell(f"{weights}: {weights.format}", *weights.notes)

@@ -12,7 +12,8 @@ import jax
 import ml_collections
 from absl import flags
 
-from cb_vit import datasets, experiment, optax
+from cb_vit import datasets, experiment
+from cb_vit import optax as cb_optax
 from cb_vit.config import ConfigError
 from cb_vit.datasets.contents import describe
 from cb_vit.datasets.core import Source
@@ -60,7 +61,7 @@ def _config(settings: Settings) -> Iterator[str]:
 
 def _parameters(run: Experiment) -> Iterator[str]:
     """A line for each parameter: what the optimiser does to it, and where it lives."""
-    rules = {rule.name: rule for rule in optax.describe(run.cfg, run.shapes.params)}
+    rules = {rule.name: rule for rule in cb_optax.describe(run.cfg, run.shapes.params)}
     leaves = flatten_with_names(run.shapes.params)[0]
     width = max(len(name) for name, _ in leaves) + 2
     yield f"{'name':<{width}}{'shape':<20}{'count':>12}  {'lr ×':>12}{'decay ×':>9}  sharding"
@@ -82,7 +83,7 @@ def _run(run: Experiment) -> Iterator[str]:
     yield f"{'steps':<24}{run.total_steps:,} ({run.total_steps * batch / examples:.2f} epochs)"
     yield f"{'batch':<24}{batch} in all, {share} a device" + (
         f", in {cfg.grad_accum_steps} parts" if cfg.grad_accum_steps > 1 else "")
-    yield f"{'peak learning rate':<24}{optax.peak_lr(cfg, batch):g}"
+    yield f"{'peak learning rate':<24}{cb_optax.peak_lr(cfg, batch):g}"
     for name, otherwise in [("log_training", ""), ("ckpt", "at the last step"), ("keep_ckpt", "never")]:
         every = run.steps(getattr(cfg, name), name)
         yield f"{name:<24}" + (f"every {every:,} steps" if every else otherwise)
@@ -103,7 +104,7 @@ def _memory(run: Experiment) -> Iterator[str]:
     if not COMPILE.value:
         yield f"{'activations':<24}not counted; --compile asks XLA"
         return
-    with run.context():
+    with run.active_mesh():
         compiled = run.jit_train_step().lower(*run.step_shapes()).compile()
     memory = compiled.memory_analysis()
     yield f"{'XLA: arguments':<24}{memory.argument_size_in_bytes / MIB:,.1f} MiB"

@@ -22,12 +22,13 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from absl import flags
 
-from cb_vit import attention_maps, io, retry
+from cb_vit import io, retry
+from cb_vit.analysis import attention_maps
 from cb_vit.config import ConfigError, Failure
 from cb_vit.datasets.folder import EXTENSIONS
+from cb_vit.monitor.timing import Chrono, speed_text
 from cb_vit.prediction import Prediction, Predictor, preprocessing
 from cb_vit.texts import parse_json, printable
-from cb_vit.timing import Chrono, speed_text
 from cb_vit.tools import cli, source
 from cb_vit.weights import Weights
 

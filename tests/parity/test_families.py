@@ -4,9 +4,9 @@ import re
 import numpy as np
 import pytest
 
-from cb_vit.formats import FormatError, Tensor, open_file
-from cb_vit.formats.conversion import convert
-from cb_vit.formats.families import name_family
+from cb_vit.weights.containers import FormatError, Tensor, open_file
+from cb_vit.weights.dialects.conversion import convert
+from cb_vit.weights.dialects.families import name_family
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")

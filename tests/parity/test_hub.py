@@ -15,8 +15,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 import cb_vit  # noqa: E402
-from cb_vit.formats import open_file, write_safetensors  # noqa: E402
-from cb_vit.formats.timm import to_timm  # noqa: E402
+from cb_vit.weights.containers import open_file, write_safetensors  # noqa: E402
+from cb_vit.weights.dialects.timm import to_timm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 REVISION = "0" * 40
@@ -76,14 +76,14 @@ weights.open_weights("hf://somebody/else", "path")
 """, HF_ENDPOINT="http://localhost:9")
     assert done.stdout.startswith("decode|") and "Retrying" not in done.stderr and time.monotonic() - start < 40
     assert done.stderr.splitlines()[-1].startswith(
-        "cb_vit.formats.files.FormatError: hf://somebody/else: is not in the hub's cache, and http://localhost:9 "
-        "cannot be reached (")
+        "cb_vit.weights.containers.files.FormatError: hf://somebody/else: is not in the hub's cache, and "
+        "http://localhost:9 cannot be reached (")
 
 
 @pytest.mark.parametrize("address", ["hf://somebody/else", "hf://somebody/vit/other.safetensors"])
 def test_what_is_not_in_the_cache(cache, address):
     done = offline(cache[0], f"""
-from cb_vit.formats import FormatError
+from cb_vit.weights.containers import FormatError
 import cb_vit
 try:
     cb_vit.load({address!r})
@@ -112,14 +112,15 @@ def test_a_repository_in_several_files(cache):
             torch.save({key: torch.from_numpy(arrays[key]) for key in arrays if where[key] == shard}, folder / shard)
     done = offline(home, """
 import json, numpy as np
-from cb_vit import formats, weights
+from cb_vit.weights import containers
+from cb_vit import weights
 found = weights.open_weights("hf://somebody/parts", "path", num_heads=1)
 image = np.linspace(-1, 1, 8 * 8 * 3, dtype=np.float32).reshape(1, 8, 8, 3)
 print(json.dumps(found.model.apply({"params": found.read()}, image)[0].tolist()))
 for name in ("bad", "odd"):
     try:
         weights.open_weights(f"hf://somebody/{name}", "path")
-    except formats.FormatError as error:
+    except containers.FormatError as error:
         print(error)
 """)
     assert done.returncode == 0, done.stderr

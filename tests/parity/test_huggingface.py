@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 import cb_vit
-from cb_vit.export import export
-from cb_vit.formats import FormatError, cards, images
 from cb_vit.pp import builder
 from cb_vit.weights import open_weights
+from cb_vit.weights.containers import FormatError
+from cb_vit.weights.dialects import cards, images
+from cb_vit.weights.export import export
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -173,8 +174,8 @@ def test_what_a_processor_does(processor, options, sparse):
     "decode|resize_small(90, 'bilinear')|central_crop(80)|value_range(-1, 1)", "decode|resize(80)|value_range(0, 1)",
     "decode|resize(90, 'lanczos')|central_crop((80, 60))|value_range(-1, 1)", "decode|value_range(-1, 1)"])
 def test_a_run_keeps_its_preprocessing(pp, tmp_path):
-    from cb_vit.formats import write_npz
-    from cb_vit.formats.big_vision import to_big_vision
+    from cb_vit.weights.containers import write_npz
+    from cb_vit.weights.dialects.big_vision import to_big_vision
     model = cb_vit.Model(5, patch_size=20, width=16, depth=1, mlp_dim=16, num_heads=2, pool_type="tok", gelu="erf")
     params = model.init(jax.random.key(0), jnp.zeros((1, 80, 80, 3)))["params"]
     write_npz(tmp_path / "a.npz", to_big_vision(jax.device_get(params)))

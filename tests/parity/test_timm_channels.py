@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import cb_vit
-from cb_vit.formats import write_safetensors
+from cb_vit.weights.containers import write_safetensors
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")

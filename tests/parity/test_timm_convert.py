@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cb_vit.export import export
-from cb_vit.formats import write_npz
-from cb_vit.formats.big_vision import to_big_vision
 from cb_vit.models.vit import Model
 from cb_vit.weights import open_weights
+from cb_vit.weights.containers import write_npz
+from cb_vit.weights.dialects.big_vision import to_big_vision
+from cb_vit.weights.export import export
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")

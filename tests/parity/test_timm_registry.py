@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cb_vit import formats
-from cb_vit.formats import FormatError, cards
-from cb_vit.formats.conversion import convert
-from cb_vit.formats.names import PUBLISHED
 from cb_vit.models.vit import Model
 from cb_vit.tree import unflatten_names
+from cb_vit.weights import containers
+from cb_vit.weights.containers import FormatError
+from cb_vit.weights.dialects import cards
+from cb_vit.weights.dialects.conversion import convert
+from cb_vit.weights.dialects.names import PUBLISHED
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
@@ -67,7 +68,7 @@ def card(model, path):
 
 
 def understand(model, **kw):
-    tensors = {name: formats.Tensor(tuple(p.shape), np.dtype(np.float32), lambda p=p: p.detach().numpy())
+    tensors = {name: containers.Tensor(tuple(p.shape), np.dtype(np.float32), lambda p=p: p.detach().numpy())
                for name, p in model.state_dict(keep_vars=True).items()}
     return convert(tensors, path="file", **kw)
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cb_vit import formats
-from cb_vit.formats.big_vision import to_big_vision
-from cb_vit.formats.conversion import convert, describe
-from cb_vit.formats.timm import arguments, snippet, to_timm
 from cb_vit.models.common import to_scan
 from cb_vit.models.vit import Config, Model, resolve
+from cb_vit.weights import containers
+from cb_vit.weights.dialects.big_vision import to_big_vision
+from cb_vit.weights.dialects.conversion import convert, describe
+from cb_vit.weights.dialects.timm import arguments, snippet, to_timm
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
@@ -70,7 +70,7 @@ def assert_close(found, expected):
 def load(tensors, **kw):
     """Our model and parameters for a state dict, and what was understood."""
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    found = convert({name: formats.Tensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()},
+    found = convert({name: containers.Tensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()},
                     path="state_dict", **kw)
     return Model(found.num_classes, **found.model), tree({k: t.read() for k, t in found.params.items()}), found
 
@@ -174,15 +174,15 @@ def test_our_model_in_timm_by_the_snippet_alone(kw, tmp_path):
     model, params = ours(x, kw)
     features, logits, _ = our_run(model, params, x)
 
-    formats.write_safetensors(path, to_timm(params, config, grid=(4, 6)), describe(config))
+    containers.write_safetensors(path, to_timm(params, config, grid=(4, 6)), describe(config))
     names = {}
     exec(snippet(config, 7, (32, 48), path), names)
     found = torch_run(names["model"], x)
     assert_close(found[0], features)
     assert_close(found[1], logits)
 
-    file = formats.open_file(path)
-    back = convert(formats.parameters(file), path=path, metadata=file.metadata, grid=(4, 6))
+    file = containers.open_file(path)
+    back = convert(containers.parameters(file), path=path, metadata=file.metadata, grid=(4, 6))
     again = tree({k: t.read() for k, t in back.params.items()})
     if config.posemb == "learn":
         jax.tree.map(np.testing.assert_array_equal, again, params)
@@ -201,10 +201,10 @@ def test_timm_reads_an_npz_as_we_do(pool_type, old, tmp_path):
                   "MlpBlock_0": "MlpBlock_3", "pos_embedding": positions, "params/": ""}
         arrays = {re.sub("|".join(rename), lambda m: rename[m[0]], name): array for name, array in arrays.items()}
         arrays[positions] = np.concatenate([np.full((1, 1, 48), 0.7, np.float32), arrays[positions]], 1)
-    formats.write_npz(path, arrays)
+    containers.write_npz(path, arrays)
     theirs = VisionTransformer(**options, no_embed_class=pool_type == "tok" and not old).eval()
     theirs.load_pretrained(path)
-    found = convert(formats.parameters(formats.open_file(path)), path=path)
+    found = convert(containers.parameters(containers.open_file(path)), path=path)
     assert found.format == ("augreg" if old else "big_vision")
     logits = our_run(Model(7, **found.model), tree({k: t.read() for k, t in found.params.items()}), x)[1]
     assert_close(logits, torch_run(theirs, x)[1])
@@ -213,7 +213,7 @@ def test_timm_reads_an_npz_as_we_do(pool_type, old, tmp_path):
 
 
 def test_the_line_that_adds_cb_to_a_timm_model():
-    """As the README and the docstring of `formats.timm` have it, on a model of timm's own."""
+    """As the README and the docstring of `dialects.timm` have it, on a model of timm's own."""
     theirs = randomise(timm.create_model("deit_tiny_patch16_224", pretrained=False, depth=3))
     plain, _, _ = load(theirs.state_dict(), num_heads=3)
     model, params, _ = load(theirs.state_dict(), num_heads=3, context="cb")
@@ -245,5 +245,5 @@ def test_timms_distilled_class_is_the_one_named():
     (dict(pre_norm=True), "CLIP"), (dict(class_token=False, global_pool="avg"), "before the last norm")])
 def test_timm_models_that_are_none_of_ours(options, match):
     theirs = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1, num_classes=7, **options)
-    with pytest.raises(formats.FormatError, match=match):
+    with pytest.raises(containers.FormatError, match=match):
         load(theirs.state_dict(), num_heads=1)

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cb_vit.formats import FormatError, open_file, write_safetensors
 from cb_vit.weights import open_weights
+from cb_vit.weights.containers import FormatError, open_file, write_safetensors
 
 torch = pytest.importorskip("torch")
 from test_conversion import H, timm_shapes  # noqa: E402
@@ -268,7 +268,7 @@ def test_files_that_torch_does_not_write(tmp_path):
     with pytest.raises(FormatError, match="is compressed"):
         open_file(str(tmp_path / "x"))
     with pytest.raises(FormatError, match="copy it here first"):
-        from cb_vit.formats.torch_files import open_torch
+        from cb_vit.weights.containers.torch_files import open_torch
         open_torch("gs://bucket/x.pth")
 
 

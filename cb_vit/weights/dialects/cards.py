@@ -1,0 +1,264 @@
+"""The cards beside weights: every key of timm's and Hugging Face's `config.json`, and what becomes of it.
+
+The tables say it. A key that a table lacks is refused where its library would hand it to the model (timm's `model_args`
+and `pretrained_cfg`), and ignored where the library ignores it as well. What the cards say of images is in `images.py`.
+Read in timm 1.0.31 (`VisionTransformer`, `PretrainedCfg`, `_hub.py`) and transformers 5.24 (`ViTConfig`, `DeiTConfig`).
+"""
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cb_vit.retry import PARSING
+from cb_vit.weights.containers.files import FormatError, show
+
+ARRAYS = "the arrays show it, and they decide"
+NOTHING = "it does not change what a trained model computes"
+READ = "it is read by its name, here or in images.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tells:
+    """A key that becomes a keyword of `Model`.
+
+    Attributes:
+        keyword: which.
+        read: from the key's value; raises TypeError, ValueError or KeyError for one that is none.
+        choices: the values there are; empty: not a list.
+    """
+
+    keyword: str
+    read: Callable[[Any], Any]
+    choices: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Only:
+    """A key whose other values make a model that is none of ours."""
+
+    values: tuple[Any, ...]
+
+
+Rule = Tells | Only | str
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 1 <= value < 1 << 31:
+        raise ValueError
+    return value
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """A size in pixels: one number for a square, or height and width."""
+    height, width = value if isinstance(value, list | tuple) else (value, value)
+    return _whole(height), _whole(width)
+
+
+def _small(value: Any) -> float:
+    if isinstance(value, bool) or not 0 < value < 1:
+        raise ValueError
+    return float(value)
+
+
+def _named(keyword: str, values: Mapping[str, Any]) -> Tells:
+    return Tells(keyword, values.__getitem__, tuple(values))
+
+
+# timm's `model_args`: arguments of its VisionTransformer.
+ARGUMENTS: dict[str, Rule] = {
+    "num_heads": Tells("num_heads", _whole), "embed_dim": Tells("width", _whole), "depth": Tells("depth", _whole),
+    "patch_size": Tells("patch_size", pair), "act_layer": _named("gelu", {"gelu": "erf", "gelu_tanh": "tanh"}),
+    "norm_layer": _named("layer_norm_eps", {"layernorm": 1e-6, "layernormfp32": 1e-6}),
+    "global_pool": _named("pool_type", {"token": "tok", "avg": "gap", "map": "map", "": "none"}),
+    **dict.fromkeys(("img_size", "no_embed_class"), READ),
+    **dict.fromkeys((
+        "in_chans", "num_classes", "mlp_ratio", "qkv_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias",
+        "init_values", "class_token", "reg_tokens", "pre_norm", "final_norm", "fc_norm"), ARRAYS),
+    "pos_embed": Only(("learn",)), "pool_include_prefix": Only((False,)), "attn_layer": Only(("", "attn")),
+    **dict.fromkeys(("embed_layer", "embed_norm_layer", "block_fn", "mlp_layer"), Only(())),
+    **dict.fromkeys((
+        "dynamic_img_size", "dynamic_img_pad", "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
+        "attn_drop_rate", "drop_path_rate", "weight_init", "fix_init", "device", "dtype"), NOTHING),
+}
+# timm's `pretrained_cfg`; in older files it is the whole `config.json`.
+PRETRAINED: dict[str, Rule] = {
+    **dict.fromkeys(("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "label_names"), READ),
+    "num_classes": ARRAYS, "label_offset": Only((0,)),
+    **dict.fromkeys((
+        "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "architecture", "tag", "custom_load",
+        "test_input_size", "min_input_size", "fixed_input_size", "test_crop_pct", "label_descriptions", "pool_size",
+        "test_pool_size", "first_conv", "classifier", "license", "description", "origin_url", "paper_name", "paper_ids",
+        "notes"), NOTHING),
+}
+# What stands beside the two; timm ignores the rest.
+TOP: dict[str, Rule] = {
+    **dict.fromkeys(("architecture", "model_args", "pretrained_cfg", "label_names", "labels"), READ),
+    "global_pool": ARGUMENTS["global_pool"], "num_classes": ARRAYS,
+    **dict.fromkeys(("num_features", "label_descriptions"), NOTHING),
+}
+# What the names of timm's architectures settle: heads, and GELU. Those that a file gives away as none of ours are left
+# out; `tests/parity/test_timm_registry.py` holds this against all that timm can make.
+_ARCHITECTURES = (
+    (r"test_vit", 2, "erf"),
+    (r"(vit|deit)_tiny(_distilled)?_patch\d+_\d+", 3, "erf"),
+    (r"(vit|deit3?)_small(_distilled)?_patch\d+(_36x1)?_(\d+|dinov2)|flexivit_small", 6, "erf"),
+    (r"deit3_medium_patch16_\d+", 8, "erf"),
+    (r"(vit|deit3?)_base(_distilled)?_patch\d+_(\d+|dinov2)|flexivit_base", 12, "erf"),
+    (r"vit_base_patch16_siglip(_gap)?_\d+", 12, "erf"),
+    (r"vit_base_patch32_siglip(_gap)?_\d+", 12, "tanh"),
+    (r"vit_base_patch\d+_plus_\d+", 14, "erf"),
+    (r"(vit|deit3)_(large|huge)_patch\d+_(\d+|dinov2)|flexivit_large|vit_(giant|gigantic)_patch14_224", 16, "erf"),
+    (r"vit_(base|huge|giant)_patch\d+_gap_\d+", 16, "erf"),
+    (r"vit_(large_patch16_siglip(_gap)?_(256|384)|so400m_patch14_siglip(_gap)?_\d+)", 16, "erf"),
+    (r"vit_(large_patch16_siglip(_gap)?_512|(so400m|giantopt)_patch16_siglip(_gap)?_\d+)", 16, "tanh"),
+)
+# Widths of those with so many heads: another width is of another model, whatever its name.
+_WIDTHS = {2: (64,), 3: (192,), 6: (384,), 8: (512,), 12: (768,), 14: (896,),
+           16: (768, 1024, 1152, 1280, 1408, 1536, 1664)}
+_NO_EMBED_CLASS = r"deit3_.*|flexivit_.*"
+
+_DEFAULTS = {"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12}  # of ViTConfig and DeiTConfig
+# Hugging Face's `config.json`; transformers ignores the rest.
+CONFIG: dict[str, Rule] = {
+    "model_type": Only(("vit", "deit")), "num_attention_heads": Tells("num_heads", _whole),
+    "hidden_size": Tells("width", _whole), "num_hidden_layers": Tells("depth", _whole),
+    "intermediate_size": Tells("mlp_dim", _whole), "patch_size": Tells("patch_size", pair),
+    "hidden_act": _named("gelu", {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}),
+    "layer_norm_eps": Tells("layer_norm_eps", _small), "image_size": READ, "id2label": READ,
+    **dict.fromkeys(("num_channels", "qkv_bias", "pooler_output_size", "architectures", "num_labels"), ARRAYS),
+    "pooler_act": Only(("tanh",)), "is_encoder_decoder": Only((False,)),
+    **dict.fromkeys(("pruned_heads", "per_layer_config", "quantization_config", "auto_map"), Only(({},))),
+    **dict.fromkeys((
+        "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "encoder_stride", "label2id",
+        "problem_type", "output_hidden_states", "output_attentions", "return_dict", "dtype", "torch_dtype",
+        "chunk_size_feed_forward", "transformers_version", "_name_or_path"), NOTHING),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """What a `config.json` says.
+
+    Attributes:
+        model: keywords of `Model`.
+        image_size: (height, width) in pixels of the images that the positions are for; None: not said.
+        no_embed_class: whether positions lack entries of class tokens; None: not said.
+        class_names: in the order of their numbers; None: not said.
+        known: whether it names an architecture that is known here.
+        widths: of models with that name, where only the name says how wide it is and how many heads it has; None:
+            something else does.
+        guessable: what it does not say may be what all published models have: it names nothing that is unknown here.
+    """
+
+    model: dict[str, Any]
+    image_size: tuple[int, int] | None = None
+    no_embed_class: bool | None = None
+    class_names: tuple[str, ...] | None = None
+    known: bool = False
+    widths: tuple[int, ...] | None = None
+    guessable: bool = True
+
+
+def timm(card: Mapping[str, Any], path: str) -> Said:
+    """What timm's `config.json` says.
+
+    Raises:
+        FormatError: a key, or a value of one, that makes another model.
+    """
+    arguments, nested = _block(card, "model_args", path), _block(card, "pretrained_cfg", path)
+    pretrained = nested or ({key: value for key, value in card.items() if key in PRETRAINED} if "architecture" in card
+                            else {})
+    _told(pretrained, PRETRAINED, path)
+    known = _architecture(card.get("architecture"))
+    if "rope" in str(card.get("architecture")):
+        raise FormatError(f"{path}: its config.json names the architecture {show(card['architecture'])}, whose rotary "
+                          "positions are not supported")
+    model = {**known, **_told({key: value for key, value in card.items() if key in TOP}, TOP, path),
+             **_told(arguments, ARGUMENTS, path)}
+    size = None
+    if pretrained.get("input_size"):
+        size = _read(lambda value: pair(value[1:]), "input_size", pretrained["input_size"], path)
+    if arguments.get("img_size"):
+        size = _read(pair, "img_size", arguments["img_size"], path)
+    labels = next((block[key] for block, key in (
+        (card, "label_names"), (card, "labels"), (pretrained, "label_names")) if block.get(key)), None)
+    bare = arguments.get("no_embed_class")
+    if bare is None and known:
+        bare = bool(re.fullmatch(_NO_EMBED_CLASS, card["architecture"]))
+    own = known and arguments.get("num_heads") is None and arguments.get("embed_dim") is None
+    widths = _WIDTHS[known["num_heads"]] if own else None
+    return Said(model, size, bare, names_of_classes(labels), bool(known), widths,
+                bool(known) or not card.get("architecture"))
+
+
+def huggingface(card: Mapping[str, Any], path: str) -> Said:
+    """What Hugging Face's `config.json` says, the defaults of transformers included.
+
+    Raises:
+        FormatError: a key, or a value of one, that makes another model.
+    """
+    if not card.keys() & CONFIG.keys():
+        return Said({})
+    told = [key for key, rule in CONFIG.items() if isinstance(rule, Tells) and key in card]
+    if empty := next((key for key in told if card[key] is None), None):
+        raise FormatError(f"{path}: its config.json says {empty}=None, which cannot be")
+    known = {key: value for key, value in card.items() if key in CONFIG and value is not None}
+    labels = names_of_classes(known.get("id2label"))
+    if labels and all(re.fullmatch(r"LABEL_\d+", name) for name in labels):  # transformers' own placeholders
+        labels = None
+    size = known.get("image_size")
+    return Said(_told({**_DEFAULTS, **known}, CONFIG, path), size and _read(pair, "image_size", size, path),
+                class_names=labels)
+
+
+def _block(card: Mapping[str, Any], key: str, path: str) -> dict[str, Any]:
+    block = card.get(key) or {}
+    if not isinstance(block, dict):
+        raise FormatError(f"{path}: its config.json says {key}={show(block)}, which should be keys and values")
+    return block
+
+
+def _told(block: Mapping[str, Any], rules: Mapping[str, Rule], path: str) -> dict[str, Any]:
+    """Keywords of `Model` that a block tells; its keys are held against their rules."""
+    found = {}
+    for key, value in block.items():
+        if value is None:  # as if it were not there, in both libraries
+            continue
+        rule = rules.get(key)
+        if rule is None:
+            raise FormatError(f"{path}: its config.json says {key}={show(value)}, a setting that is not known here; "
+                              "where it does not matter, take it out")
+        if isinstance(rule, Only) and value not in rule.values:
+            raise FormatError(f"{path}: its config.json says {key}={show(value)}, which is not supported" +
+                              (f"; supported is {' or '.join(map(show, rule.values))}" if rule.values else ""))
+        if isinstance(rule, Tells):
+            found[rule.keyword] = _read(rule.read, key, value, path, rule.choices)
+    return found
+
+
+def _read(read: Callable[[Any], Any], key: str, value: Any, path: str, choices: tuple[str, ...] = ()) -> Any:
+    try:
+        return read(value)
+    except PARSING:
+        raise FormatError(f"{path}: its config.json says {key}={show(value)}, " + (
+            f"which is not supported; supported are {', '.join(map(show, choices))}" if choices
+            else "which cannot be")) from None
+
+
+def _architecture(name: Any) -> dict[str, Any]:
+    """What the name of one of timm's architectures settles; {}: it is not known here."""
+    for regex, heads, gelu in _ARCHITECTURES:
+        if isinstance(name, str) and re.fullmatch(regex, name):
+            return {"num_heads": heads, "gelu": gelu, "layer_norm_eps": 1e-6}
+    return {}
+
+
+def names_of_classes(labels: Any) -> tuple[str, ...] | None:
+    """Names of classes, from a list or from `{number: name}`; None: not all of them have one."""
+    if isinstance(labels, dict):
+        numbers = {str(number): name for number, name in labels.items()}
+        labels = [numbers.get(str(i)) for i in range(len(numbers))]
+    named = isinstance(labels, list | tuple) and labels and all(isinstance(name, str) for name in labels)
+    return tuple(labels) if named else None

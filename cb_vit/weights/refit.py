@@ -1,0 +1,135 @@
+"""A trained model made to fit: for pixels normalised otherwise, for images of other channels, or without its head.
+
+The functions of `weights` take and give a `cb_vit.weights.Weights`, whose parameters are still to be read.
+"""
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from cb_vit.config import ConfigError
+from cb_vit.models.resample import adapt_channels
+from cb_vit.weights.dialects.names import Normalisation
+
+Tree = Any
+W = TypeVar("W")
+HEADS = ("head", "head_dist")
+
+
+def fold_normalisation(params: Tree, trained: Normalisation, given: Normalisation) -> Tree:
+    """Parameters of the same model for images of another normalisation, changed in the patch embedding alone.
+
+    A model that takes x = (v - mean) / std of v from 0 to 1 computes W x + b of each patch; of x' = (v - mean') / std'
+    that is W (std' / std) x' + b + Σ W (mean' - mean) / std.
+
+    Args:
+        params: our names.
+        trained: (mean, std) of pixels from 0 to 1 in training, each [c].
+        given: the same of the images there will be; (-1, 1) is mean = std = 0.5.
+    """
+    kernel, bias = params["embedding"]["kernel"], params["embedding"]["bias"]
+    scale, shift = (values.reshape(1, 1, -1, 1) for values in between(trained, given))
+    folded = {"kernel": kernel * scale, "bias": bias + jnp.sum(kernel * shift, axis=(0, 1, 2))}
+    return {**params, "embedding": folded}
+
+
+def same_normalisation(one: Normalisation, other: Normalisation) -> bool:
+    """Whether two normalisations are equal but for rounding."""
+    return np.shape(one) == np.shape(other) and np.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def between(trained: Normalisation, given: Normalisation) -> tuple[np.ndarray, np.ndarray]:
+    """(scale, shift), float32 [c] each: pixels normalised as `given`, times scale, plus shift, are as in training."""
+    (mean, std), (new_mean, new_std) = (np.asarray(pair, np.float64) for pair in (trained, given))
+    return (new_std / std).astype(np.float32), ((new_mean - mean) / std).astype(np.float32)
+
+
+def with_classes(weights: W, num_classes: int) -> W:
+    """The same model; without its heads, if no classes are asked for.
+
+    Raises:
+        ConfigError: at "num_classes", for any other number than its own.
+    """
+    own = weights.model.num_classes or 0
+    if num_classes == own:
+        return weights
+    if num_classes or isinstance(num_classes, bool):
+        raise ConfigError("num_classes", f"{num_classes!r} is asked for, but {weights} has {own} classes; 0 leaves its "
+                                         "head there, and merge puts the rest into a model of yours")
+    heads = {name: weights.shapes[name] for name in HEADS if name in weights.shapes}
+
+    def fetch(like: Tree) -> Tree:
+        anywhere = _whole(jax.tree.leaves(like)[0].sharding)
+        read = weights.fetch(like | jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=anywhere), heads))
+        return {name: leaf for name, leaf in read.items() if name not in heads}
+
+    return dataclasses.replace(
+        weights, model=weights.model.clone(num_classes=None), fetch=fetch, class_names=None,
+        shapes={name: leaf for name, leaf in weights.shapes.items() if name not in heads},
+        notes=(*weights.notes, f"its {own} classes are left there with {' and '.join(heads)}, as num_classes=0 asks"))
+
+
+def with_channels(weights: W, channels: int) -> W:
+    """The same model for images of so many channels; see `models.resample.adapt_channels`.
+
+    Grey pixels are normalised alike in all three places where they stand for red, green and blue, so other mean and
+    std for each are folded into the patch embedding first: one channel gives exactly what grey RGB gave.
+
+    Raises:
+        ConfigError: at "channels", where the model is not of RGB images.
+    """
+    kernel = weights.shapes["embedding"]["kernel"]
+    own = kernel.shape[2]
+    if channels == own:
+        return weights
+    if own != 3 or type(channels) is not int or channels < 1:
+        raise ConfigError("channels", f"{channels!r} is asked for, but {weights} is of images with {own}; only a model "
+                                      "of three is adapted, to one or more")
+    trained = weights.normalisation
+    after, common, note = _normalisation(trained, channels)
+
+    def adapt(embedding: Tree) -> Tree:
+        if common is not None:
+            embedding = fold_normalisation({"embedding": embedding}, trained, common)["embedding"]
+        return {**embedding, "kernel": adapt_channels(embedding["kernel"], channels)}
+
+    def fetch(like: Tree) -> Tree:
+        target = like["embedding"]
+        whole = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype, sharding=_whole(target["kernel"].sharding))
+        read = weights.fetch({**like, "embedding": {**target, "kernel": whole}})
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+        return {**read, "embedding": jax.jit(adapt, out_shardings=shardings)(read["embedding"])}
+
+    return dataclasses.replace(
+        weights, normalisation=after, fetch=fetch, pp=None, notes=(*weights.notes, note),
+        shapes={**weights.shapes, "embedding": jax.eval_shape(adapt, weights.shapes["embedding"])})
+
+
+def _normalisation(
+    trained: Normalisation | None, channels: int
+) -> tuple[Normalisation | None, Normalisation | None, str]:
+    """That of the adapted model, the one of three channels to be folded in before, if any, and a note."""
+    if channels > 1:
+        note = f"three channels are spread over {channels} (timm's rule): a beginning, and not the same function"
+        cycle = lambda values: tuple(itertools.islice(itertools.cycle(values), channels))  # noqa: E731
+        return trained and (cycle(trained[0]), cycle(trained[1])), None, note
+    note = "the kernels of three channels are summed into one (timm's rule), for grey pixels"
+    if trained is None:
+        return None, None, note
+    mean, std = (float(np.mean(values)) for values in trained)
+    common = (mean,) * 3, (std,) * 3
+    if same_normalisation(trained, common):
+        return ((mean,), (std,)), None, note
+    return ((mean,), (std,)), common, f"{note}, of mean {mean:g} and std {std:g}, which is folded into the embedding"
+
+
+def _whole(sharding: Any) -> Any:
+    """A sharding on the same devices for an array that is whole on each."""
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
