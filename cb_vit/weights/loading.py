@@ -29,11 +29,11 @@ from cb_vit.pp import builder
 from cb_vit.pp.builder import Preprocess
 from cb_vit.registry import parse_calls
 from cb_vit.tree import map_with_names, unflatten_names
+from cb_vit.weights import containers, hub
 from cb_vit.weights.containers.opening import IN_FOLDER
 from cb_vit.weights.dialects.conversion import UNSEEN, convert
 from cb_vit.weights.dialects.images import evaluation
 from cb_vit.weights.dialects.names import Normalisation, as_normalisation
-from cb_vit.weights.loading import containers, hub
 from cb_vit.weights.refit import between, fold_normalisation, same_normalisation, with_channels, with_classes
 
 logger = logging.getLogger(__name__)
