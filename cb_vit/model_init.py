@@ -16,7 +16,7 @@ from cb_vit.settings import TrainConfig
 from cb_vit.train_state import TrainState
 from cb_vit.tree import first_match, flatten_with_names, map_with_names
 from cb_vit.weights import LoadConfig, Weights, open_weights
-from cb_vit.weights.loading import compare, fold_normalisation, same_normalisation, with_channels
+from cb_vit.weights.loading import compare, with_channels
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +81,13 @@ def _fit(run: Experiment, weights: Weights) -> tuple[Callable[[Any, Any], Any], 
         trained = own if anew else weights.known_normalisation()
     except ConfigError as error:
         raise ConfigError("config.model_init", error.message) from None
-    folds = len(trained[0]) == len(own[0]) and not same_normalisation(trained, own)
+    folds = len(trained.mean) == len(own.mean) and not own.same(trained)
     lines = ["embedding: normalised pixels mean something else here, which is folded into it"] * folds
     lines += [*compare(weights.model.config, cfg), *said]
 
     def merge(init: Any, loaded: Any) -> tuple[Any, Any]:
         return module.merge(
-            init, fold_normalisation(loaded, trained, own) if folds else loaded, cfg, load.dont_load,
+            init, own.fold(loaded, trained) if folds else loaded, cfg, load.dont_load,
             load.posemb_resize, image_size=run.example_spec["image"][0][:2], loaded_grid=weights.grid,
             other_classes=other)
 

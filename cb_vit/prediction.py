@@ -164,8 +164,7 @@ def preprocessing(weights: Weights, pp: str | None = None) -> Preprocess:
         raise ConfigError("--pp", f"{weights} does not say how its pixels were normalised; end --pp in "
                                   "value_range(-1, 1) for Google's ViTs, in vgg_value_range for DeiT's: "
                                   f"--pp='{EXAMPLE}|vgg_value_range'")
-    mean, std = (tuple(round(255 * value, 6) for value in values) for values in weights.normalisation)
-    return builder.build(f"{text}|vgg_value_range({mean}, {std})", "--pp")
+    return builder.build(f"{text}|{weights.normalisation.op}", "--pp")
 
 
 def ahead(function: Callable[[T], U], items: Iterable[T], threads: int, most: int) -> Iterator[U]:

@@ -11,6 +11,7 @@ from scipy.special import erf
 
 from cb_vit.config import ConfigError
 from cb_vit.models.vit import Config, Model, resolve
+from cb_vit.pp.normalisation import Normalisation
 from cb_vit.tree import flatten_with_names, unflatten_names
 from cb_vit.weights import containers
 from cb_vit.weights.containers import FormatError, Tensor
@@ -429,7 +430,7 @@ def assert_same_model(found, config):
 @pytest.mark.parametrize("tree", [False, True])
 def test_to_timm_and_back_is_the_same_bits(kw, tree, tmp_path):
     params, config = ours(**kw)
-    path, statistics = tmp_path / "model.safetensors", ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    path, statistics = tmp_path / "model.safetensors", Normalisation((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     containers.write_safetensors(path, timm.to_timm(unflatten_names(params) if tree else params, config),
                               describe(config, statistics))
     file = containers.open_file(path)

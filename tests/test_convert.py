@@ -15,6 +15,7 @@ import cb_vit
 from cb_vit import startup
 from cb_vit.config import ConfigError, Failure
 from cb_vit.models.vit import Model
+from cb_vit.pp.normalisation import HALF, IMAGENET, Normalisation
 from cb_vit.settings import check
 from cb_vit.tree import flatten_with_names
 from cb_vit.weights import export, export_run, open_weights
@@ -22,12 +23,9 @@ from cb_vit.weights.containers import FormatError, write_npz, write_safetensors
 from cb_vit.weights.dialects.big_vision import to_big_vision
 from cb_vit.weights.dialects.conversion import UNSEEN
 from cb_vit.weights.dialects.timm import to_timm
-from cb_vit.weights.loading import same_normalisation
 from configs import debug
 
 ROOT = pathlib.Path(__file__).parents[1]
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5,) * 3, (0.5,) * 3
 SIZES = dict(patch_size=4, width=16, depth=2, mlp_dim=32, num_heads=2)
 MODELS = {
     "plain": dict(pool_type="tok", gelu="erf"),
@@ -93,14 +91,14 @@ def test_there_and_back_is_bit_for_bit_the_same(runs, tmp_path, name, target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_the_images_are_goes_along_or_is_told(runs, tmp_path, target):
     run, _, _ = runs["cb"]
-    assert same_normalisation(open_weights(run, "run").normalisation, IMAGENET)
+    assert open_weights(run, "run").normalisation.same(IMAGENET)
     file, said = convert(run, tmp_path / target)
     found = open_weights(file, "file")
     if target.endswith(".npz"):  # such a file has no place for it; big_vision's own models have -1 to 1
         assert found.normalisation == HALF
         assert "cannot say how its pixels are normalised: (v - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)" in said
     else:
-        assert same_normalisation(found.normalisation, IMAGENET)
+        assert found.normalisation.same(IMAGENET)
         assert found.pp.startswith("decode|resize_small(9, 'bicubic')|central_crop((8, 8))|vgg_value_range(")
         assert "note" not in said
 
@@ -346,7 +344,7 @@ def test_flags_say_what_a_file_does_not(tmp_path):
                              "--mean=0.5", "--std=.25", cwd=tmp_path)
     assert (code, err) == (0, "") and "note      1 of the file's" in out
     found = open_weights(tmp_path / "run", "")
-    assert same_normalisation(found.normalisation, ((0.5,) * 3, (0.25,) * 3))
+    assert found.normalisation.same(Normalisation((0.5,) * 3, (0.25,) * 3))
     assert (found.model.config.context, found.model.config.context_layers) == ("cb", (0,))
 
 

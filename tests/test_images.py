@@ -2,9 +2,9 @@
 import pytest
 
 from cb_vit.pp import builder
+from cb_vit.pp.normalisation import HALF
 from cb_vit.weights.dialects.images import evaluation, normalisation, preprocessor
 
-HALF = ((0.5,) * 3, (0.5,) * 3)
 RANGE = "vgg_value_range((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))"
 TIMM = dict(mean=[0.5] * 3, std=[0.5] * 3, input_size=[3, 32, 32], crop_pct=0.9, interpolation="bilinear")
 VIT = dict(image_processor_type="ViTImageProcessor")

@@ -14,6 +14,7 @@ import cb_vit
 from cb_vit import experiment, model_init, startup, weights
 from cb_vit.config import ConfigError
 from cb_vit.pp import builder
+from cb_vit.pp.normalisation import HALF, IMAGENET
 from cb_vit.settings import check
 from cb_vit.train import train_and_evaluate
 from cb_vit.tree import flatten_with_names
@@ -22,8 +23,6 @@ from cb_vit.weights.dialects.big_vision import to_big_vision
 from cb_vit.weights.dialects.conversion import describe
 from cb_vit.weights.dialects.timm import to_timm
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5,) * 3, (0.5,) * 3
 CLASSES = 5
 PP = f"value_range(-1, 1)|onehot({CLASSES})"
 DATA = dict(name="fake", split="train", num_examples=32, image_size=8, num_classes=CLASSES)
@@ -109,7 +108,7 @@ def test_a_run_comes_back_with_its_model(files, caplog):
 
 
 def test_folding_is_the_same_function(model, params, images):
-    folded = weights.fold_normalisation(params, IMAGENET, HALF)
+    folded = HALF.fold(params, IMAGENET)
     np.testing.assert_allclose(logits(model, folded, normalised(images, HALF)),
                                logits(model, params, normalised(images, IMAGENET)), rtol=1e-4, atol=1e-5)
     changed = [name for (name, a), b in zip(flatten_with_names(folded)[0], jax.tree.leaves(params), strict=True)

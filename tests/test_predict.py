@@ -19,6 +19,7 @@ from PIL import Image
 from cb_vit import Model
 from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import ConfigError, Failure
+from cb_vit.pp.normalisation import IMAGENET
 from cb_vit.prediction import Predictor, ahead, preprocessing
 from cb_vit.tools import predict as tool
 from cb_vit.tools.predict import Options, find_images, pick_layers, read_names
@@ -26,7 +27,6 @@ from cb_vit.train_state import TrainState
 from cb_vit.weights import open_weights
 from cb_vit.weights.containers import write_safetensors
 from cb_vit.weights.dialects.conversion import describe
-from cb_vit.weights.dialects.names import IMAGENET
 from cb_vit.weights.dialects.timm import to_timm
 
 ROOT = pathlib.Path(__file__).parents[1]

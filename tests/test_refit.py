@@ -13,6 +13,7 @@ from cb_vit import dist, sharding
 from cb_vit.config import ConfigError
 from cb_vit.experiment import build
 from cb_vit.models.resample import adapt_channels
+from cb_vit.pp.normalisation import HALF, IMAGENET
 from cb_vit.settings import check
 from cb_vit.startup import begin_from, open_init
 from cb_vit.tree import flatten_with_names
@@ -23,8 +24,6 @@ from cb_vit.weights.dialects.conversion import describe
 from cb_vit.weights.dialects.timm import to_timm
 from cb_vit.weights.export import export
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5,) * 3, (0.5,) * 3
 CLASSES = 5
 SIZES = dict(patch_size=4, width=16, depth=1, mlp_dim=32, num_heads=2, pool_type="tok", gelu="erf", distilled=True)
 MODEL = cb_vit.Model(CLASSES, **SIZES)

@@ -16,6 +16,7 @@ from cb_vit.datasets import DataError, open_source
 from cb_vit.datasets.tfds import TfdsConfig, _default_config, open_folder
 from cb_vit.models.vit import Config, resolve
 from cb_vit.pp import builder
+from cb_vit.pp.normalisation import HALF, Normalisation
 from cb_vit.records import reopen
 from cb_vit.registry import parse_calls
 from cb_vit.tools.predict import read_names
@@ -24,7 +25,6 @@ from cb_vit.weights.containers import FormatError, open_file
 from cb_vit.weights.containers.index import read_index, shards
 from cb_vit.weights.dialects import cards, images
 from cb_vit.weights.dialects.conversion import _described
-from cb_vit.weights.dialects.names import as_normalisation
 
 OURS = (ConfigError, Failure, Damaged)  # Damaged is told by whoever reads checkpoints
 DEEP = 2000
@@ -89,9 +89,9 @@ def read_card(read, path, data):
     card = hub._json(path)
     said = read(card, "w")
     try:
-        known = as_normalisation(images.normalisation(card), 3)
+        known = Normalisation.of(images.normalisation(card), 3)
     except ValueError:  # which `convert` tells
-        known = ((0.5,) * 3,) * 2
+        known = HALF
     images.evaluation(card, known, (2, 2), (16, 16))
     return said
 

@@ -16,6 +16,7 @@ from PIL import Image
 from cb_vit.config import ConfigError
 from cb_vit.pp import randaug, three_augment  # noqa: F401  they enter their ops
 from cb_vit.pp.images import as_uint8, is_encoded
+from cb_vit.pp.normalisation import Normalisation
 from cb_vit.pp.ops_general import (
     OPS,
     DeviceOp,
@@ -98,8 +99,8 @@ class Preprocess:
             batch = op(batch)
         return batch
 
-    def normalisation(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(mean, std), one value a channel each: the device makes (v - mean) / std of a pixel v from 0 to 1."""
+    def normalisation(self, channels: int) -> Normalisation:
+        """What the device makes of pixels."""
         import jax.numpy as jnp
         batch = {"image": jnp.broadcast_to(jnp.array([0, 255], jnp.uint8)[:, None, None, None], (2, 1, 1, channels))}
         for _, op in self.device_ops:
@@ -107,7 +108,7 @@ class Preprocess:
                 batch = op(batch)
         low, high = np.asarray(batch["image"], np.float64).reshape(2, channels)
         std = 1 / (high - low)
-        return tuple((-low * std).tolist()), tuple(std.tolist())
+        return Normalisation(tuple((-low * std).tolist()), tuple(std.tolist()))
 
     def _refuse_encoded(self, features: Features) -> None:
         if is_encoded(features.get("image")):

@@ -17,10 +17,10 @@ import jax
 from absl import flags
 
 from cb_vit.config import ConfigError
+from cb_vit.pp.normalisation import Normalisation
 from cb_vit.tools import cli, source
 from cb_vit.weights import Weights
-from cb_vit.weights.dialects.names import Normalisation
-from cb_vit.weights.export import NAMES, check_target, export, show_normalisation
+from cb_vit.weights.export import NAMES, check_target, export
 
 STYLE = flags.DEFINE_enum("names", "timm", list(NAMES), "Whose names a .safetensors file is to have.")
 MEAN = flags.DEFINE_list("mean", None, "How pixels from 0 to 1 were normalised for SRC: a number, or one a channel. "
@@ -52,7 +52,7 @@ def describe(weights: Weights) -> Iterator[str]:
     yield f"model     Model({weights.model.num_classes}, {given})"
     patches = f"{weights.grid[0]} × {weights.grid[1]} patches" if weights.grid else "of any size"
     known = weights.normalisation
-    yield f"images    {patches}; " + (show_normalisation(known) if known else "how they are normalised is not known")
+    yield f"images    {patches}; " + (known.text if known else "how they are normalised is not known")
     yield from (f"note      {note}" for note in weights.notes)
 
 
@@ -66,7 +66,7 @@ def _normalisation(weights: Weights) -> Normalisation | None:
     mean, std = _numbers("--mean", MEAN.value, channels), _numbers("--std", STD.value, channels)
     if min(std) == 0:
         raise ConfigError("--std", f"must be above 0, got {','.join(STD.value)}")
-    return mean, std
+    return Normalisation(mean, std)
 
 
 def _numbers(flag: str, given: list[str], channels: int) -> tuple[float, ...]:

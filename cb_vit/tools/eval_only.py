@@ -28,7 +28,6 @@ from cb_vit.settings import Settings, check
 from cb_vit.tools import cli, source
 from cb_vit.train_state import TrainState
 from cb_vit.weights import Weights
-from cb_vit.weights.loading import same_normalisation
 
 FLAGS = flags.FLAGS
 WEIGHTS = flags.DEFINE_string("weights", None, "In place of --workdir: a run, a file of weights, or hf://ORG/NAME.")
@@ -88,8 +87,7 @@ def _predictor(weights: Weights, config: EvaluatorConfig) -> PredictFn:
     preprocess = builder.build(config.pp_fn, "pp_fn")
     with under("--weights"):
         adapt = weights.adapter(preprocess)
-    own = preprocess.normalisation(len(weights.normalisation[0]))
-    if not same_normalisation(own, weights.normalisation):
+    if not weights.normalisation.same(preprocess.normalisation(len(weights.normalisation.mean))):
         _tell(f"normalised pixels of {config.pp_fn} are brought to the model's own mean and std")
 
     def predict(state: TrainState, images: jax.Array) -> tuple[jax.Array, dict[str, Any]]:

@@ -15,6 +15,7 @@ import jax
 
 from cb_vit import io
 from cb_vit.config import ConfigError
+from cb_vit.pp.normalisation import HALF, Normalisation
 from cb_vit.registry import Registry
 from cb_vit.weights.containers import write_npz, write_safetensors
 from cb_vit.weights.containers.opening import IN_FOLDER
@@ -22,18 +23,17 @@ from cb_vit.weights.dialects.big_vision import to_big_vision
 from cb_vit.weights.dialects.conversion import UNSEEN, describe
 from cb_vit.weights.dialects.huggingface import config_json, to_huggingface
 from cb_vit.weights.dialects.images import evaluation, preprocessor
-from cb_vit.weights.dialects.names import HALF, Normalisation, as_normalisation
 from cb_vit.weights.dialects.timm import snippet, to_timm
 from cb_vit.weights.export_run import image_size, write_run
-from cb_vit.weights.loading import Weights, fold_normalisation, open_weights, same_normalisation
+from cb_vit.weights.loading import Weights, open_weights
 
 Tree = Any
 RUN = {"checkpoints", "run.json"}  # all that the folder of an exported run holds
 
 
 def export(
-    weights: Weights, dst: str, *, names: str = "timm", normalisation: Normalisation | None = None, fold: bool = False,
-    overwrite: bool = False,
+    weights: Weights, dst: str, *, names: str = "timm", normalisation: tuple[Any, Any] | None = None,
+    fold: bool = False, overwrite: bool = False,
 ) -> list[str]:
     """Write a model in another form, whole or not at all.
 
@@ -57,19 +57,15 @@ def export(
     write = _writer(dst, names)
     check_target(dst, overwrite)
     if normalisation is not None:
-        try:
-            normalisation = as_normalisation(normalisation, weights.shapes["embedding"]["kernel"].shape[2])
-        except ValueError as error:
-            raise ConfigError("normalisation", str(error)) from None
+        normalisation = Normalisation.of(normalisation, weights.shapes["embedding"]["kernel"].shape[2])
     if normalisation := normalisation or weights.normalisation:
         # Seven digits: those of the float32 that a run's preprocessing computes in.
-        mean, std = (tuple(float(f"{value:.7g}") for value in values) for values in normalisation)
-        weights = dataclasses.replace(weights, normalisation=(mean, std))
+        weights = dataclasses.replace(weights, normalisation=normalisation.rounded(7))
     elif fold:
         raise ConfigError("fold", f"{weights} does not say how its pixels were normalised; give mean and std")
     params = weights.read()
     if fold:
-        params = fold_normalisation(params, weights.normalisation, HALF)
+        params = HALF.fold(params, weights.normalisation)
         weights = dataclasses.replace(weights, normalisation=HALF)
     usage = write(dst, weights, jax.device_get(params), overwrite)
     return [*_unsaid(dst, weights), *usage]
@@ -189,13 +185,6 @@ def _unsaid(dst: str, weights: Weights) -> Iterator[str]:
         given = ", ".join(f"{name}={value!r}" for name, value in (lacking | grid).items())
         yield f"note      it cannot say all of its model: cb_vit.load({dst!r}, {given})"
     known = weights.normalisation
-    if known is not None and not (found.normalisation and same_normalisation(found.normalisation, known)):
-        yield (f"note      it cannot say how its pixels are normalised: {show_normalisation(known)}; "
+    if known is not None and not (found.normalisation and known.same(found.normalisation)):
+        yield (f"note      it cannot say how its pixels are normalised: {known.text}; "
                "folded, it takes them from -1 to 1")
-
-
-def show_normalisation(normalisation: Normalisation) -> str:
-    """In words, one number where all channels have the same."""
-    mean, std = (f"{values[0]:g}" if len(set(values)) == 1 else "(" + ", ".join(f"{value:g}" for value in values) + ")"
-                 for values in normalisation)
-    return f"(v - {mean}) / {std} of v from 0 to 1"

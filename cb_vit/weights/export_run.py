@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from cb_vit import io
 from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import ConfigError
+from cb_vit.pp.normalisation import HALF
 from cb_vit.registry import parse_calls
 from cb_vit.train_state import TrainState
 from cb_vit.weights.dialects.images import evaluation
-from cb_vit.weights.dialects.names import HALF, Normalisation
-from cb_vit.weights.loading import Weights, same_normalisation
+from cb_vit.weights.loading import Weights
 from cb_vit.workdir import run_notes, write_notes
 
 RANGES = ("value_range", "vgg_value_range")  # of a preprocessing string, what normalises
@@ -70,14 +70,7 @@ def _preprocessing(weights: Weights) -> str:
     normalisation = weights.normalisation
     known = weights.pp or evaluation({}, normalisation, weights.grid, weights.model.config.patch_size)[0]
     before = [call.text for call in parse_calls(known, "pp") if call.name not in RANGES]
-    return "|".join([*before, _range(normalisation)])
-
-
-def _range(normalisation: Normalisation) -> str:
-    if same_normalisation(normalisation, HALF):
-        return "value_range(-1, 1)"
-    mean, std = (tuple(float(f"{255 * value:.9g}") for value in values) for values in normalisation)
-    return f"vgg_value_range({mean}, {std})"
+    return "|".join([*before, "value_range(-1, 1)" if normalisation.same(HALF) else normalisation.op])
 
 
 @contextlib.contextmanager

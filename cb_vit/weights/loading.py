@@ -27,14 +27,14 @@ from cb_vit.models.common import Report
 from cb_vit.models.resample import METHODS
 from cb_vit.pp import builder
 from cb_vit.pp.builder import Preprocess
+from cb_vit.pp.normalisation import Normalisation
 from cb_vit.registry import parse_calls
 from cb_vit.tree import map_with_names, unflatten_names
 from cb_vit.weights import containers, hub
 from cb_vit.weights.containers.opening import IN_FOLDER
 from cb_vit.weights.dialects.conversion import UNSEEN, convert
 from cb_vit.weights.dialects.images import evaluation
-from cb_vit.weights.dialects.names import Normalisation, as_normalisation
-from cb_vit.weights.refit import between, fold_normalisation, same_normalisation, with_channels, with_classes
+from cb_vit.weights.refit import with_channels, with_classes
 
 logger = logging.getLogger(__name__)
 Tree = Any
@@ -128,17 +128,17 @@ class Weights:
             ConfigError: it is not known how the model's images were normalised.
         """
         trained = self.known_normalisation()
-        own = preprocess.normalisation(len(trained[0]))
-        if same_normalisation(own, trained):
+        own = preprocess.normalisation(len(trained.mean))
+        if own.same(trained):
             return lambda image: image
-        scale, shift = (values.reshape(1, 1, 1, -1) for values in between(trained, own))
+        scale, shift = (values.reshape(1, 1, 1, -1) for values in own.to(trained))
         return lambda image: image * scale + shift
 
 
 def load(
     path: str | os.PathLike, *, params: Literal["raw", "ema"] = "raw", key: str | None = None,
     prefix: str | None = None, num_classes: int | None = None, channels: int | None = None,
-    normalisation: Normalisation | None = None, place: Callable[[Tree], Tree] | None = None, **model: Any,
+    normalisation: tuple[Any, Any] | None = None, place: Callable[[Tree], Tree] | None = None, **model: Any,
 ) -> tuple[nn.Module, Tree]:
     """A model and its parameters, ready for `model.apply({"params": params}, images)`.
 
@@ -173,15 +173,12 @@ def load(
     for doubt in weights.doubts:
         warnings.warn(f"{path}: {doubt}", stacklevel=2)
     if normalisation is not None:
-        try:
-            normalisation = as_normalisation(normalisation, weights.shapes["embedding"]["kernel"].shape[2])
-        except ValueError as error:
-            raise ConfigError("normalisation", str(error)) from None
+        normalisation = Normalisation.of(normalisation, weights.shapes["embedding"]["kernel"].shape[2])
     tree = weights.read(None if place is None else place(weights.shapes))
     if normalisation is not None:
         if weights.normalisation is None:
             raise ConfigError("normalisation", f"{path} does not say how its pixels were normalised: nothing to fold")
-        tree = fold_normalisation(tree, weights.normalisation, normalisation)
+        tree = normalisation.fold(tree, weights.normalisation)
     return weights.model, tree
 
 
@@ -313,7 +310,7 @@ def _told_by_run(
     module = models.get(notes["model_name"])
     model = module.Model(notes["num_classes"], **{**notes["model"], "scan": False})
     *size, channels = notes["image_shape"]
-    normalisation = as_normalisation(builder.build(notes["pp"], "pp").normalisation(channels), channels)
+    normalisation = Normalisation.of(builder.build(notes["pp"], "pp").normalisation(channels), channels)
     pp = next(iter(notes.get("pp_evals", {}).values()), None)
     pp = pp and _pixels_only(pp)
     grid = module.patch_grid(model.config, tuple(size))

@@ -9,45 +9,16 @@ import itertools
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cb_vit.config import ConfigError
 from cb_vit.models.resample import adapt_channels
-from cb_vit.weights.dialects.names import Normalisation
+from cb_vit.pp.normalisation import Normalisation
 
 Tree = Any
 W = TypeVar("W")
 HEADS = ("head", "head_dist")
-
-
-def fold_normalisation(params: Tree, trained: Normalisation, given: Normalisation) -> Tree:
-    """Parameters of the same model for images of another normalisation, changed in the patch embedding alone.
-
-    A model that takes x = (v - mean) / std of v from 0 to 1 computes W x + b of each patch; of x' = (v - mean') / std'
-    that is W (std' / std) x' + b + Σ W (mean' - mean) / std.
-
-    Args:
-        params: our names.
-        trained: (mean, std) of pixels from 0 to 1 in training, each [c].
-        given: the same of the images there will be; (-1, 1) is mean = std = 0.5.
-    """
-    kernel, bias = params["embedding"]["kernel"], params["embedding"]["bias"]
-    scale, shift = (values.reshape(1, 1, -1, 1) for values in between(trained, given))
-    folded = {"kernel": kernel * scale, "bias": bias + jnp.sum(kernel * shift, axis=(0, 1, 2))}
-    return {**params, "embedding": folded}
-
-
-def same_normalisation(one: Normalisation, other: Normalisation) -> bool:
-    """Whether two normalisations are equal but for rounding."""
-    return np.shape(one) == np.shape(other) and np.allclose(one, other, rtol=1e-5, atol=1e-6)
-
-
-def between(trained: Normalisation, given: Normalisation) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift), float32 [c] each: pixels normalised as `given`, times scale, plus shift, are as in training."""
-    (mean, std), (new_mean, new_std) = (np.asarray(pair, np.float64) for pair in (trained, given))
-    return (new_std / std).astype(np.float32), ((new_mean - mean) / std).astype(np.float32)
 
 
 def with_classes(weights: W, num_classes: int) -> W:
@@ -97,7 +68,7 @@ def with_channels(weights: W, channels: int) -> W:
 
     def adapt(embedding: Tree) -> Tree:
         if common is not None:
-            embedding = fold_normalisation({"embedding": embedding}, trained, common)["embedding"]
+            embedding = common.fold({"embedding": embedding}, trained)["embedding"]
         return {**embedding, "kernel": adapt_channels(embedding["kernel"], channels)}
 
     def fetch(like: Tree) -> Tree:
@@ -119,15 +90,15 @@ def _normalisation(
     if channels > 1:
         note = f"three channels are spread over {channels} (timm's rule): a beginning, and not the same function"
         cycle = lambda values: tuple(itertools.islice(itertools.cycle(values), channels))  # noqa: E731
-        return trained and (cycle(trained[0]), cycle(trained[1])), None, note
+        return trained and Normalisation(*map(cycle, trained)), None, note
     note = "the kernels of three channels are summed into one (timm's rule), for grey pixels"
     if trained is None:
         return None, None, note
     mean, std = (float(np.mean(values)) for values in trained)
-    common = (mean,) * 3, (std,) * 3
-    if same_normalisation(trained, common):
-        return ((mean,), (std,)), None, note
-    return ((mean,), (std,)), common, f"{note}, of mean {mean:g} and std {std:g}, which is folded into the embedding"
+    grey, common = Normalisation((mean,), (std,)), Normalisation((mean,) * 3, (std,) * 3)
+    if common.same(trained):
+        return grey, None, note
+    return grey, common, f"{note}, of mean {mean:g} and std {std:g}, which is folded into the embedding"
 
 
 def _whole(sharding: Any) -> Any:

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from cb_vit.pp.normalisation import HALF
 from cb_vit.tree import flatten_with_names
 from cb_vit.weights.containers.files import FormatError, Tensor
-from cb_vit.weights.dialects.names import HALF, Reading, parts, unique
+from cb_vit.weights.dialects.names import Reading, parts, unique
 
 _OLD = {"MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0", "LayerNorm_2": "LayerNorm_1",
         "MlpBlock_3": "MlpBlock_0", "Transformer/posembed_input/pos_embedding": "pos_embedding"}

@@ -18,6 +18,7 @@ import numpy as np
 from cb_vit.config import ConfigError
 from cb_vit.models.resample import square
 from cb_vit.models.vit import Config, Model
+from cb_vit.pp.normalisation import Normalisation
 from cb_vit.retry import PARSING
 from cb_vit.texts import parse_json
 from cb_vit.tree import flatten_with_names
@@ -26,7 +27,7 @@ from cb_vit.weights.dialects import big_vision, huggingface, timm
 from cb_vit.weights.dialects.cards import names_of_classes, pair
 from cb_vit.weights.dialects.families import name_family
 from cb_vit.weights.dialects.keywords import settle, spell_out, spelt
-from cb_vit.weights.dialects.names import Normalisation, Reading, as_normalisation, listed, view
+from cb_vit.weights.dialects.names import Reading, listed, view
 from cb_vit.weights.dialects.prefixes import candidates, take_off, under
 
 # What no file of parameters says; `describe` writes it beside them.
@@ -161,9 +162,9 @@ def _described(metadata: Mapping[str, Any], path: str) -> _Described:
 
 def _checked(normalisation: Any, channels: int, path: str) -> Normalisation:
     try:
-        return as_normalisation(normalisation, channels)
-    except ValueError as error:
-        raise FormatError(f"{path}: how its pixels are normalised: {error}") from None
+        return Normalisation.of(normalisation, channels)
+    except ConfigError as error:
+        raise FormatError(f"{path}: how its pixels are normalised: {error.message}") from None
 
 
 def _grid(reading: Reading, model: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -13,11 +13,11 @@ import numpy as np
 
 from cb_vit.config import ConfigError
 from cb_vit.models.vit import Config
+from cb_vit.pp.normalisation import IMAGENET
 from cb_vit.weights.containers.files import Tensor
 from cb_vit.weights.dialects import cards, images
 from cb_vit.weights.dialects.names import (
     DENSE,
-    IMAGENET,
     NORM,
     OUT,
     PATCH,

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from cb_vit.pp import builder
+from cb_vit.pp.normalisation import Normalisation
 from cb_vit.pp.ops_general import ValueRange, VggValueRange
 from cb_vit.pp.ops_image import CentralCrop, Decode, Resize, ResizeSmall
 from cb_vit.retry import PARSING
 from cb_vit.weights.dialects.cards import NOTHING, READ, pair
-from cb_vit.weights.dialects.names import Normalisation
 
 # Hugging Face's `preprocessor_config.json`; transformers ignores the rest.
 PROCESSOR = {
@@ -82,9 +82,8 @@ def evaluation(
         else:
             steps = [f"resize_small({int(min(size) / 0.875)}, 'bicubic')", f"central_crop({size})"]
             note = "how its images were prepared is not known; taken to be resized and cropped as DeiT's, by 0.875"
-        mean, std = (tuple(round(255 * value, 6) for value in values) for values in normalisation)
-        decode = "decode" if len(mean) == 3 else f"decode({len(mean)})"
-        pp = "|".join([decode, *steps, f"vgg_value_range({mean}, {std})"])
+        channels = len(normalisation.mean)
+        pp = "|".join(["decode" if channels == 3 else f"decode({channels})", *steps, normalisation.op])
         builder.build(pp, "pp")
     except PARSING as error:
         return None, f"how its card prepares images cannot be done here ({' '.join(str(error).split())})"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,38 +19,12 @@ import numpy as np
 from cb_vit.config import ConfigError
 from cb_vit.models.layers import posemb_sincos_2d
 from cb_vit.models.vit import VARIANTS, Config
+from cb_vit.pp.normalisation import Normalisation
 from cb_vit.tree import flatten_with_names
 from cb_vit.weights.containers.files import FormatError, Tensor, show
 
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
-IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF: Normalisation = ((0.5,) * 3, (0.5,) * 3)  # pixels from -1 to 1
 # Width, depth, MLP width and heads of models that others have published, with a class token, in PyTorch.
 PUBLISHED = [VARIANTS[name] for name in ("Ti", "S", "M", "B", "L", "H", "g", "G")]
-
-
-def as_normalisation(value: Any, channels: int) -> Normalisation:
-    """(mean, std) of pixels from 0 to 1, whoever says it, checked and with one number for each channel.
-
-    Raises:
-        ValueError: it is something else; says what is expected.
-    """
-    try:
-        mean, std = (_numbers(part, channels) for part in value)
-        if min(std) > 0:
-            return mean, std
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise ValueError("expected (mean, std) with a number for each channel, std above 0, such as "
-                     f"{((0.5,) * channels,) * 2}; got {value!r}")
-
-
-def _numbers(part: Any, channels: int) -> tuple[float, ...]:
-    found = tuple(part) if isinstance(part, Iterable) else (part,)
-    real = all(isinstance(number, numbers.Real) and not isinstance(number, bool) for number in found)
-    if len(found) not in (1, channels) or not real or not all(map(math.isfinite, found)):
-        raise ValueError
-    return tuple(map(float, found)) * (channels if len(found) == 1 else 1)
 
 
 @dataclasses.dataclass(frozen=True)

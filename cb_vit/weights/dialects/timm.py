@@ -25,11 +25,11 @@ import numpy as np
 
 from cb_vit.config import ConfigError
 from cb_vit.models.vit import Config
+from cb_vit.pp.normalisation import IMAGENET
 from cb_vit.weights.containers.files import FormatError, Tensor, show
 from cb_vit.weights.dialects import cards, images
 from cb_vit.weights.dialects.names import (
     DENSE,
-    IMAGENET,
     NORM,
     OUT,
     PATCH,
