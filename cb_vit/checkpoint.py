@@ -27,16 +27,19 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as preserve
 
 from cb_vit import damage, dist, io, retry
 from cb_vit.checkpoint_arrays import checksums, describe, in_loop, in_loop_layout, shardings
-from cb_vit.checkpoint_reading import FORMAT, Item, Mismatch, Reader, check_fit, digest, handlers
+from cb_vit.checkpoint_reading import FORMAT, Mismatch, Reader, check_fit, digest, handlers
 from cb_vit.config import ConfigError, Failure
 from cb_vit.damage import Damaged
 from cb_vit.models.common import to_scan
+from cb_vit.registry import Registry
 from cb_vit.train_state import TrainState
 from cb_vit.tree import unflatten_names
 
-__all__ = ["Checkpointer", "Item", "KeepBest", "Mismatch", "in_loop_layout", "saved_steps"]
+__all__ = ["Checkpointer", "KeepBest", "Mismatch", "Params", "in_loop_layout", "saved_steps"]
 logger = logging.getLogger(__name__)
 Tree = Any
+Params = Literal["raw", "ema"]  # the parameters of a run, or their moving average
+_ITEMS = Registry("kind of parameters", {"raw": "params", "ema": "ema"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,21 +199,21 @@ class Checkpointer:
         return TrainState(scalar(step, like.step), arrays["params"], arrays.get("opt", like.opt),
                           scalar(True, like.finite), arrays.get("ema")), meta
 
-    def params_shapes(self, step: int | None = None, item: Item = "params") -> tuple[int, Tree]:
+    def params_shapes(self, step: int | None = None, params: Params = "raw") -> tuple[int, Tree]:
         """What parameters a checkpoint holds, whatever their model; reads no arrays.
 
         Args:
             step: default the newest.
-            item: the parameters, or their moving average.
+            params: the parameters, or their moving average.
 
         Returns:
             The step, and shapes and dtypes of its parameters in loop layout.
 
         Raises:
-            ConfigError: there is no such checkpoint, or it has no such item, or it is damaged.
+            ConfigError: there is no such checkpoint, or it has no such parameters, or it is damaged.
             Unreadable: it cannot be read.
         """
-        steps = sorted(self._manager.all_steps())
+        item, steps = _ITEMS.pick(params, "params"), sorted(self._manager.all_steps())
         if not steps or step not in (None, *steps):
             held = f"checkpoints of steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
             raise ConfigError("checkpoint", f"{self.directory} holds {held}" + f", none of step {step}" * bool(steps))
@@ -223,18 +226,19 @@ class Checkpointer:
             raise ConfigError("checkpoint", f"step {step} in {self.directory} has no {item!r}; its run kept no average")
         return step, unflatten_names(named)
 
-    def restore_params(self, step: int, like: Tree, item: Item = "params") -> Tree:
+    def restore_params(self, step: int, like: Tree, params: Params = "raw") -> Tree:
         """The parameters of a checkpoint, each leaf straight onto its devices, checksums verified.
 
         Args:
             step: which.
             like: as `params_shapes` gives them, with shardings.
-            item: as there.
+            params: as there.
 
         Raises:
             ConfigError: it is damaged.
             Unreadable: it cannot be read.
         """
+        item = _ITEMS.pick(params, "params")
         with self._naming_damage(step):
             read = lambda: self._reader.arrays(step, self._reader.meta(step), {item: like})  # noqa: E731
             return self._reader.patiently(step, read)[item]

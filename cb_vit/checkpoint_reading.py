@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -210,7 +210,7 @@ def handlers() -> dict[str, Any]:
     arrays = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False)))
     return {"meta": ocp.JsonCheckpointHandler(filename=META), **{
-        item: ocp.PyTreeCheckpointHandler(type_handler_registry=arrays) for item in ("params", "opt", "ema")}}
+        item: ocp.PyTreeCheckpointHandler(type_handler_registry=arrays) for item in get_args(Item)}}
 
 
 def digest(meta: Mapping[str, Any]) -> str:

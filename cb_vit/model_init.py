@@ -28,8 +28,7 @@ def open_init(cfg: TrainConfig) -> Weights:
         ConfigError: there are none, or they cannot be read.
     """
     load = cfg.model_load or LoadConfig()
-    return open_weights(cfg.model_init, "config.model_init", "ema" if load.params == "ema" else "params", key=load.key,
-                        prefix=load.prefix)
+    return open_weights(cfg.model_init, "config.model_init", params=load.params, key=load.key, prefix=load.prefix)
 
 
 def begin_from(run: Experiment, weights: Weights) -> tuple[TrainState, dict[str, Any]]:

@@ -551,11 +551,11 @@ def test_parameters_are_read_without_knowing_the_model(tmp_path, scan):
     before = snapshot(tmp_path)
     with opened(tmp_path, read_only=True) as checkpointer:
         for asked, step in ((None, 7), (3, 3)):
-            for item in ("params", "ema"):
-                found, shapes = checkpointer.params_shapes(asked, item)
+            for kind, item in (("raw", "params"), ("ema", "ema")):
+                found, shapes = checkpointer.params_shapes(asked, kind)
                 assert found == step
                 like = placed(shapes)
-                params = checkpointer.restore_params(step, like, item)
+                params = checkpointer.restore_params(step, like, kind)
                 assert_equal(params, to_loop(getattr(filled(run, step), item)))
                 jax.tree.map(lambda x, wanted: np.testing.assert_equal(x.sharding, wanted.sharding), params, like)
     assert any(len(leaf.sharding.device_set) == 8 and not leaf.is_fully_replicated for leaf in jax.tree.leaves(params))
@@ -570,7 +570,7 @@ def test_parameters_that_are_not_there_or_damaged(tmp_path, run, monkeypatch):
         with pytest.raises(ConfigError, match="holds checkpoints of steps 1, 2, none of step 3"):
             checkpointer.params_shapes(3)
         with pytest.raises(ConfigError, match=f"step 2 in {tmp_path}/.* has no 'ema'; its run kept no average"):
-            checkpointer.params_shapes(item="ema")
+            checkpointer.params_shapes(params="ema")
         step, shapes = checkpointer.params_shapes()
         for path in files(tmp_path / "checkpoints" / "2" / "params"):
             if path.parent.name == "d":  # the numbers; the metadata, at times the largest file, have been read by now

@@ -50,13 +50,13 @@ def source(tmp_path_factory, compile_once):
     return folder
 
 
-def stored(folder, item="params", step=None):
+def stored(folder, kind="raw", step=None):
     """Parameters in a checkpoint, by name."""
     checkpointer = Checkpointer(folder / "checkpoints", read_only=True)
-    step, shapes = checkpointer.params_shapes(step, item)
+    step, shapes = checkpointer.params_shapes(step, kind)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
-    params = checkpointer.restore_params(step, like, item)
+    params = checkpointer.restore_params(step, like, kind)
     checkpointer.close()
     return named(params)
 
@@ -88,16 +88,16 @@ def snapshot(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("item, at", [("params", ""), ("params", "@2"), ("ema", ""), ("params", "/checkpoints/")])
-def test_a_run_begins_with_what_it_was_told_to(source, tmp_path, item, at):
-    load = dict(params="ema") if item == "ema" else dict(posemb_resize="linear")
+@pytest.mark.parametrize("kind, at", [("raw", ""), ("raw", "@2"), ("ema", ""), ("raw", "/checkpoints/")])
+def test_a_run_begins_with_what_it_was_told_to(source, tmp_path, kind, at):
+    load = dict(params="ema") if kind == "ema" else dict(posemb_resize="linear")
     state, run = begin(finetune(f"{source}{at}", model_load=load, ema=dict(decay=0.9)), tmp_path)
-    found, loaded = named(state.params), stored(source, item, 2 if at == "@2" else 3)
+    found, loaded = named(state.params), stored(source, kind, 2 if at == "@2" else 3)
     assert found.keys() == loaded.keys()
     fresh = named(run.create_state().params)
     for name in found:
         if name == "pos_embedding":
-            method = "bicubic_antialias" if item == "ema" else "linear"
+            method = "bicubic_antialias" if kind == "ema" else "linear"
             expected = resample_posemb(jnp.asarray(loaded[name]), (3, 3), method)
             np.testing.assert_allclose(found[name], expected, atol=1e-6)
         else:

@@ -78,7 +78,7 @@ def test_inspect_config_without_the_data(tmp_path):
     assert "111,477 (90.00 epochs)" in out and "imagenet2012" in out
 
 
-@pytest.mark.parametrize("name, flag", [("key", "--key"), ("prefix", "--prefix"), ("item", "--ema"), ("path", "SRC")])
+@pytest.mark.parametrize("name, flag", [("key", "--key"), ("prefix", "--prefix"), ("params", "--ema"), ("path", "SRC")])
 def test_model_takes_nothing_that_is_another_flags(name, flag):
     with pytest.raises(ConfigError, match=f"^--model: '{name}' says nothing of a model; it is given as .*{flag}"):
         source._keywords([f"{name}=x"])

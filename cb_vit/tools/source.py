@@ -16,7 +16,7 @@ PREFIX = flags.DEFINE_string("prefix", None, "Of a file: take only the arrays un
 MODEL = flags.DEFINE_multi_string("model", [], "NAME=VALUE, what a file does not say of its model; may be repeated: "
                                                "--model=context=cb --model=num_heads=3")
 # Arguments of `open_weights` that are not about the model, and how a command line has them.
-OWN = {"key": "--key", "prefix": "--prefix", "item": "--ema", "path": "--weights or SRC", "field": "--weights or SRC"}
+OWN = {"key": "--key", "prefix": "--prefix", "params": "--ema", "path": "--weights or SRC", "field": "--weights or SRC"}
 
 
 def given() -> bool:
@@ -35,7 +35,7 @@ def open_source(path: str, field: str) -> Weights:
         ConfigError: what is missing or cannot be read of a run, or a flag that does not fit.
         FormatError: a file that cannot be read.
     """
-    return open_weights(path, field, "ema" if EMA.value else "params", key=KEY.value, prefix=PREFIX.value,
+    return open_weights(path, field, params="ema" if EMA.value else "raw", key=KEY.value, prefix=PREFIX.value,
                         **_keywords(MODEL.value))
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cb_vit import dist, io, models, retry, workdir
-from cb_vit.checkpoint import Checkpointer, Item
+from cb_vit.checkpoint import Checkpointer, Params
 from cb_vit.config import ConfigError
 from cb_vit.models.common import Report
 from cb_vit.models.resample import METHODS
@@ -54,7 +54,7 @@ class LoadConfig:
         prefix: take only the arrays under it; see `load`.
     """
 
-    params: Literal["raw", "ema"] = "raw"
+    params: Params = "raw"
     dont_load: tuple[str, ...] = ()
     posemb_resize: str = "bicubic_antialias"
     key: str | None = None
@@ -136,7 +136,7 @@ class Weights:
 
 
 def load(
-    path: str | os.PathLike, *, params: Literal["raw", "ema"] = "raw", key: str | None = None,
+    path: str | os.PathLike, *, params: Params = "raw", key: str | None = None,
     prefix: str | None = None, num_classes: int | None = None, channels: int | None = None,
     normalisation: tuple[Any, Any] | None = None, place: Callable[[Tree], Tree] | None = None, **model: Any,
 ) -> tuple[nn.Module, Tree]:
@@ -166,8 +166,8 @@ def load(
     Warns:
         UserWarning: of what is assumed, as all published models of that kind agree, and of what `model` contradicts.
     """
-    weights = open_weights(path, "path", "params" if params == "raw" else params, key=key, prefix=prefix,
-                           num_classes=num_classes, channels=channels, **model)
+    weights = open_weights(path, "path", params=params, key=key, prefix=prefix, num_classes=num_classes,
+                           channels=channels, **model)
     for note in weights.notes:
         logger.info("%s: %s", weights, note)
     for doubt in weights.doubts:
@@ -221,16 +221,15 @@ def compare(trained: Any, config: Any) -> list[str]:
 
 
 def open_weights(
-    path: str | os.PathLike, field: str, item: Item = "params", *, key: str | None = None, prefix: str | None = None,
-    num_classes: int | None = None, channels: int | None = None, **model: Any,
+    path: str | os.PathLike, field: str, *, params: Params = "raw", key: str | None = None,
+    prefix: str | None = None, num_classes: int | None = None, channels: int | None = None, **model: Any,
 ) -> Weights:
     """Look into a file or the folder of a run; its parameters are read later.
 
     Args:
         path: as for `load`; of a run also the folder of checkpoints in it.
         field: the setting that names it, for errors.
-        item: of a run: the parameters, or their moving average.
-        key, prefix, num_classes, channels: as for `load`.
+        params, key, prefix, num_classes, channels: as for `load`.
         **model: keywords of `Model`, for what a file does not say.
 
     Raises:
@@ -240,23 +239,23 @@ def open_weights(
     path = os.fspath(path)
     if not path.startswith("hf://"):
         io.check_address(path, field)
-    weights = _open(path, field, item, key, prefix, model)
+    weights = _open(path, field, params, key, prefix, model)
     if num_classes is not None:
         weights = with_classes(weights, num_classes)
     return weights if channels is None else with_channels(weights, channels)
 
 
 def _open(
-    path: str, field: str, item: Item, key: str | None, prefix: str | None, model: Mapping[str, Any]
+    path: str, field: str, params: Params, key: str | None, prefix: str | None, model: Mapping[str, Any]
 ) -> Weights:
     folder, step = re.fullmatch(r"(.*?)(?:/checkpoints)?(?:@(\d+))?/*", path, re.DOTALL).groups()
     if not path.startswith("hf://") and io.exists(io.as_path(folder) / "run.json"):
         told = {"key": key, "prefix": prefix} | model
         if given := ", ".join(name for name, value in told.items() if value is not None):
             raise ConfigError(field, f"{path} is a run, which knows its model; leave out {given}")
-        return _open_run(folder, step and int(step), field, item)
-    if item != "params":
-        raise ConfigError(field, f"{path} is no run of this project: only those keep an average ({item!r})")
+        return _open_run(folder, step and int(step), field, params)
+    if params != "raw":
+        raise ConfigError(field, f"{path} is no run of this project: only those keep an average ({params!r})")
     file, subtree = containers.split_subtree(path)
     if io.is_local(file) and not file.startswith("hf://"):
         _check_local(path, os.path.expanduser(file), field)
@@ -273,7 +272,7 @@ def _check_local(path: str, file: str, field: str) -> None:
                                  f"weights, {', '.join(IN_FOLDER)}")
 
 
-def _open_run(folder: str, step: int | None, field: str, item: Item) -> Weights:
+def _open_run(folder: str, step: int | None, field: str, params: Params) -> Weights:
     notes_file = io.as_path(folder) / "run.json"
 
     def read() -> dict[str, Any]:
@@ -292,13 +291,13 @@ def _open_run(folder: str, step: int | None, field: str, item: Item) -> Weights:
         raise ConfigError(field, f"{notes_file} does not describe a model: {error!r:.300}") from None
     try:
         with contextlib.closing(_checkpoints(folder)) as checkpointer:
-            found, shapes = checkpointer.params_shapes(step, item)
+            found, shapes = checkpointer.params_shapes(step, params)
     except ConfigError as error:
         raise ConfigError(field, error.message) from None
 
     def fetch(like: Tree) -> Tree:
         with contextlib.closing(_checkpoints(folder)) as checkpointer:
-            return checkpointer.restore_params(found, like, item)
+            return checkpointer.restore_params(found, like, params)
 
     return Weights(folder, "run", found, model, shapes, grid, normalisation, pp, names, (), (), fetch)
 
