@@ -22,7 +22,7 @@ from cb_vit import damage, dist, io, retry
 from cb_vit.checkpoint_arrays import checksums, describe
 from cb_vit.config import ConfigError
 from cb_vit.damage import Damaged, Unreadable, Verdict
-from cb_vit.texts import parse_json
+from cb_vit.texts import first_few, parse_json
 from cb_vit.tree import names
 
 T = TypeVar("T")
@@ -233,8 +233,7 @@ def check_fit(where: str, meta: Mapping[str, Any], target: Tree) -> None:
     saved, here = {name: what[:-1] for name, what in meta["arrays"].items()}, describe(target)
     for title, some in (("lacks", here.keys() - saved.keys()), ("has besides", saved.keys() - here.keys())):
         if some:
-            shown = ", ".join(sorted(some)[:3]) + (" …" if len(some) > 3 else "")
-            raise Mismatch("workdir", f"{where} {title} {shown}: {another}")
+            raise Mismatch("workdir", f"{where} {title} {first_few(sorted(some), 3)}: {another}")
     for name, (shape, dtype) in here.items():
         if saved[name] != [shape, dtype]:
             was = f"{saved[name][1]} {saved[name][0]}"

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 MAX_DEPTH = 64  # of lists and objects in each other; all that reads it afterwards may recurse
@@ -14,6 +15,12 @@ _UNSHOWN = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u
 def printable(text: Any) -> str:
     """`text` in one line for a terminal, a log or a picture: whatever could do more there than be read is escaped."""
     return _UNSHOWN.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def first_few(names: Iterable[str], most: int = 5) -> str:
+    """The first few of many names in one line, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def parse_json(content: bytes, encodable: bool = False) -> Any:

@@ -22,6 +22,7 @@ from cb_vit.datasets.contents import Contents, DataError, describe_left_out, fin
 from cb_vit.datasets.core import SourceConfig, Spans, select, splits_of
 from cb_vit.datasets.labels import are_numbers
 from cb_vit.io import is_local, open_regular
+from cb_vit.texts import first_few
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp")
 LAYOUT = "expected ROOT/train/<class>/*.jpg (also png, webp, bmp, tif, gif) and ROOT/val/<class>/…, one folder a class"
@@ -227,7 +228,7 @@ def _other_layout(root: str, folders: list[str]) -> str | None:
     """What people give in place of the folder of the splits, told from what it holds; None: nothing known."""
     parent, name = os.path.split(root)
     if any(_holds_images(os.path.join(root, folder)) for folder in folders):
-        shown = ", ".join(folders[:3]) + (", …" if len(folders) > 3 else "")
+        shown = first_few(folders, 3)
         if name.lower() in SPLITS:
             return f"{root} is a split itself, with the classes {shown}; give root={parent}"
         return (f"{root} holds the classes themselves ({shown}), and no splits; move their folders into "

@@ -11,6 +11,8 @@ import functools
 import importlib.resources
 from collections.abc import Callable, Collection, Iterable, Sequence
 
+from cb_vit.texts import first_few
+
 Names = Sequence[str]
 
 
@@ -113,14 +115,14 @@ class _Finder:
             return own[0]
         places = [place for place, ids in enumerate(their_ids) if ids & meant] or own
         if not places:
-            raise Unmatched(f"class {name!r} is not among {_few(self._theirs)}")
+            raise Unmatched(f"class {name!r} is not among {first_few(self._theirs)}")
         meant |= frozenset().union(*(their_ids[place] for place in places))
         if len(places) == 1 and len(meant) == 1:
             return places[0]
         if len(meant) > 1:
             which = " and ".join(wnids()[i] for i in sorted(meant))
             raise Unmatched(f"class {name!r} stands for {which} of ImageNet; call it by the one that is meant")
-        raise Unmatched(f"class {name!r} stands {len(places)} times among {_few(self._theirs)}")
+        raise Unmatched(f"class {name!r} stands {len(places)} times among {first_few(self._theirs)}")
 
 
 def _is_whole(names: Names) -> bool:
@@ -170,7 +172,3 @@ def _is_number(name: str) -> bool:
 
 def _key(name: str) -> str:
     return str(int(name)) if _is_number(name) else name
-
-
-def _few(names: Names) -> str:
-    return f"{', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -11,6 +11,7 @@ import numpy as np
 from cb_vit.config import ConfigError
 from cb_vit.datasets import labels
 from cb_vit.datasets.contents import DataError, class_name, contents_of, describe_left_out, pad
+from cb_vit.texts import first_few
 
 logger = logging.getLogger(__name__)
 MAX_CLASSES = 100_000  # above, a number in a name is a date or an id
@@ -120,11 +121,11 @@ def _by_name(source: Any, places: Sequence[int], names: tuple[str, ...], path: s
 
 
 def _told(source: Any, names: Sequence[str] | None) -> str:
-    """": cat → dog, …", what classes taken by their numbers become."""
+    """": cat → dog", what classes taken by their numbers become."""
     if not (source.class_names and names):
         return ""
     pairs = [f"{ours} → {theirs}" for ours, theirs in zip(source.class_names, names, strict=False)]
-    return f": {', '.join(pairs[:5])}" + " …" * (len(pairs) > 5)
+    return f": {first_few(pairs)}"
 
 
 def for_head(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from cb_vit.config import ConfigError
+from cb_vit.texts import first_few
 from cb_vit.tree import check_rules, first_match, flatten_with_names, map_with_names
 
 Tree = Any
@@ -116,15 +117,11 @@ def merge_params(
         ("begun anew, told by dont_load", [name for name in ours if name in told]),
         ("left in the file, told by dont_load", [name for name in surplus if name in told]),
         ("left in the file, as the model has none", [name for name in surplus if name not in told])):
-        lines += [f"{what}: {_listed(names, 8)}"] if names else []
+        lines += [f"{what}: {first_few(names, 8)}"] if names else []
     return map_with_names(lambda name, leaf: taken.get(name, leaf), init), Report(tuple(lines))
 
 
 def _refuse(what: str, names: Sequence[str]) -> None:
     if names:
-        raise ConfigError("model_init", f"it {what} {_listed(names, 3)}. Where that is meant, name what is to begin "
+        raise ConfigError("model_init", f"it {what} {first_few(names, 3)}. Where that is meant, name what is to begin "
                                         "anew or to be left in the file in model_load.dont_load, a list of regexes")
-
-
-def _listed(names: Sequence[str], most: int) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cb_vit.io import as_path, is_local
+from cb_vit.texts import first_few
 from cb_vit.weights.containers.files import (
     DTYPES,
     FormatError,
@@ -132,7 +133,7 @@ def _choose(content: Any, key: str | None, torch: ModuleType, path: str) -> dict
     chosen = key or next((name for name in KEYS if name in choices), None)
     found = arrays(entries.get(chosen) if chosen else entries)
     if not found:
-        listed = ", ".join(map(show, choices[:10])) or "none"
+        listed = first_few(map(show, choices), 10) or "none"
         what = "the state of an optimiser and " * ({"state", "param_groups"} <= entries.keys()) + "no weights"
         raise FormatError(f"{path}: holds {what}{f' under {show(key)}' if key else ''}; "
                           f"entries with weights: {listed}" + ("; choose with key=" if choices else ""))

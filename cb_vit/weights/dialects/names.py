@@ -20,6 +20,7 @@ from cb_vit.config import ConfigError
 from cb_vit.models.layers import posemb_sincos_2d
 from cb_vit.models.vit import VARIANTS, Config
 from cb_vit.pp.normalisation import Normalisation
+from cb_vit.texts import first_few
 from cb_vit.tree import flatten_with_names
 from cb_vit.weights.containers.files import FormatError, Tensor, show
 
@@ -215,10 +216,9 @@ def add_entries(params: Mapping[str, np.ndarray], entries: int) -> dict[str, np.
     return {**params, "pos_embedding": np.pad(params["pos_embedding"], ((0, 0), (entries, 0), (0, 0)))}
 
 
-def listed(names: Iterable[str], most: int = 5) -> str:
+def listed(names: Iterable[str]) -> str:
     """Names for an error, the first few of them."""
-    names = [show(name) for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return first_few(map(show, names))
 
 
 @dataclasses.dataclass(frozen=True)
