@@ -155,7 +155,7 @@ def preprocessing(weights: Weights, pp: str | None = None) -> Preprocess:
         raise ConfigError("--pp", f"{weights} does not say what is done to its images; give --pp='{EXAMPLE}'")
     calls = [call for call in parse_calls(text or "", "--pp") if call.name not in LABEL_OPS]
     if not calls or calls[0].name != "decode":
-        calls[:0] = parse_calls(f"decode({_channels(weights)})", "--pp")
+        calls[:0] = parse_calls(f"decode({weights.channels})", "--pp")
     text = "|".join(call.text for call in calls)
     preprocess = builder.build(text, "--pp")
     if preprocess.device_ops:
@@ -183,7 +183,7 @@ def ahead(function: Callable[[T], U], items: Iterable[T], threads: int, most: in
 
 def _image_shape(weights: Weights, preprocess: Preprocess) -> tuple[int, int, int]:
     """What images are like, [y x c], checked to be what the model takes."""
-    config, patch, channels = weights.model.config, weights.model.config.patch_size, _channels(weights)
+    config, patch, channels = weights.model.config, weights.model.config.patch_size, weights.channels
     own = weights.grid and tuple(count * side for count, side in zip(weights.grid, patch, strict=True))
     size = preprocess.image_size or own
     if size is None:
@@ -195,10 +195,6 @@ def _image_shape(weights: Weights, preprocess: Preprocess) -> tuple[int, int, in
         raise ConfigError("--pp", f"{preprocess.text!r} makes images of {size[0]}×{size[1]} with {preprocess.channels} "
                                   f"channels; {weights} takes {sizes} with {channels}")
     return (*size, channels)
-
-
-def _channels(weights: Weights) -> int:
-    return weights.shapes["embedding"]["kernel"].shape[2]
 
 
 def _resizing(preprocess: Preprocess, size: tuple[int, int]) -> str:

@@ -62,8 +62,7 @@ def _normalisation(weights: Weights) -> Normalisation | None:
         return None
     if MEAN.value is None or STD.value is None:
         raise ConfigError("--mean", "is given together with --std")
-    channels = weights.shapes["embedding"]["kernel"].shape[2]
-    mean, std = _numbers("--mean", MEAN.value, channels), _numbers("--std", STD.value, channels)
+    mean, std = _numbers("--mean", MEAN.value, weights.channels), _numbers("--std", STD.value, weights.channels)
     if min(std) == 0:
         raise ConfigError("--std", f"must be above 0, got {','.join(STD.value)}")
     return Normalisation(mean, std)

@@ -57,7 +57,7 @@ def export(
     write = _writer(dst, names)
     check_target(dst, overwrite)
     if normalisation is not None:
-        normalisation = Normalisation.of(normalisation, weights.shapes["embedding"]["kernel"].shape[2])
+        normalisation = Normalisation.of(normalisation, weights.channels)
     if normalisation := normalisation or weights.normalisation:
         # Seven digits: those of the float32 that a run's preprocessing computes in.
         weights = dataclasses.replace(weights, normalisation=normalisation.rounded(7))

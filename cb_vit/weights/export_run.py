@@ -52,7 +52,7 @@ def write_run(dst: str, weights: Weights, params: Any, overwrite: bool) -> list[
     if weights.normalisation is None:
         raise ConfigError("mean", f"{weights} does not say how its pixels were normalised, which a run must; give "
                                   "mean and std")
-    shape = *image_size(weights), params["embedding"]["kernel"].shape[2]
+    shape = *image_size(weights), weights.channels
     step, pp, model = weights.step or 0, _preprocessing(weights), weights.model
     notes = run_notes(
         "vit", model.config, model.num_classes, weights.class_names, shape, pp, pp_evals={"exported": pp},

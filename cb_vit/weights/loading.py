@@ -99,6 +99,11 @@ class Weights:
     def __str__(self) -> str:
         return self.path if self.step is None else f"step {self.step} of {self.path}"
 
+    @property
+    def channels(self) -> int:
+        """Channels of the model's images."""
+        return self.shapes["embedding"]["kernel"].shape[2]
+
     def read(self, like: Tree = None) -> Tree:
         """The parameters, float32, each leaf straight onto its devices.
 
@@ -173,7 +178,7 @@ def load(
     for doubt in weights.doubts:
         warnings.warn(f"{path}: {doubt}", stacklevel=2)
     if normalisation is not None:
-        normalisation = Normalisation.of(normalisation, weights.shapes["embedding"]["kernel"].shape[2])
+        normalisation = Normalisation.of(normalisation, weights.channels)
     tree = weights.read(None if place is None else place(weights.shapes))
     if normalisation is not None:
         if weights.normalisation is None:

@@ -57,7 +57,7 @@ def with_channels(weights: W, channels: int) -> W:
         ConfigError: at "channels", where the model is not of RGB images.
     """
     kernel = weights.shapes["embedding"]["kernel"]
-    own = kernel.shape[2]
+    own = weights.channels
     if channels == own:
         return weights
     if own != 3 or type(channels) is not int or channels < 1:

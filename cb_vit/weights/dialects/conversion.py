@@ -20,14 +20,14 @@ from cb_vit.models.resample import square
 from cb_vit.models.vit import Config, Model
 from cb_vit.pp.normalisation import Normalisation
 from cb_vit.retry import PARSING
-from cb_vit.texts import parse_json
+from cb_vit.texts import first_few, parse_json
 from cb_vit.tree import flatten_with_names
 from cb_vit.weights.containers.files import FormatError, Tensor, show
 from cb_vit.weights.dialects import big_vision, huggingface, timm
 from cb_vit.weights.dialects.cards import names_of_classes, pair
 from cb_vit.weights.dialects.families import name_family
 from cb_vit.weights.dialects.keywords import settle, spell_out, spelt
-from cb_vit.weights.dialects.names import Reading, listed, view
+from cb_vit.weights.dialects.names import Reading, view
 from cb_vit.weights.dialects.prefixes import candidates, take_off, under
 
 # What no file of parameters says; `describe` writes it beside them.
@@ -193,11 +193,11 @@ def _read(
              and any(name.startswith(_EMBEDDINGS) for name in inside)]
     if prefix:
         parts = [prefix.rstrip("./") + ("/" if any("/" in name for name in tensors) else ".") + part for part in parts]
-    way_out = f"; a ViT is in {listed(parts)}: choose with prefix" if parts else ""
+    way_out = f"; a ViT is in {first_few(map(show, parts))}: choose with prefix" if parts else ""
     if family:
         raise FormatError(f"{path}: it seems to be {family}, which is not supported{way_out}")
     raise FormatError(f"{path}: no ViT of timm, DeiT, Hugging Face, big_vision or AugReg; it holds "
-                      f"{listed(tensors) or 'nothing'}{way_out}")
+                      f"{first_few(map(show, tensors)) or 'nothing'}{way_out}")
 
 
 def _float32(tensor: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ def _check(
 
     missing = [reading.spell(name) for name in leaves if name not in params]
     surplus = reading.unknown + [reading.spell(name) for name in params if name not in leaves]
-    wrong = [f"{what} {listed(dict.fromkeys(found))}" for what, found in (
+    wrong = [f"{what} {first_few(map(show, dict.fromkeys(found)))}" for what, found in (
         ("lacks", missing), ("has besides", surplus)) if found]
     wrong += [f"has {show(reading.spell(name))} of {list(params[name].shape)} and not {list(shape)}"
               for name, shape in leaves.items() if name in params and params[name].shape != shape][:3]

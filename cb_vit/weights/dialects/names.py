@@ -110,7 +110,7 @@ class Names:
         """
         homeless = [name for name in params if self.theirs(name) is None]
         if homeless:
-            raise ConfigError("params", f"{self.format} has no place for {listed(homeless)}")
+            raise ConfigError("params", f"{self.format} has no place for {first_few(map(show, homeless))}")
         found = ((self.theirs(name), array) for name, array in params.items())
         return {theirs: np.ascontiguousarray(layout.write(array)) for (theirs, layout), array in found}
 
@@ -214,11 +214,6 @@ def flat(params: Any, config: Config, grid: tuple[int, int] | None) -> dict[str,
 def add_entries(params: Mapping[str, np.ndarray], entries: int) -> dict[str, np.ndarray]:
     """The position embedding with so many empty rows in front: those of tokens that have theirs in themselves."""
     return {**params, "pos_embedding": np.pad(params["pos_embedding"], ((0, 0), (entries, 0), (0, 0)))}
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names for an error, the first few of them."""
-    return first_few(map(show, names))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 
+from cb_vit.texts import first_few
 from cb_vit.weights.containers.files import FormatError, Tensor, show
 from cb_vit.weights.dialects.names import unique
 
@@ -69,7 +70,7 @@ def _parts(names: Collection[str]) -> str:
     *_, shared = _shared(names)
     matches = (_PART.match(name, len(shared)) for name in names)
     found = sorted({shared + match[0][:-1] for match in matches if match})
-    return ", ".join(map(show, found[:20])) or "none"
+    return first_few(map(show, found), 20) or "none"
 
 
 def _shared(names: Collection[str]) -> Iterator[str]:
