@@ -61,25 +61,27 @@ class OptimiserConfig:
 
     Attributes:
         lr: peak learning rate.
-        lr_reference_batch: if set, the peak is `lr · batch_size / lr_reference_batch` (arXiv 1706.02677); DeiT: 512.
-        lr_mults: `(regex, multiplier)`; parameters without a match have 1.
-        layer_decay: multiplies learning rates once for each block from the output down to a parameter; 0 to 1.
-        weight_decay: AdamW's, multiplied by the learning rate.
-        wd_mults: `(regex, multiplier)`; parameters without a match are not decayed. The default decays every kernel,
-            those of `embedding` and `head` too, and spares biases, norms, `cls`, `pos_embedding`, `context_scale`
-            and `gamma`.
+        lr_reference_batch: batch size that `lr` is for: the peak is `lr · batch_size / lr_reference_batch` (arXiv
+            1706.02677); DeiT: 512; None: the peak is `lr`.
+        lr_mults: pairs `(regex, multiplier of the learning rate)`; parameters without a match have 1.
+        layer_decay: factor on learning rates for each block from the output down to a parameter, above 0, at most 1;
+            None: no such factor.
+        weight_decay: coefficient of AdamW's decay, which is multiplied by the learning rate; 0: no decay.
+        wd_mults: pairs `(regex, multiplier of the weight decay)`; parameters without a match are not decayed. The
+            default decays every kernel, those of `embedding` and `head` too, and spares biases, norms, `cls`,
+            `pos_embedding`, `context_scale` and `gamma`.
         schedule: one schedule, or `(regex, schedule or None)` pairs that cover every parameter; None freezes.
         grad_clip_norm: largest global norm of the gradient; None: no clipping.
         grad_clip_adaptive: largest norm of the gradient of an output unit, as a share of the unit's own norm; 0.01 in
             NFNets; None: no such clipping. Comes before `grad_clip_norm`.
         optax_name: the transformation of the gradient, one of `TRANSFORMATIONS`. "scale_by_lamb" is LAMB as timm and
             DeiT-III have it: parameters that are not decayed keep Adam's step. DeiT-III clips the norm at 1.
-        optax: its keyword arguments, e.g. `dict(b2=0.95, mu_dtype="bfloat16")`.
-        lamb_fused_qkv: LAMB's norms are those of timm's tensors (`updates.fused_name`): one over query, key and value
-            of an attention, one over key and value in attention pooling, of those that are trained and decayed. False:
-            one a parameter. None: as timm, and where a run goes on, as it began; one without a record of it, one a
-            parameter.
-        wd: a trap for big_vision's weight decay; always an error.
+        optax: keyword arguments of that transformation, e.g. `dict(b2=0.95, mu_dtype="bfloat16")`.
+        lamb_fused_qkv: whether LAMB's norms are those of timm's tensors (`updates.fused_name`): one over query, key and
+            value of an attention, one over key and value in attention pooling, of those that are trained and decayed.
+            False: each parameter has its own. None: as timm, and where a run goes on, as it began (each its own, if
+            that run has no record of it).
+        wd: trap for big_vision's weight decay; always an error.
     """
 
     lr: float
@@ -158,8 +160,8 @@ def warn_mismatch(cfg: OptimiserConfig, *, batch_size: int, width: int) -> str |
 
     Args:
         cfg: the optimiser's settings.
-        batch_size: examples in a global batch.
-        width: the model's; narrow ones stand more.
+        batch_size: number of examples in a global batch.
+        width: the model's width; narrow models stand higher rates.
     """
     rate = peak_lr(cfg, batch_size)
     if cfg.optax_name != "scale_by_adam" or width < 192 or rate <= 2e-3:
@@ -177,11 +179,12 @@ def describe(cfg: OptimiserConfig, params_shapes: Tree, *, path: str = "config")
         path: where the settings stand in the config, for errors.
 
     Raises:
-        ConfigError: for a rule that matches no parameter, a parameter without a schedule, none left to train, or
-            layer decay without blocks.
+        ConfigError: a rule matches no parameter, a parameter has no schedule, none is left to train, or there is layer
+            decay without blocks.
     """
     check_rules(cfg.schedule_rules, params_shapes, f"{path}.schedule")
     check_rules(cfg.lr_mults, params_shapes, f"{path}.lr_mults")
+    # Without weight decay nobody reads the multipliers, so they need not match anything.
     if cfg.weight_decay:
         check_rules(cfg.wd_mults, params_shapes, f"{path}.wd_mults")
     uncovered = object()
@@ -207,7 +210,6 @@ def describe(cfg: OptimiserConfig, params_shapes: Tree, *, path: str = "config")
 
 
 def _depth(params_shapes: Tree) -> int:
-    """Blocks of the model."""
     numbers = [block for name, leaf in flatten_with_names(params_shapes)[0] for block in blocks(name, leaf.shape)]
     return 1 + max(numbers, default=-1)
 
@@ -223,7 +225,12 @@ def _lr_mult(cfg: OptimiserConfig, name: str, shape: tuple[int, ...], depth: int
 
 
 def trainable(cfg: OptimiserConfig, params_shapes: Tree) -> Tree:
-    """For each parameter, whether it has a schedule; the others are frozen."""
+    """For each parameter, whether it is trained, that is, has a schedule.
+
+    Args:
+        cfg: the optimiser's settings.
+        params_shapes: the parameters, or `jax.eval_shape`'s answer in their place.
+    """
     rules = {rule.name: rule for rule in describe(cfg, params_shapes)}
     return map_with_names(lambda name, _: not rules[name].frozen, params_shapes)
 
@@ -240,13 +247,13 @@ def make(
     Args:
         cfg: the optimiser's settings.
         params_shapes: the parameters, or `jax.eval_shape`'s answer in their place.
-        total_steps: steps of the whole run.
-        batch_size: examples in a global batch.
-        examples: examples in one epoch; needed for schedule lengths in epochs.
+        total_steps: number of steps of the whole run.
+        batch_size: number of examples in a global batch.
+        examples: number of examples in one epoch; needed for schedule lengths in epochs.
         path: where the settings stand in the config, for errors.
 
     Raises:
-        ConfigError: as `describe`, and for schedules that do not fit into the run.
+        ConfigError: the rules are such as `describe` refuses, or a schedule does not fit into the run.
     """
     rules = {rule.name: rule for rule in describe(cfg, params_shapes, path=path)}
     single = isinstance(cfg.schedule, ScheduleConfig)
@@ -266,6 +273,7 @@ def make(
         TRANSFORMATIONS[cfg.optax_name](**cfg.optax),
         updates.add_weight_decay(cfg.weight_decay, rules, trust=cfg.lamb, fused_qkv=cfg.lamb_fused_qkv is not False),
         updates.scale_by_schedules(peak_lr(cfg, batch_size), schedules, rules))
+    # Masked, frozen parameters have no moments to store, and no share in the norm that clipping looks at.
     return optax.chain(
         optax.masked(optax.set_to_zero(), frozen), optax.masked(update_trainable, trainable)), schedules
 
@@ -301,6 +309,7 @@ def _check_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in checked:
             raise ConfigError(f"optax.{key}", f"required by {name} and not set; write optax = dict({key}=...)")
+    # Built once for nothing: a value that optax refuses is then told before the data and the devices are touched.
     try:
         transformation(**checked)
     except (TypeError, ValueError) as error:

@@ -42,13 +42,15 @@ class ScheduleConfig:
 
     Attributes:
         decay_type: how the multiplier falls after the warm-up; see the module docstring.
-        warmup: linear rise, `warmup_{steps,epochs,examples,percent}`; of "deit": whole epochs.
+        warmup: length of the linear rise, `warmup_{steps,epochs,examples,percent}`; for "deit" whole epochs; None:
+            none.
         warmup_lr: learning rate that the warm-up starts from; not scaled with the batch. DeiT: 1e-6.
-        min_lr: of "cosine" and "deit": learning rate that the decay ends at; not scaled with the batch. DeiT: 1e-5.
-        cooldown: linear fall to 0 at the end of the run, on top of the decay; meant for "rsqrt" and "constant".
-        linear_end: what "linear" ends at, as a fraction of the peak.
-        timescale: of "rsqrt": the multiplier has fallen to 1/√2 this long after the warm-up (10 000 steps if unset).
-        shift: of "rsqrt": start this far down the curve, to continue another run's decay.
+        min_lr: learning rate that "cosine" and "deit" end at; not scaled with the batch. DeiT: 1e-5.
+        cooldown: length of a linear fall to 0 at the end of the run, on top of the decay; meant for "rsqrt" and
+            "constant"; None: none.
+        linear_end: fraction of the peak that "linear" ends at; 0 to 1.
+        timescale: time after the warm-up in which "rsqrt" falls to 1/√2; None: 10 000 steps.
+        shift: time by which "rsqrt" starts further down its curve, to continue another run's decay; None: none.
     """
 
     decay_type: Literal["cosine", "linear", "rsqrt", "constant", "deit"] = "cosine"
@@ -87,7 +89,17 @@ _READERS = {"linear_end": ("linear",), "min_lr": ("cosine", "deit"), "timescale"
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
-    """What a schedule computes with: lengths in steps (of "deit": in epochs), learning rates as shares of the peak."""
+    """What a schedule computes with: lengths in steps (of "deit": in epochs), learning rates as shares of the peak.
+
+    Attributes:
+        total: length of the run.
+        warmup: length of the warm-up; 0: none.
+        cooldown: length of the cooldown; 0: none.
+        timescale: time in which "rsqrt" falls to 1/√2.
+        shift: time by which "rsqrt" starts further down its curve.
+        start: multiplier at the beginning of the warm-up.
+        end: multiplier at the end of the decay.
+    """
 
     total: int
     warmup: int
@@ -107,17 +119,17 @@ def create(
     It takes Python and traced integers alike and answers in float32. Past the end it stays where it ended.
 
     Args:
-        cfg: the block `schedule`.
+        cfg: the config's block `schedule`.
         peak_lr: the learning rate at multiplier 1.
-        total_steps: steps of the whole run.
-        batch_size: examples in a global batch.
-        examples: examples in one epoch; needed for lengths in epochs and for "deit".
+        total_steps: number of steps of the whole run.
+        batch_size: number of examples in a global batch.
+        examples: number of examples in one epoch; needed for lengths in epochs and for "deit".
         path: where the block stands in the config, for errors.
         peak_text: where `peak_lr` comes from, for errors.
 
     Raises:
-        ConfigError: when warm-up and cooldown do not fit into the run, a length cannot be expressed in steps (of
-            "deit": in epochs), or `warmup_lr` or `min_lr` is above the peak.
+        ConfigError: warm-up and cooldown do not fit into the run, a length cannot be expressed in steps (of "deit": in
+            epochs), or `warmup_lr` or `min_lr` is above the peak.
     """
     for name in ("warmup_lr", "min_lr"):
         if getattr(cfg, name) > peak_lr:
@@ -167,7 +179,7 @@ def _check_fit(cfg: ScheduleConfig, numbers: Numbers, unit: str, path: str) -> N
 def _by_step(
     decay: Callable[[Float32[Array, ""], Numbers], Float32[Array, ""]], numbers: Numbers, step: Step
 ) -> Float32[Array, ""]:
-    t = jnp.asarray(step, jnp.float32)
+    t = jnp.asarray(step, jnp.float32)  # exact up to 2²⁴ steps
     multiplier = decay(t, numbers)
     if numbers.warmup:
         rising = numbers.start + (multiplier - numbers.start) * (t / numbers.warmup)

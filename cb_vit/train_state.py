@@ -23,8 +23,8 @@ class TrainState:
     """The state of training after `step` steps.
 
     Attributes:
-        step: steps done, int32 [].
-        params: nested dict of parameters.
+        step: number of steps done, int32 [].
+        params: the parameters, as nested dicts.
         opt: the optimiser's state.
         finite: whether loss, gradients and parameters have been finite at every step so far, bool [].
         ema: moving average of the parameters, a tree like `params`; None: not kept.
@@ -50,9 +50,9 @@ class EmaConfig:
     After each step, e ← d·e + (1 - d)·p, from e = p at the start (Polyak and Juditsky, 1992; timm's ModelEma).
 
     Attributes:
-        decay: d, in [0, 1). DeiT has 0.99996.
-        warmup: let d rise with the number t of steps done before, min(decay, 1 - (1 + t)^-⅔), so that a short run's
-            average is not mostly its first parameters (timm's ModelEmaV3); DeiT has none.
+        decay: d, the share of the average that a step keeps, in [0, 1). DeiT has 0.99996.
+        warmup: whether d rises with the number t of steps done before, min(decay, 1 - (1 + t)^-⅔), so that a short
+            run's average is not mostly its first parameters (timm's ModelEmaV3); DeiT has none.
     """
 
     decay: float = 0.99996
@@ -63,15 +63,30 @@ class EmaConfig:
             raise ConfigError("decay", f"must be in [0, 1), got {self.decay}")
 
     def update(self, ema: Tree, params: Tree, step: jax.Array) -> Tree:
-        """The average after `params` has been taken in; `step`: steps done before, int32 []."""
+        """The average after `params` has been taken in.
+
+        Args:
+            ema: the average before.
+            params: the parameters after this step's update.
+            step: number of steps done before this one, int32 [].
+        """
+        # 1 - d is taken in Python's float64: float32 would have 4e-5 to three digits only.
         rate = jnp.float32(1 - self.decay)
         if self.warmup:
             rate = jnp.maximum(rate, (1 + step.astype(jnp.float32)) ** (-2 / 3))
+        # As a correction of e, which rounds less than the sum of two products does where the rate is small.
         return jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
 
 
 def begin(params: Tree, tx: optax.GradientTransformation, ema: bool) -> TrainState:
-    """The state before the first step, from `params`; the average begins as a copy of them."""
+    """The state before the first step.
+
+    Args:
+        params: the first parameters.
+        tx: the optimiser, as an optax transformation.
+        ema: whether an average is kept; it begins as a copy of the parameters.
+    """
+    # A copy, since the state is donated: one buffer cannot be given away twice.
     average = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.ones((), bool), average)
 
@@ -79,7 +94,14 @@ def begin(params: Tree, tx: optax.GradientTransformation, ema: bool) -> TrainSta
 def state_shapes(
     init: Callable[[jax.Array], Tree], tx: optax.GradientTransformation, ema: bool = False
 ) -> TrainState:
-    """Shapes and dtypes of the state, with an average of the parameters if `ema`, without making it."""
+    """Shapes and dtypes of the state, without making it.
+
+    Args:
+        init: the function from a random key to parameters.
+        tx: the optimiser, as an optax transformation.
+        ema: whether an average of the parameters is kept.
+    """
+    # Which key makes no difference to shapes.
     return jax.eval_shape(lambda key: begin(init(key), tx, ema), jax.random.key(0))
 
 
@@ -92,16 +114,24 @@ def create(
     """A fresh state, each leaf computed where `shardings` puts it: no device ever holds a whole copy.
 
     Args:
-        init: `args` → parameters.
-        tx: the optimiser.
-        shardings: as `state_shardings` gives them.
-        *args: a key, the same on all processes, and any trees of arrays, on the mesh, that `init` makes use of.
+        init: the function from `args` to parameters.
+        tx: the optimiser, as an optax transformation.
+        shardings: the sharding of every leaf, as `state_shardings` gives them.
+        *args: a random key, the same on all processes, and any trees of arrays, on the mesh, that `init` makes use of.
     """
+    # `out_shardings` make XLA partition the draws as well; initialised first and placed afterwards, a large model would
+    # have to fit on one device.
     ema = shardings.ema is not None
     return jax.jit(lambda *args: begin(init(*args), tx, ema), out_shardings=shardings)(*args)
 
 
 def state_shardings(shapes: TrainState, strategy: Sequence[tuple[str, str]], mesh: Mesh) -> TrainState:
-    """Where every leaf of the state lives, by `config.sharding_strategy`."""
+    """Where every leaf of the state lives.
+
+    Args:
+        shapes: shapes of the state, as `state_shapes` gives them.
+        strategy: the pairs (regex, rules) of `config.sharding_strategy`.
+        mesh: the run's device mesh.
+    """
     return sharding.infer(shapes, strategy, mesh)
 

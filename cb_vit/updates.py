@@ -27,11 +27,11 @@ class ParamRule:
 
     Attributes:
         name: the parameter's name.
-        shape: its shape.
-        schedule: the regex of its schedule; None: frozen.
-        lr_mult: multiplies the learning rate; 0 when frozen; under layer decay, a leaf that stacks blocks has one a
-            block.
-        wd_mult: multiplies `weight_decay`; 0 when not decayed or frozen.
+        shape: the parameter's shape.
+        schedule: the regex in the config that gives the parameter its schedule; None: frozen.
+        lr_mult: multiplier of the learning rate; 0 when frozen; under layer decay, a leaf that stacks blocks has one
+            for each block.
+        wd_mult: multiplier of `weight_decay`; 0 when not decayed or frozen.
     """
 
     name: str
@@ -58,13 +58,15 @@ def clip_adaptive(factor: float) -> optax.GradientTransformation:
     The norms are those of output units, see `unit_axes`. The heads are spared, as the paper advises.
 
     Args:
-        factor: λ of the paper; 0.01 there for most batch sizes.
+        factor: λ of the paper, the largest share of its own norm that a unit's gradient may have; 0.01 there for most
+            batch sizes.
     """
     def clipped(name: str, gradient: jax.Array, param: jax.Array) -> jax.Array:
         if name.split("/")[0] in _HEADS:
             return gradient
         axes = unit_axes(name, param.ndim)
         limit = factor * jnp.maximum(_norm(param, axes), 1e-3)
+        # A gradient of 0 gives min(1, ∞) = 1, and stays 0.
         return (gradient * jnp.minimum(1.0, limit / _norm(gradient, axes))).astype(gradient.dtype)
 
     return optax.stateless(lambda updates, params: map_with_names(clipped, updates, params))
@@ -78,17 +80,18 @@ def add_weight_decay(
     LAMB is that of arXiv 1904.00962, algorithm 2, with φ the identity; u stays as it is where either norm is 0.
 
     Args:
-        weight_decay: of all parameters.
-        rules: by the parameter's name.
-        trust: LAMB.
-        fused_qkv: one norm for what is one tensor in timm, see `fused_name`; frozen parameters, and those that are not
-            decayed, have no share in it.
+        weight_decay: the coefficient that each parameter's `wd_mult` multiplies.
+        rules: the rule of each parameter, by its name.
+        trust: whether LAMB's ratio of norms follows.
+        fused_qkv: whether what is one tensor in timm has one norm, see `fused_name`; frozen parameters, and those that
+            are not decayed, have no share in it.
     """
     def decayed(name: str, update: jax.Array, param: jax.Array) -> jax.Array:
         coefficient = weight_decay * rules[name].wd_mult
         return update + coefficient * param.astype(update.dtype) if coefficient else update
 
     def tensor(name: str) -> str | None:
+        # As in timm, whose LAMB adapts decayed parameters only: norms and biases keep Adam's step.
         if not weight_decay * rules[name].wd_mult:
             return None
         return fused_name(name) if fused_qkv else name
@@ -116,6 +119,7 @@ def _trust(updates: Tree, params: Tree, tensor: Callable[[str], str | None]) -> 
     leaves = jax.tree.leaves(params)
     for (name, update), param in zip(flatten_with_names(updates)[0], leaves, strict=True):
         if (whole := tensor(name)) is not None:
+            # Without the axis of stacked blocks: each has its own ratio, as it has in loop layout.
             axes = tuple(range(int(is_stacked(name)), param.ndim))
             both = _squares(param, axes), _squares(update, axes)
             squares[whole] = tuple(map(jnp.add, squares[whole], both)) if whole in squares else both
@@ -133,13 +137,20 @@ def _trust(updates: Tree, params: Tree, tensor: Callable[[str], str | None]) -> 
 def scale_by_schedules(
     lr: float, schedules: Mapping[str, Schedule], rules: Mapping[str, ParamRule],
 ) -> optax.GradientTransformation:
-    """u ← -lr · lr_mult · schedule(count) · u, with one count for all schedules."""
+    """u ← -lr · lr_mult · schedule(count) · u, with one count for all schedules.
+
+    Args:
+        lr: the peak learning rate.
+        schedules: the schedules by the regex that `ParamRule.schedule` names.
+        rules: the rule of each parameter, by its name.
+    """
     def init(params: Tree) -> optax.ScaleByScheduleState:
         del params
         return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
 
     def update(updates: Tree, state: optax.ScaleByScheduleState, params: Tree | None = None):
         del params
+        # Each is computed once a step, however many parameters follow it.
         now = {regex: schedule(state.count) for regex, schedule in schedules.items()}
 
         def scaled(name: str, leaf: jax.Array) -> jax.Array:
@@ -160,14 +171,14 @@ def big_vision_decay(
     """How to write big_vision's `wd`, whose step is schedule · wd · wd_mult · p, in words.
 
     Args:
-        wd: big_vision's.
-        lr: the setting.
-        batch: its `lr_reference_batch`.
-        lr_mults: the setting; there, too, it multiplies the gradient's part of the step.
-        wd_mults: the setting.
-        layer_decay: the setting, which big_vision has not.
-        lamb: whether the step is LAMB's.
-        freezes: whether the schedule leaves parameters where they are.
+        wd: the value of big_vision's setting `wd`.
+        lr: the config's learning rate.
+        batch: the config's `lr_reference_batch`.
+        lr_mults: the config's learning-rate multipliers; big_vision's, too, multiply the gradient's part of the step.
+        wd_mults: the config's weight-decay multipliers.
+        layer_decay: the config's layer decay, which big_vision has not.
+        lamb: whether the optimiser is LAMB.
+        freezes: whether the schedule freezes any parameters.
     """
     if lamb:
         return "and no weight_decay equals it under scale_by_lamb, which scales it too; take a recipe's for LAMB"
@@ -204,4 +215,5 @@ def _norm(x: Float[Array, " ..."], axes: tuple[int, ...]) -> Float32[Array, " ..
 
 
 def _squares(x: Float[Array, " ..."], axes: tuple[int, ...]) -> Float32[Array, " ..."]:
+    # float32 before the sum: in bfloat16 it would stop growing after a few hundred terms.
     return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True)

@@ -38,18 +38,21 @@ def to_scan(tree: Tree) -> Tree:
 
 
 def _map_dicts(function, tree: Tree, wanted) -> Tree:
+    # An optimiser's state holds parameter trees inside named tuples; the dicts are found wherever they are.
     is_wanted = lambda node: isinstance(node, dict) and wanted(node)  # noqa: E731
     return jax.tree.map(lambda node: function(node) if is_wanted(node) else node, tree, is_leaf=is_wanted)
 
 
 def _unstack(node: dict) -> dict:
     stacked = node[STACKED]
+    # `len`, not `.shape[0]`: `checkpoint_arrays` passes stand-ins for arrays, which have no values to index.
     depth = len(jax.tree.leaves(stacked)[0])
     blocks = {f"{STACKED}_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(depth)}
     return {**{k: v for k, v in node.items() if k != STACKED}, **blocks}
 
 
 def _stack(node: dict) -> dict:
+    # By number: JAX sorts dict keys as text, where block 10 comes before block 2.
     indices = sorted(int(match[1]) for match in map(BLOCK.fullmatch, node) if match)
     blocks = [node[f"{STACKED}_{i}"] for i in indices]
     rest = {k: v for k, v in node.items() if not BLOCK.fullmatch(k)}
@@ -62,6 +65,9 @@ class Report:
     """What became of every array in a merge, as lines to print.
 
     To JAX it is a tree without leaves, so it comes out of `jax.jit` and `jax.eval_shape` beside the parameters.
+
+    Attributes:
+        lines: one sentence on each group of arrays that met the same fate.
     """
 
     lines: tuple[str, ...]
@@ -74,13 +80,13 @@ def merge_params(
     """Take the parameters of a file where a model has them too; nothing is lost or begun anew unsaid.
 
     Args:
-        init: initial parameters of the model, loop layout.
-        loaded: those of the file, loop layout.
-        dont_load: regexes of names to leave alone, on either side.
+        init: the model's initial parameters, in loop layout.
+        loaded: the file's parameters, in loop layout.
+        dont_load: regexes of parameter names: in the model they keep their initial value, in the file they are unused.
         heads: top-level names of modules that may differ: one of another shape begins anew, as a whole.
-        other_heads: all of these begin anew, their shape notwithstanding.
-        fresh: regex of what a file may lack.
-        fit: by name, how to make an array of another shape fit.
+        other_heads: whether all `heads` begin anew even where their shapes agree.
+        fresh: a regex of the parameter names that a file may lack.
+        fit: for a parameter's name, the function that makes a loaded array of another shape fit.
 
     Returns:
         Parameters in the form and dtypes of `init`, and the report.
@@ -99,6 +105,7 @@ def merge_params(
         both[name], note = (fit or {}).get(name, lambda theirs, ours: (theirs, None))(theirs[name], ours[name])
         lines += [f"{name}: {note}"] if note else []
 
+    # A head goes as a whole: a loaded bias beside a fresh kernel would belong to other classes.
     of_head = lambda name: name.split("/")[0] in heads  # noqa: E731
     differ = [name for name in both if both[name].shape != ours[name].shape]
     anew = {name.split("/")[0] for name in (both if other_heads else differ) if of_head(name)}
@@ -109,6 +116,7 @@ def merge_params(
                       if name not in told and not of_head(name) and not re.fullmatch(fresh, name)])
     _refuse("has besides", [name for name in surplus if name not in told and not of_head(name)])
 
+    # Files may be in half precision; the optimiser needs parameters in the dtype that the model was made with.
     taken = {name: leaf.astype(ours[name].dtype) for name, leaf in both.items() if name not in reset}
     lines.insert(0, f"{len(taken)} of the model's {len(ours)} parameter arrays are loaded")
     for what, names in (

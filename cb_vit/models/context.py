@@ -20,10 +20,10 @@ def broadcast_context(
     """Average each token with the mean of all tokens, class token included: (x + mean_n x) / 2.
 
     Args:
-        x: tokens, n of width d, with any leading axes.
-        scale: λ, one factor a channel on the mean: (x + λ ⊙ mean_n x) / 2. This is CB_S in our
+        x: n tokens of width d, with any leading axes.
+        scale: λ, a factor on the mean for each channel: (x + λ ⊙ mean_n x) / 2. This is CB_S in our
             reading of the paper, whose exact form could not be verified; λ = 1 gives CB.
-        mask: True where a token is real. The mean runs over the real tokens alone; padding tokens
+        mask: whether each token is real. The mean runs over the real tokens alone; padding tokens
             are averaged with it like any other and stay meaningless. A row without real tokens has
             mean 0. None: all tokens are real.
 
@@ -36,7 +36,8 @@ def broadcast_context(
         context = jnp.mean(tokens, axis=-2, keepdims=True)
     else:
         real = jnp.expand_dims(mask, -1)
-        count = jnp.maximum(jnp.sum(real, axis=-2, keepdims=True), 1)
+        count = jnp.maximum(jnp.sum(real, axis=-2, keepdims=True), 1)  # not 0 / 0 in a row of padding
+        # Selected, not multiplied by the mask: padding may hold NaN, and 0 · NaN is NaN.
         context = jnp.sum(jnp.where(real, tokens, 0.0), axis=-2, keepdims=True) / count
     if scale is not None:
         context = context * jnp.reshape(scale.astype(jnp.float32), (1,) * (x.ndim - 1) + (-1,))

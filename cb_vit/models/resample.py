@@ -27,16 +27,16 @@ def resample_posemb(
     """Stretch the embeddings of a grid of patches onto another grid.
 
     Args:
-        posemb: of the n patches of a grid, row by row, without class or distillation token.
-        grid: rows and columns to make.
-        method: one of `METHODS`.
-        source: rows and columns there are; None: a square.
+        posemb: the embeddings of a grid's n patches, row by row, without class or distillation token.
+        grid: rows and columns of the new grid.
+        method: one of the names in `METHODS`.
+        source: rows and columns of the old grid; None: a square.
 
     Returns:
         [1, rows·columns, d], in the dtype of `posemb`; computed in float32.
 
     Raises:
-        ConfigError: unknown method, or `source` is needed.
+        ConfigError: the method is unknown, or `source` is not given and n is no square.
     """
     weights = METHODS.pick(method, "posemb_resize")
     rows, columns = source or square(posemb.shape[1])
@@ -54,12 +54,15 @@ def resample_patch(
     grow and else as nearly as can be: w' = (Bᵀ)⁺ w (arXiv 2212.08013, section 3.4; timm's `resample_patch_embed`).
 
     Args:
-        kernel: of patches of p × q pixels.
+        kernel: the kernel for patches of p × q pixels.
         patch: height and width of the new patches, in pixels.
-        method: one of `METHODS`: how patches are thought to be resized.
+        method: one of the names in `METHODS`, the way in which patches are thought to be resized.
+
+    Returns:
+        The kernel for the new patches, in the dtype of `kernel`; computed in float32.
 
     Raises:
-        ConfigError: unknown method.
+        ConfigError: the method is unknown.
     """
     weights = METHODS.pick(method, "posemb_resize")
     # The pseudo-inverse of a Kronecker product is that of pseudo-inverses: each axis has its own.
@@ -68,7 +71,7 @@ def resample_patch(
 
 
 def adapt_channels(kernel: Float[Array, "p q 3 d"], channels: int) -> Float[Array, "p q c d"]:
-    """The kernel of an RGB patch embedding for images of other channels: timm's `adapt_input_conv`.
+    """The kernel of an RGB patch embedding for images of another number of channels: timm's `adapt_input_conv`.
 
     One channel gets the sum of the three kernels, so that grey pixels give what they gave three times over. More (or
     two) get red, green, blue, red, … scaled by 3 / channels, a beginning for training and not the same function.
@@ -82,6 +85,7 @@ def _apply(matrices: list[np.ndarray], x: Float[Array, " ..."]) -> Float[Array, 
     """One matrix [after, before] for each of the first axes of `x`."""
     for axis, matrix in enumerate(matrices):
         matrix = jnp.asarray(matrix, jnp.float32)
+        # TPUs multiply float32 matrices in bfloat16 unless told otherwise.
         x = jnp.moveaxis(jnp.tensordot(matrix, x, (1, axis), precision=jax.lax.Precision.HIGHEST), 0, axis)
     return x
 
@@ -90,7 +94,7 @@ def square(patches: int) -> Grid:
     """The square grid of so many patches.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the number is no square.
     """
     side = math.isqrt(patches)
     if side * side != patches:
@@ -103,6 +107,7 @@ def _bicubic_antialias(before: int, after: int) -> np.ndarray:
     """Keys' cubic, widened where the grid shrinks: timm on its own checkpoints, PIL, `jax.image.resize`."""
     at, patches = _half_pixel_centres(before, after), np.arange(before)
     weights = _cubic((at[:, None] - patches[None]) / max(before / after, 1), a=-0.5)
+    # At the border part of the kernel lies outside the grid, so its weights are made to sum to 1 again.
     return weights / weights.sum(axis=1, keepdims=True)
 
 
@@ -113,6 +118,7 @@ def _bicubic(before: int, after: int) -> np.ndarray:
     taps = np.floor(at).astype(int)[:, None] + np.arange(-1, 3)[None]
     weights = np.zeros((after, before))
     rows = np.arange(after)[:, None]
+    # Added, as several taps beyond the border fall on the same patch.
     np.add.at(weights, (rows, taps.clip(0, before - 1)), _cubic(at[:, None] - taps, a=-0.75))
     return weights
 

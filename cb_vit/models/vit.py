@@ -44,10 +44,10 @@ def Model(num_classes: int | None, variant: str | None = None, **kw: Any) -> ViT
     Args:
         num_classes: width of the head; None or 0: no head, the pooled features are the output.
         variant: size and patch, e.g. "Ti/16", "S/16", "B/16", "L/16", "H/14".
-        **kw: the fields of `Config`.
+        **kw: any other fields of `Config`.
 
     Raises:
-        ConfigError: a keyword that is unknown, ill-typed or impossible.
+        ConfigError: a keyword is unknown, of the wrong type or impossible.
     """
     try:
         return ViT(num_classes, resolve(parse(Config, {"variant": variant, **kw}, "model")))
@@ -68,23 +68,25 @@ def merge(
     would silence every block that was loaded.
 
     Args:
-        init_params: initial parameters, in the model's own layout.
-        loaded: those of a file, in loop layout, with big_vision's names.
-        config: of the model; resolved.
-        dont_load: regexes of names that keep their initial value, or that are left in the file.
-        posemb_resize: one of `resample.METHODS`.
-        image_size: (height, width) in pixels that the model is for; None: square.
-        loaded_grid: rows and columns of patches that the file is for; None: square, or where the model has as many
-            patches, the model's.
-        other_classes: the file's head is for other classes, even if there are as many: it begins anew.
+        init_params: the initial parameters, in the model's own layout.
+        loaded: the file's parameters, in loop layout, with big_vision's names.
+        config: the model's resolved settings.
+        dont_load: regexes of parameter names: in the model they keep their initial value, in the file they are unused.
+        posemb_resize: the way of resampling, one of the names in `resample.METHODS`.
+        image_size: (height, width) in pixels of the images that the model is for; None: they are square.
+        loaded_grid: rows and columns of patches that the file is for; None: the model's own if the numbers of patches
+            agree, else a square.
+        other_classes: whether the file's head is for other classes, even if there are as many; it then begins anew.
 
     Returns:
-        Parameters like `init_params`, and the report.
+        Parameters in the layout and dtypes of `init_params`, and a report of what was done.
 
     Raises:
-        ConfigError: the file is of another model.
+        ConfigError: the file belongs to a model that does not fit.
     """
     def fit_posemb(theirs: Array, ours: Array) -> tuple[Array, str | None]:
+        # Another width is not for resampling to mend: `merge_params` refuses it. As many patches may still be another
+        # grid (7 × 14 against 14 × 7), which only `loaded_grid` can tell.
         if theirs.shape[-1] != ours.shape[-1] or (loaded_grid is None and theirs.shape == ours.shape):
             return theirs, None
         grid = patch_grid(config, image_size) if image_size else square(ours.shape[1])
@@ -109,11 +111,11 @@ def merge(
 
 
 class ViT(nn.Module):
-    """The model behind `Model`; `config` is resolved.
+    """The model behind `Model`.
 
     Attributes:
         num_classes: width of the head; None or 0: no head.
-        config: sizes and options.
+        config: the model's resolved settings.
     """
 
     num_classes: int | None
@@ -127,8 +129,8 @@ class ViT(nn.Module):
 
         Args:
             image: [b y x c], pixels as the model's preprocessing scales them, in float32 or narrower.
-            train: apply dropout and drop path; they draw from the Linen stream "dropout".
-            attention: also put every block's attention probabilities into the intermediates.
+            train: whether dropout and drop path apply; they draw from the Linen stream "dropout".
+            attention: whether every block's attention probabilities are among the intermediates.
 
         Returns:
             `(logits, out)`: logits [b, num_classes] (the mean of both heads if distilled), and the
@@ -141,7 +143,7 @@ class ViT(nn.Module):
             used costs nothing under `jax.jit`.
 
         Raises:
-            ConfigError: the images are not of this kind, or not of the size and channels of the parameters.
+            ConfigError: the images are no such array, or have another size or other channels than the parameters.
         """
         cfg, out = self.config, {}
         check_images(cfg, image, self.variables.get("params", {}))
@@ -155,10 +157,13 @@ class ViT(nn.Module):
             posemb = posemb_sincos_2d(*grid, cfg.width)
         x = out["with_posemb"] = x + posemb.astype(x.dtype)
 
+        # Positions are added before the tokens are put in front, so these have none: DeiT's extra entry for the class
+        # token is part of `cls` here.
         prefix = ["cls"] * (cfg.pool_type == "tok") + ["dist"] * cfg.distilled
         tokens = [self.param(name, init.token, (1, 1, cfg.width), jnp.float32).astype(x.dtype) for name in prefix]
         x = jnp.concatenate([*(jnp.broadcast_to(t, (x.shape[0], 1, cfg.width)) for t in tokens), x], axis=1)
 
+        # Blocks fold their numbers, 0 … depth - 1, into this one key, so `depth` is free for the dropout here.
         key = self.make_rng("dropout") if train and (cfg.dropout or cfg.drop_path) else None
         x = dropout(x, cfg.dropout, None if key is None else jax.random.fold_in(key, cfg.depth))
         x, out["encoder"] = Encoder(cfg, attention, name="Transformer")(x, key)
@@ -169,12 +174,14 @@ class ViT(nn.Module):
             out["head_input"] = pooled[0]
         if cfg.rep_size:
             width = cfg.width if cfg.rep_size is True else cfg.rep_size
+            # No `dtype`: from here on the arithmetic is float32, as the parameters are.
             hidden = nn.Dense(width, kernel_init=init.head, name="pre_logits")
             pooled[0], patches = nn.tanh(hidden(pooled[0])), nn.tanh(hidden(patches))
         out["pre_logits"], out["pre_logits_2d"] = pooled[0], patches
         if not self.num_classes:
             return pooled[0], out
         head_init = nn.initializers.zeros if cfg.head_zeroinit else init.head
+        # One head for each pooled vector: the second is that of the distillation token.
         heads = [nn.Dense(self.num_classes, kernel_init=head_init, name=name)
                  for name, _ in zip(("head", "head_dist"), pooled, strict=False)]
         logits = [head(p) for head, p in zip(heads, pooled, strict=True)]
@@ -187,7 +194,7 @@ class ViT(nn.Module):
         """What the heads see: one entry a head."""
         cfg = self.config
         if cfg.pool_type == "gap":
-            return [jnp.mean(x, axis=1)]
+            return [jnp.mean(x, axis=1)]  # there is no class token to leave out
         if cfg.pool_type == "map":
             return [MAPHead(cfg)(x)]
         if cfg.pool_type == "none":
@@ -199,8 +206,8 @@ class Encoder(nn.Module):
     """The stack of blocks and the final norm, looped or scanned; both give the same function.
 
     Attributes:
-        config: resolved.
-        attention: collect attention probabilities.
+        config: the model's resolved settings.
+        attention: whether attention probabilities are collected.
     """
 
     config: Config
@@ -211,6 +218,7 @@ class Encoder(nn.Module):
         """Apply all blocks; `key` is the randomness of dropout and drop path, None in evaluation."""
         cfg = self.config
         linear = cfg.drop_path_schedule == "linear"
+        # From 0 in the first block to the full rate in the last, as in DeiT; DeiT-III has one rate for all.
         rates = np.linspace(0, cfg.drop_path, cfg.depth) if linear else np.full(cfg.depth, cfg.drop_path)
         layers = range(cfg.depth) if cfg.context_layers is None else cfg.context_layers
         has_context = [cfg.context != "none" and i in layers for i in range(cfg.depth)]
@@ -221,10 +229,13 @@ class Encoder(nn.Module):
         block = Block
         if cfg.remat_policy != "none":
             policy = getattr(jax.checkpoint_policies, cfg.remat_policy)
+            # Were XLA to merge the recomputation with the first computation, nothing would be saved; under `scan` it
+            # cannot, and the barrier against it would only cost time.
             block = nn.remat(Block, policy=policy, prevent_cse=not cfg.scan)
         x = nn.with_logical_constraint(x, ("act_batch", "act_len", "act_emb"))
         if cfg.scan:
             scanned = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=cfg.depth)
+            # Blocks that are all alike need no flag, and then no select between tokens with and without context.
             flags = jnp.asarray(has_context) if len(set(has_context)) > 1 else None
             xs = (jnp.asarray(rates, jnp.float32), keys, flags)
             x, stacked = scanned(cfg, any(has_context), self.attention, name="encoderblock")(x, xs)
@@ -243,9 +254,9 @@ class Block(nn.Module):
     """One pre-norm block.
 
     Attributes:
-        config: resolved.
-        has_context: whether this block broadcasts context (if the config asks for it at all).
-        attention: return the attention probabilities.
+        config: the model's resolved settings.
+        has_context: whether this block broadcasts context; under scan, whether any block does.
+        attention: whether the attention probabilities are returned.
     """
 
     config: Config
@@ -254,13 +265,20 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], xs: tuple) -> tuple[Float[Array, "b n d"], dict]:
-        """`xs` = (drop path rate, key or None, flag or None): what differs from block to block.
+        """Apply the block.
 
-        The flag is the traced form of `has_context` under scan.
+        Args:
+            x: the residual stream.
+            xs: what differs from block to block: the rate of drop path, the random key (None in evaluation), and, where
+                only some of the scanned blocks have context, whether this one has (else None).
+
+        Returns:
+            The residual stream after the block, and its named intermediates.
         """
         cfg, out = self.config, {}
         rate, key, flag = xs
         keys = [None] * 5 if key is None else list(jax.random.split(key, 5))
+        # Under scan the rate is traced, so that a rate of 0 would be drawn for nothing.
         if not cfg.drop_path:
             keys[1] = keys[4] = None
         at = cfg.context_at if self.has_context else None
@@ -273,12 +291,15 @@ class Block(nn.Module):
         if at == "msa_end":
             y = context(self, y, flag)
         out["sa"] = y = layer_scale(cfg)(y)
+        # LayerScale multiplies in float32; the residual stream keeps its own dtype.
         out["+sa"] = x = x + drop_path(y, rate, keys[1]).astype(x.dtype)
 
         y = layer_norm(cfg)(x)
         y = MlpBlock(cfg, at)(y, keys[2:4], flag)
         out["mlp"] = y = layer_scale(cfg)(y)
         x = x + drop_path(y, rate, keys[4]).astype(x.dtype)
+        # XLA would otherwise propagate a sharding of activations from that of parameters. `config.sharding_rules` gives
+        # these names their mesh axes.
         x = nn.with_logical_constraint(x, ("act_batch", "act_len", "act_emb"))
         out["+mlp"] = x
         return x, out

@@ -38,31 +38,36 @@ class Config:
     """The block `config.model`; every field is also a keyword of `Model`.
 
     Attributes:
-        variant: "S/16": size and patch; None: all of patch_size, width, depth, mlp_dim, num_heads.
-        patch_size, width, depth, mlp_dim, num_heads: override what the variant gives. Patch in pixels.
-        posemb: "learn", or "sincos2d" (MoCo-v3, fixed).
-        pool_type: "gap" mean over tokens; "map" attention pooling; "tok" class token; "0" first token,
-            "none" logits for every token.
-        rep_size: width of a tanh layer before the head; True: the model's width.
-        dropout: rate inside MLP and attention output.
-        head_zeroinit: zeros in the head's kernel; None: as `init` has it (big_vision yes, DeiT no).
-        scan: run the blocks under `nn.scan`: compiles once, whatever the depth.
+        variant: size and patch, such as "S/16"; None: patch_size, width, depth, mlp_dim and num_heads are all given.
+        patch_size: side of a patch in pixels, or (height, width); None: the variant's.
+        width: channels of a token; None: the variant's.
+        depth: number of blocks; None: the variant's.
+        mlp_dim: hidden channels of an MLP; None: the variant's.
+        num_heads: attention heads of a block, which divide `width`; None: the variant's.
+        posemb: position embeddings: "learn" (learned), or "sincos2d" (MoCo-v3's, fixed).
+        pool_type: what the head sees: "gap" mean over tokens; "map" attention pooling; "tok" class token; "0" first
+            token; "none" every token.
+        rep_size: width of a tanh layer before the head; True: the model's width; False: no such layer.
+        dropout: rate of dropout after the position embedding, in MLPs and after attention; 0: none.
+        head_zeroinit: whether the head's kernel begins at zero; None: as `init` has it (big_vision yes, DeiT no).
+        scan: whether the blocks run under `nn.scan`, which compiles one block whatever the depth.
         remat_policy: what a block keeps for the backward pass: "none" keeps all, "nothing_saveable"
-            recomputes the block (big_vision's choice under scan), …
+            recomputes the block (big_vision's choice under scan), the others are `jax.checkpoint_policies`'.
         dtype_mm: dtype of the matrix products and of the residual stream, as in big_vision (but there the stream is
             float32 where `pos_embedding` was made so: a smaller error, for more memory traffic); softmax, norms, the
             mean of CB, attention pooling, the head and all parameters are float32.
-        context: "none", "cb" or "cb_s" (scaled per channel; our reading of the paper).
-        context_at: where in the block; the paper's place is "mlp_end".
-        context_layers: the blocks (from 0) that have it; None: all.
-        drop_path: stochastic depth rate; of the last block if `drop_path_schedule` is "linear"
-            (DeiT: 0 at the first block), of every block if "constant" (DeiT-III).
+        context: Context Broadcasting: "none", "cb", or "cb_s" (scaled per channel; our reading of the paper).
+        context_at: place in a block where context is broadcast; the paper's is "mlp_end".
+        context_layers: numbers (from 0) of the blocks that broadcast context; None: all.
+        drop_path: rate of stochastic depth, of the last block or of all, see `drop_path_schedule`; 0: none.
+        drop_path_schedule: "linear": from 0 in the first block to `drop_path` in the last (DeiT); "constant": the same
+            in every block (DeiT-III).
         layer_scale: initial value of LayerScale (CaiT, arXiv 2103.17239); None: no LayerScale.
-        gelu: "tanh" approximation (big_vision) or exact "erf" (DeiT, timm).
+        gelu: form of the GELU: the "tanh" approximation (big_vision) or the exact "erf" (DeiT, timm).
         layer_norm_eps: what every LayerNorm adds to the variance: 1e-6 in big_vision, DeiT and timm, 1e-12 in
             Hugging Face's ViT.
         init: initialisation of all weights, "big_vision" or "deit".
-        distilled: DeiT's distillation token and its own head.
+        distilled: whether there are DeiT's distillation token and a head for it.
     """
 
     variant: str | None = None
@@ -98,6 +103,7 @@ class Config:
             raise ConfigError("layer_scale", f"must be a finite number, got {self.layer_scale}")
         if not 0 < self.layer_norm_eps < 1:
             raise ConfigError("layer_norm_eps", f"is a small number above 0, got {self.layer_norm_eps}")
+        # DeiT's two heads stand on two tokens, class and distillation, and `pre_logits` would belong to only one.
         if self.distilled and (self.pool_type != "tok" or self.rep_size):
             raise ConfigError("distilled", f"needs pool_type='tok' without rep_size, got {self.pool_type!r}")
         if self.scan and self.context == "cb_s" and self.context_layers is not None:
@@ -108,7 +114,7 @@ def resolve(config: Config) -> Config:
     """`config` with its variant spelt out in sizes, and the sizes checked against each other.
 
     Raises:
-        ConfigError: unknown variant, missing or impossible size.
+        ConfigError: the variant is unknown, or a size is missing or impossible.
     """
     sizes = dict.fromkeys(("width", "depth", "mlp_dim", "num_heads", "patch_size"))
     if config.variant is not None:
@@ -134,7 +140,6 @@ def resolve(config: Config) -> Config:
 
 
 def _read_variant(variant: str) -> tuple[str, int | None]:
-    """Size and patch of "S/16"; the patch may be missing."""
     size, _, patch = variant.partition("/")
     meant = _variant_meant(variant)
     if size not in VARIANTS and meant:
@@ -150,6 +155,7 @@ def _variant_meant(variant: str) -> str | None:
     words = re.sub("|".join(_WORDS), lambda word: _WORDS[word[0]], re.sub(r"[_-]\d{3}$", "", variant.lower()))
     bare = bare_name(re.sub("^(vit|deit3?)[^a-z]|patch", "", words))
     found = re.fullmatch(r"([a-z]+(?:400m)?(?:opt)?)(\d{0,2})", bare)
+    # Where two sizes differ in case alone ("g", "G"), the first of the table is meant.
     sizes = {bare_name(size): size for size in reversed(VARIANTS)}
     return "/".join(filter(None, (sizes[found[1]], found[2]))) if found and found[1] in sizes else None
 
@@ -168,6 +174,7 @@ def check_image_size(config: Config, image_size: tuple[int, int]) -> None:
     patch = resolve(config).patch_size
     if any(size % p for size, p in zip(image_size, patch, strict=True)):
         height, width = image_size
+        # A `patch_size` of its own overrides the variant's, and then it is the one to change.
         from_variant = config.variant is not None and config.variant.endswith(f"/{patch[0]}")
         field, value = ("variant", config.variant) if from_variant else ("patch_size", config.patch_size)
         raise ConfigError(field, f"{value!r} has patch {patch[0]}×{patch[1]}, which does not divide the image of "
@@ -178,9 +185,9 @@ def check_images(config: Config, image: Any, params: Mapping[str, Any]) -> None:
     """Refuse what is no batch of images [b y x c] for a model; only shapes and dtypes are looked at.
 
     Args:
-        config: of the model; resolved.
-        image: what the model is called with: an array, or a tracer of one.
-        params: of the model; empty while they are made.
+        config: the model's resolved settings.
+        image: what the model is called with, an array or a tracer of one.
+        params: the model's parameters; empty while they are made.
 
     Raises:
         ConfigError: at "images", or at "model.patch_size" where the patch does not divide them.
@@ -196,6 +203,7 @@ def check_images(config: Config, image: Any, params: Mapping[str, Any]) -> None:
     if len(shape) != 4:
         way = "; give images[None]" if len(shape) == 3 else ""
         raise ConfigError("images", f"have {len(shape)} axes, {_axes(shape)}, where [b y x c] has 4{way}")
+    # Flax would say that the shape of a parameter does not match; what the images should be follows from these two.
     kernel, posemb = params.get("embedding", {}).get("kernel"), params.get("pos_embedding")
     channels = None if kernel is None else kernel.shape[2]
     if not _fits(config, shape, channels):
