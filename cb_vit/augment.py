@@ -25,13 +25,13 @@ class MixupConfig:
     """The block `config.mixup`: mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899); DeiT has 0.8 and 1.0.
 
     Attributes:
-        mixup_alpha: λ ~ Beta(α, α) of mixup; 0: no mixup.
-        cutmix_alpha: the same of cutmix; 0: no cutmix.
-        prob: probability to mix at all.
-        switch_prob: probability of cutmix where both are on.
-        mode: what shares one draw: all rows of a group ("batch"), the two rows that are mixed with each other
-            ("pair"), or nothing ("elem").
-        group_size: rows among which partners are found, in place of what one process of a distributed run gets in
+        mixup_alpha: α of mixup's λ ~ Beta(α, α); 0: no mixup.
+        cutmix_alpha: α of cutmix's λ ~ Beta(α, α); 0: no cutmix.
+        prob: probability that anything is mixed.
+        switch_prob: probability of cutmix rather than mixup, where both are on.
+        mode: rows that share one draw: all of a group ("batch"), the two that are mixed with each other ("pair"), or
+            none ("elem").
+        group_size: number of rows among which partners are found, which stands for the batch of one process in
             PyTorch; None: `input.batch_size / input.virtual_ranks`.
     """
 
@@ -53,7 +53,11 @@ class MixupConfig:
             _check_probability(name, getattr(self, name))
 
     def rows(self, batch_size: int, default: int) -> int:
-        """Rows of a group: `group_size`, or `default` if it is not set.
+        """Number of rows in a group.
+
+        Args:
+            batch_size: number of examples in a global batch.
+            default: the number where `group_size` is not set.
 
         Raises:
             ConfigError: at "group_size" when `batch_size` is not a whole number of groups of an even size.
@@ -74,11 +78,11 @@ class ErasingConfig:
 
     Attributes:
         prob: probability that an image loses anything.
-        mode: what boxes are filled with: a draw of N(0, 1) for each value ("pixel") or for each box and channel
-            ("rand"), or 0 ("const").
-        count: boxes an image, at most; how many is drawn from 1 to `count`, and they share the area.
-        area_min: smallest part of the image that is erased, drawn uniformly.
-        area_max: largest part.
+        mode: filling of the boxes: a draw of N(0, 1) for each value ("pixel") or for each box and channel ("rand"), or
+            0 ("const").
+        count: largest number of boxes in an image; the number is drawn from 1 to `count`, and they share the area.
+        area_min: smallest share of the image that is erased; the share is drawn uniformly.
+        area_max: largest share of the image that is erased.
         ratio_min: smallest height / width of a box, drawn log-uniformly up to 1 / `ratio_min`.
     """
 
@@ -115,12 +119,15 @@ def mix(
     """Mix each row with its partner: row i of a group of g with row g - 1 - i.
 
     Args:
-        key: of this step.
-        images: prepared images.
-        labels: their targets, already smoothed.
-        valid: rows that may be a partner. One whose partner may not be stays as it is.
-        cfg: what to do.
-        group_size: g, see `MixupConfig.rows`.
+        key: the random key of this step.
+        images: the prepared images.
+        labels: the targets of the images, already smoothed.
+        valid: whether each row may be a partner; a row whose partner may not be stays as it is.
+        cfg: the settings of mixup and cutmix.
+        group_size: g, the number of rows among which partners are found, see `MixupConfig.rows`.
+
+    Returns:
+        The mixed images and targets.
     """
     rows, height, width, _ = images.shape
     row = jnp.arange(rows, dtype=jnp.int32)
@@ -149,9 +156,17 @@ def apply_mix(
     """Within `box`, take `keep` of the row's own pixels and 1 - `keep` of its partner's; targets by share of the image.
 
     Mixup is `keep` = λ in a box of the whole image, cutmix is `keep` = 0 in a smaller one, and an empty box is neither.
+
+    Args:
+        images: the prepared images.
+        labels: the targets of the images.
+        keep: the share of a row's own pixels inside its box.
+        box: the box of each row.
+        group_size: number of rows among which partners are found.
     """
     height, width = images.shape[1:3]
     own = jnp.where(inside(box, height, width), keep[:, None, None, None], 1.0)
+    # From the box itself: one that lies partly outside the image, or was rounded down, takes less than its λ says.
     area = ((box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2])).astype(jnp.float32) / (height * width)
     lam = (1 - (1 - keep) * area)[:, None]
     return (own * images + (1 - own) * partner(images, group_size),
@@ -178,10 +193,10 @@ def cutmix_box(lam: Float32[Array, " b"], centre: Int32[Array, "b 2"], height: i
     """The box that leaves λ of an image of `height` by `width`, but for rounding down and for what falls outside.
 
     Args:
-        lam: λ.
-        centre: the box's (y, x), any pixel of the image.
-        height: in pixels.
-        width: in pixels.
+        lam: λ, the share of the image that is left.
+        centre: (y, x) of the box's centre, any pixel of the image.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
     """
     size = jnp.array([[height, width]], jnp.int32)
     cut = (jnp.sqrt(1 - lam)[:, None] * size).astype(jnp.int32)
@@ -200,9 +215,9 @@ def erase(key: Key[Array, ""], images: Float32[Array, "b y x c"], cfg: ErasingCo
     """Fill random boxes of some images. Noise is N(0, 1): made for images that are normalised to that.
 
     Args:
-        key: of this step; not the one for `mix`.
-        images: prepared images.
-        cfg: what to do.
+        key: the random key of this step; another than the one for `mix`.
+        images: the prepared images.
+        cfg: the settings of random erasing.
     """
     rows, height, width, channels = images.shape
     place, noise = jax.random.split(key)
@@ -218,7 +233,13 @@ def erase(key: Key[Array, ""], images: Float32[Array, "b y x c"], cfg: ErasingCo
 def apply_erase(
     images: Float32[Array, "b y x c"], boxes: Int32[Array, "b k 4"], fill: Float32[Array, " b #k #y #x #c"]
 ) -> Float32[Array, "b y x c"]:
-    """`fill` where an image's boxes are; where they overlap, the last one's."""
+    """The images with `fill` where their boxes are; where boxes overlap, the last one's.
+
+    Args:
+        images: the prepared images.
+        boxes: k boxes for each image; empty ones change nothing.
+        fill: the values to put there; any axis may have length 1.
+    """
     rows, height, width, channels = images.shape
     count = boxes.shape[1]
     fill = jnp.broadcast_to(fill, (rows, count, height, width, channels))
@@ -230,6 +251,7 @@ def apply_erase(
 def erase_boxes(key: Key[Array, ""], rows: int, height: int, width: int, cfg: ErasingConfig) -> Int32[Array, "b k 4"]:
     """Boxes to erase: `cfg.count` an image, those that are not wanted or never fitted empty."""
     draws = jax.random.uniform(key, (rows, cfg.count, TRIES + 2, 2), jnp.float32)
+    # All tries are drawn and the first that fits is taken: a loop until one fits would have no fixed length.
     tries, place, image = draws[:, :, :TRIES], draws[:, :, TRIES], draws[:, 0, TRIES + 1]
     count = jnp.where(image[:, :1] < cfg.prob, 1 + jnp.floor(image[:, 1:] * cfg.count), 0)
 

@@ -47,9 +47,9 @@ class KeepBest:
     """The block `config.keep_best`: keep the checkpoints with the best value of a metric.
 
     Attributes:
-        metric: e.g. "val/prec@1"; a checkpoint is saved whenever its evaluator has run.
-        n: how many.
-        mode: whether the largest or the smallest is best.
+        metric: name of the metric, e.g. "val/prec@1"; a checkpoint is saved whenever its evaluator has run.
+        n: number of checkpoints to keep.
+        mode: whether the largest value ("max") or the smallest ("min") is best.
     """
 
     metric: str = "val/prec@1"
@@ -66,10 +66,10 @@ class Checkpointer:
 
     Args:
         directory: the folder `checkpoints` of a workdir.
-        keep_last: newest checkpoints to keep.
-        keep_every: also keep those of steps divisible by this.
-        keep_best: also keep the best.
-        read_only: change nothing, not even what a killed run left half-written or a damaged checkpoint.
+        keep_last: number of the newest checkpoints to keep.
+        keep_every: divisor of the steps whose checkpoints are kept as well; None: none are.
+        keep_best: the rule by which the best checkpoints are kept as well; None: none are.
+        read_only: whether nothing may be changed, not even what a killed run left half-written or a damaged checkpoint.
     """
 
     def __init__(self, directory: str | os.PathLike, *, keep_last: int = 1, keep_every: int | None = None,
@@ -82,6 +82,7 @@ class Checkpointer:
             policies.append(preserve.EveryNSteps(keep_every))
         if self._best:
             policies.append(self._best)
+        # Before Orbax looks, which takes a folder that cannot be listed for an empty one.
         steps = self._reader.steps()
         if self._best:
             self._judge(self._best, steps)
@@ -109,12 +110,15 @@ class Checkpointer:
         """Begin to save `state` under its step; returns once the devices may go on.
 
         Args:
-            state: must be finite; the caller has checked.
-            meta: JSON values to store beside it.
-            metrics: of this step; stored too, and what `keep_best` goes by.
+            state: the state to save; the caller has seen that it is finite.
+            meta: JSON values to store beside the state.
+            metrics: the metrics of this step, stored too, by which `keep_best` judges; None: there are none.
 
         Returns:
             Whether there was something to save: a step that is there already is not saved again.
+
+        Raises:
+            CannotWrite: the storage fails.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -123,18 +127,24 @@ class Checkpointer:
         arrays = in_loop(state.arrays)
         described = zip(describe(arrays).items(), checksums(arrays), strict=True)
         listed = {name: [*what, value] for (name, what), value in described}
+        # Through JSON and back, so that the digest is of what a reader will parse: tuples become lists.
         meta = json.loads(json.dumps(
             {**meta, "format": FORMAT, "step": step, "metrics": dict(metrics or {}), "arrays": listed}))
         if self._best and metrics:
             self._best.judge(step, metrics)
         with self._saving():
+            # When to save is the train loop's decision; unforced, Orbax would decide once more by its own policy.
             self._manager.save(step, force=True, args=ocp.args.Composite(
                 **{item: ocp.args.PyTreeSave(tree) for item, tree in arrays.items()},
                 meta=ocp.args.JsonSave({**meta, "digest": digest(meta)})))
         return True
 
     def check(self) -> None:
-        """Raise what has gone wrong in the background so far; waits for nothing."""
+        """Raise what has gone wrong in the background so far; waits for nothing.
+
+        Raises:
+            CannotWrite: the storage has failed.
+        """
         if not self._manager.is_saving_in_progress():
             self.wait()
 
@@ -148,7 +158,7 @@ class Checkpointer:
         """Whatever Orbax and TensorStore make of storage that fails, as an `io.CannotWrite`."""
         try:
             yield
-        except (MemoryError, jax.errors.JaxRuntimeError):
+        except (MemoryError, jax.errors.JaxRuntimeError):  # of the devices, not of the storage
             raise
         except Exception as error:
             raise io.cannot_write(self.directory, error) from None
@@ -162,10 +172,13 @@ class Checkpointer:
             like: shapes of the state, with shardings, in the model's own layout.
             scan: whether that layout is the scanned one.
 
+        Returns:
+            The state and the checkpoint's notes.
+
         Raises:
             Mismatch: the checkpoint is sound but of another model or optimiser.
-            Unreadable: it cannot be read, and nothing shows that it is damaged.
-            Failure: all are damaged, or one that may not be set aside is.
+            Unreadable: a checkpoint cannot be read, and nothing shows that it is damaged.
+            Failure: all checkpoints are damaged, or one that may not be set aside is.
         """
         damaged: dict[int, Damaged] = {}
         while (step := self._newest_before(min(damaged, default=math.inf))) >= 0:
@@ -176,6 +189,8 @@ class Checkpointer:
                 if self._read_only:
                     break
                 continue
+            # Only now that a sound one is read: where none is, nothing may be moved. They must go, or Orbax would still
+            # count them as the latest, and their steps could not be saved again.
             for broken, error in damaged.items():
                 self._set_aside(broken, error)
             return found
@@ -193,9 +208,11 @@ class Checkpointer:
         meta = self._reader.meta(step)
         check_fit(f"checkpoint {step} in {self.directory}", meta, target)
         arrays = self._reader.arrays(step, meta, target)
+        # Read in loop layout, as it is stored; only what the model runs is stacked, on the devices.
         if scan:
             arrays = jax.jit(to_scan, out_shardings=shardings(wanted))(arrays)
         scalar = lambda value, leaf: jax.device_put(jnp.asarray(value, leaf.dtype), leaf.sharding)  # noqa: E731
+        # Not stored: the folder's name says the step, and only states that were finite are saved.
         return TrainState(scalar(step, like.step), arrays["params"], arrays.get("opt", like.opt),
                           scalar(True, like.finite), arrays.get("ema")), meta
 
@@ -203,15 +220,15 @@ class Checkpointer:
         """What parameters a checkpoint holds, whatever their model; reads no arrays.
 
         Args:
-            step: default the newest.
-            params: the parameters, or their moving average.
+            step: the step of the checkpoint; None: the newest.
+            item: "params" for the parameters, "ema" for their moving average.
 
         Returns:
             The step, and shapes and dtypes of its parameters in loop layout.
 
         Raises:
-            ConfigError: there is no such checkpoint, or it has no such parameters, or it is damaged.
-            Unreadable: it cannot be read.
+            ConfigError: there is no such checkpoint, or it has no such item, or it is damaged.
+            Unreadable: the checkpoint cannot be read.
         """
         item, steps = _ITEMS.pick(params, "params"), sorted(self._manager.all_steps())
         if not steps or step not in (None, *steps):
@@ -230,13 +247,13 @@ class Checkpointer:
         """The parameters of a checkpoint, each leaf straight onto its devices, checksums verified.
 
         Args:
-            step: which.
-            like: as `params_shapes` gives them, with shardings.
-            params: as there.
+            step: the step of the checkpoint.
+            like: shapes of the parameters, as `params_shapes` gives them, with shardings.
+            item: "params" for the parameters, "ema" for their moving average.
 
         Raises:
-            ConfigError: it is damaged.
-            Unreadable: it cannot be read.
+            ConfigError: the checkpoint is damaged.
+            Unreadable: the checkpoint cannot be read.
         """
         item = _ITEMS.pick(params, "params")
         with self._naming_damage(step):
@@ -257,6 +274,7 @@ class Checkpointer:
                        error, target)
 
         def move() -> None:
+            # One process moves; the others wait in `together`, so that none of them looks at a folder on its way.
             if jax.process_index() == 0:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self._reader.folder(step).rename(target)
@@ -268,10 +286,9 @@ class Checkpointer:
         except Exception as reason:  # of whatever library moves things there
             raise Failure(f"checkpoint {step} in {self.directory} is damaged ({error}) and cannot be moved to {target} "
                           f"({retry.reason(reason)}); see to that folder") from None
-        self._manager.reload()
+        self._manager.reload()  # Orbax keeps a list of its own
 
     def _lost(self, damaged: Mapping[int, Damaged]) -> str:
-        """That a run cannot go on by itself, and what there is to do."""
         said = "; ".join(f"step {step}: {error}" for step, error in itertools.islice(damaged.items(), 3))
         if self._read_only:
             what, source = "the newest checkpoint in {} is damaged", self._reader.folder(*damaged)
@@ -281,13 +298,13 @@ class Checkpointer:
                 f"damaged: {damage.move_command(source, self._free(source.name))}")
 
     def _free(self, name: str) -> epath.Path:
-        """Where to move what is damaged."""
+        # Outside of `checkpoints`, where Orbax would take a folder called by a number for a checkpoint.
         aside = self.directory.parent / "damaged_checkpoints"
         taken = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
         return next(path for path in map(aside.__truediv__, taken) if not io.exists(path))
 
     def latest_step(self) -> int | None:
-        """The newest step on disk."""
+        """The step of the newest checkpoint; None: there is none."""
         return self._manager.latest_step()
 
     def last_good(self) -> str:
@@ -297,11 +314,21 @@ class Checkpointer:
             "there is no checkpoint yet"
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether a process was told to end (several processes; needs `jax.distributed`)."""
+        """Whether a process was told to end, so that all are to save this step and end.
+
+        Orbax learns of a SIGTERM only after `jax.distributed.initialize()`. All processes must ask at the same steps.
+
+        Args:
+            step: number of completed steps.
+        """
         return self._manager.reached_preemption(step)
 
     def wait(self) -> None:
-        """Wait until everything is on disk; raises what went wrong in the background."""
+        """Wait until everything is on disk.
+
+        Raises:
+            CannotWrite: the storage has failed in the background.
+        """
         with self._saving():
             self._manager.wait_until_finished()
 
@@ -344,6 +371,7 @@ class _Best(preserve.PreservationPolicy):
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """For each checkpoint, whether it is, or may be, among the best."""
         del context
+        # Those without a score are none of the best, but another policy may keep them.
         judged = [info.step for info in checkpoints if info.step in self._scores]
         best = sorted(judged, key=self._scores.__getitem__, reverse=self._keep.mode == "max")[:self._keep.n]
         return [info.step in best or info.step in self._spared for info in checkpoints]

@@ -14,12 +14,12 @@ Tree = Any
 
 
 def describe(tree: Tree) -> dict[str, list[Any]]:
-    """Name -> [shape, dtype] of every leaf, in JAX's leaf order, as JSON has them."""
+    """`{name: [shape, dtype]}` of every leaf, in JAX's leaf order, as JSON holds them."""
     return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in flatten_with_names(tree)[0]}
 
 
 def checksums(tree: Tree) -> list[int]:
-    """One 32-bit number a leaf, in JAX's leaf order."""
+    """One 32-bit number for each leaf, in JAX's leaf order; the same for any sharding."""
     # A program a shape compiles five times faster than one for the tree; each is waited for, since many small
     # collectives under way at once can lock up simulated CPU devices.
     return [int(_checksum(leaf)) for leaf in jax.tree.leaves(tree)]
@@ -34,6 +34,7 @@ def _checksum(leaf: jax.Array) -> jax.Array:
     """
     if leaf.dtype == bool:
         leaf = leaf.astype(jnp.uint8)
+    # The bits, not the values: -0 and 0 differ, and so do NaNs.
     bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
     place = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(leaf.shape):
@@ -49,20 +50,25 @@ def _hash(x: jax.Array) -> jax.Array:
 
 
 def in_loop(tree: Tree) -> Tree:
-    """`to_loop` on the devices; each block keeps the sharding that it has in the stack."""
+    """`to_loop` on the devices; each block keeps the sharding that it has in the stack.
+
+    Args:
+        tree: arrays in the model's own layout.
+    """
     target = in_loop_layout(tree)
+    # In loop layout nothing is to be done, and a jitted identity would copy the whole state.
     if jax.tree.structure(target) == jax.tree.structure(tree):
         return tree
     return jax.jit(to_loop, out_shardings=shardings(target))(tree)
 
 
 def in_loop_layout(tree: Tree) -> Tree:
-    """Shapes, dtypes and shardings of `to_loop(tree)`."""
+    """Shapes, dtypes and shardings of `to_loop(tree)`, without computing it."""
     return jax.tree.map(lambda leaf: leaf.struct, to_loop(jax.tree.map(_Abstract, tree)))
 
 
 def shardings(tree: Tree) -> Tree:
-    """Where each leaf lies."""
+    """The sharding of each leaf."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
@@ -77,5 +83,6 @@ class _Abstract:
 
     def __getitem__(self, index: int) -> _Abstract:
         shape, where = self.struct.shape[1:], self.struct.sharding
+        # The stack's own axis has no place in a block; a mesh axis that shards it is not used there.
         where = NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
         return _Abstract(jax.ShapeDtypeStruct(shape, self.struct.dtype, sharding=where))

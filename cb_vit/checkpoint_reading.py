@@ -38,17 +38,17 @@ class Mismatch(ConfigError):
 
 
 class Reader:
-    """What reads a folder of checkpoints.
+    """Reads a folder of checkpoints.
 
     Args:
-        directory: the folder; it need not be there.
+        directory: the folder `checkpoints` of a workdir; it need not be there.
     """
 
     def __init__(self, directory: epath.Path):
         self.directory, self._handlers = directory, handlers()
 
     def folder(self, step: int) -> epath.Path:
-        """Where the checkpoint of a step lies."""
+        """The folder of the checkpoint of a step."""
         return self.directory / str(step)
 
     def steps(self) -> list[int]:
@@ -56,7 +56,7 @@ class Reader:
 
         Raises:
             ConfigError: something else is in the place of the folder, or of a checkpoint.
-            Unreadable: it cannot be listed, which to Orbax is as if it were empty.
+            Unreadable: the folder cannot be listed, which Orbax would take for an empty one.
         """
         return self.patiently(None, lambda: self._locally(None, self._list))
 
@@ -74,10 +74,16 @@ class Reader:
         return found
 
     def compare(self, steps: list[int], manager: ocp.CheckpointManager) -> None:
-        """See to it that Orbax's manager has found `steps`; in a bucket, what is half written does not count.
+        """See to it that Orbax's manager has found all checkpoints; in a bucket, what is half written does not count.
+
+        A run whose manager misses one would begin anew, or save over it.
+
+        Args:
+            steps: the steps in the folder, as `steps` gives them.
+            manager: Orbax's manager of the same folder.
 
         Raises:
-            Unreadable: it does not find one.
+            Unreadable: the manager does not find one of them.
         """
         def look() -> None:
             missed = set(steps) - set(manager.all_steps())
@@ -93,10 +99,12 @@ class Reader:
             names = [path.name for path in self.folder(step).iterdir()]
         except FileNotFoundError:
             return False
+        # Locally Orbax renames a finished folder, which is atomic; a bucket has no such rename, so that a file written
+        # last tells that the rest is there.
         return io.is_local(self.directory) or COMMITTED in names
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What is noted beside the arrays of a checkpoint; to be called in `patiently`."""
+        """The notes beside the arrays of a checkpoint; to be called in `patiently`."""
         return self._locally(step, lambda: self._parse(step, (self.folder(step) / "meta" / META).read_bytes()))
 
     def _parse(self, step: int, content: bytes) -> dict[str, Any]:
@@ -106,6 +114,7 @@ class Reader:
             raise Damaged(f"its notes are not JSON: {error}") from None
         if not isinstance(meta, dict):
             raise Damaged(f"its notes are {meta!r:.40}")
+        # Before anything else is believed: the notes hold the checksums that prove damage of the arrays.
         if meta.pop("digest", None) != digest(meta):
             raise Damaged("its notes have changed")
         if meta.get("format") != FORMAT:
@@ -116,7 +125,17 @@ class Reader:
         return meta
 
     def arrays(self, step: int, meta: Mapping[str, Any], target: Mapping[Item, Tree]) -> dict[str, Tree]:
-        """Items of a checkpoint as `target` has them, their checksums verified; to be called in `patiently`."""
+        """Items of a checkpoint, their checksums verified; to be called in `patiently`.
+
+        Args:
+            step: the checkpoint's step.
+            meta: the checkpoint's notes.
+            target: shapes, dtypes and shardings of the items to read, in loop layout.
+
+        Raises:
+            Damaged: a checksum does not match, or storage holds something else than was written.
+            Unreadable: storage has trouble.
+        """
         # Not through Orbax's manager: its barriers would keep the others waiting for a process whose reading fails.
         arrays = self._locally(step, lambda: {
             item: self._handlers[item].restore(self.folder(step) / item, args=ocp.args.PyTreeRestore(
@@ -131,12 +150,13 @@ class Reader:
         """What `read()` returns; trouble is given time to pass, and damage a second look.
 
         Args:
-            step: the checkpoint it reads; None: the list of them.
-            read: made of `meta` and `arrays`, so that it succeeds or fails alike on all processes.
+            step: the step of the checkpoint that is read; None: the list of checkpoints is read.
+            read: the function to call, made of `meta` and `arrays`, so that it succeeds or fails alike on all
+                processes.
 
         Raises:
-            Damaged: proved.
-            Unreadable: trouble stays.
+            Damaged: the checkpoint is proved damaged.
+            Unreadable: the trouble stays.
         """
         def attempt() -> T:
             try:
@@ -144,6 +164,7 @@ class Reader:
             except Damaged:
                 folder = self.directory if step is None else self.folder(step)
                 whole = functools.partial(damage.read_whole, folder)
+                # A read that was cut short looks like damage: so all bytes must be readable, and wrong a second time.
                 self._locally(step, whole, suspicion=Verdict.PASSING)
                 return read()
 
@@ -154,9 +175,9 @@ class Reader:
         """What `read()` returns on this process; if it fails on any, that is what it does on all of them.
 
         Args:
-            step: as in `patiently`.
-            read: waits for no other process.
-            suspicion: what it means if it fails in a way that damage would explain.
+            step: the step of the checkpoint that is read; None: the list of checkpoints is read.
+            read: the function to call; it waits for no other process.
+            suspicion: the verdict where it fails in a way that damage would explain.
         """
         try:
             result, error = read(), None
@@ -167,6 +188,7 @@ class Reader:
         worst = Verdict(dist.worst(verdict))
         if worst == Verdict.SOUND:
             return result
+        # After the exchange, which all processes must reach.
         if verdict == Verdict.FOREIGN:
             raise error
         reason = retry.reason(damage.unwrap(error)) if verdict == worst else "another process says why"
@@ -214,7 +236,7 @@ def handlers() -> dict[str, Any]:
 
 
 def digest(meta: Mapping[str, Any]) -> str:
-    """Of the notes of a checkpoint, kept among them."""
+    """A hash of a checkpoint's notes, which is kept among them."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
@@ -222,12 +244,12 @@ def check_fit(where: str, meta: Mapping[str, Any], target: Tree) -> None:
     """Refuse a checkpoint whose arrays are not those of `target`.
 
     Args:
-        where: which it is, for the error.
-        meta: its notes.
-        target: shapes and dtypes, in loop layout.
+        where: what the checkpoint is called in errors.
+        meta: the checkpoint's notes.
+        target: shapes and dtypes of the wanted arrays, in loop layout.
 
     Raises:
-        Mismatch: names an array.
+        Mismatch: an array is missing, left over, or of another shape or dtype; names it.
     """
     another = "it is of another model or optimiser; use another workdir, or the config it was made with"
     saved, here = {name: what[:-1] for name, what in meta["arrays"].items()}, describe(target)

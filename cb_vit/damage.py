@@ -27,7 +27,7 @@ class Unreadable(Failure):
     """What is there cannot be read, which says nothing of whether it is sound.
 
     Args:
-        message: one line.
+        message: what cannot be read and why, in one line.
         passing: whether it may be read soon.
     """
 
@@ -37,7 +37,10 @@ class Unreadable(Failure):
 
 
 class Verdict(enum.IntEnum):
-    """What an error says of a checkpoint; of several, the highest counts."""
+    """What an error says of a checkpoint; of several, the highest counts.
+
+    Trouble stands above damage: where storage fails on one process, damage that another one sees may come of the same.
+    """
 
     SOUND = 0
     DAMAGED = 1
@@ -55,14 +58,17 @@ STATUS = re.compile(
 
 
 def unwrap(error: BaseException) -> BaseException:
-    """What `error` came of, where it says no more than that there was an error."""
+    """The error that `error` was made of, where it says no more than that there was one."""
     while type(error) in (Exception, RuntimeError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def judge(error: BaseException | None) -> Verdict:
-    """What `error`, raised while a checkpoint was read, says of it; of damage a suspicion, see `read_whole`."""
+    """What an error that was raised while a checkpoint was read says of it; None says that it is sound.
+
+    Damage is a suspicion only, see `read_whole`.
+    """
     return max(map(_judge, _chain(error)), default=Verdict.SOUND)
 
 
@@ -70,6 +76,7 @@ def _judge(error: BaseException) -> Verdict:
     if isinstance(error, (ConfigError, Failure, MemoryError, jax.errors.JaxRuntimeError)):
         return Verdict.FOREIGN
     text = str(error)
+    # TensorStore tells of a system's error in words; its number says more than the status that it was put under.
     if not isinstance(error, OSError) and (number := io.told_errno(text)):
         error = OSError(number, text)
     if isinstance(error, (Damaged, FileNotFoundError, NotADirectoryError, IsADirectoryError)):
@@ -86,6 +93,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     yield from [unwrap(error)] if error is not None and not isinstance(error, BaseExceptionGroup) else []
     for inner in getattr(error, "exceptions", ()):
         yield from _chain(inner)
+    # Libraries wrap a time-out in errors of their own that sound like damage; the system's own word counts as well.
     while error is not None and (error := error.__cause__ or error.__context__):
         if isinstance(error, OSError):
             yield error
@@ -93,6 +101,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def read_whole(folder: epath.Path) -> None:
     """Read every file under `folder`. Where that works, an error that stays is a fault of what they hold.
+
+    Args:
+        folder: the folder of a checkpoint, or of all of them.
 
     Raises:
         Exception: whatever listing a folder or reading a file raises.
@@ -102,12 +113,18 @@ def read_whole(folder: epath.Path) -> None:
             read_whole(path)
             continue
         with path.open("rb") as file:
+            # In pieces, as a checkpoint's files may be larger than the memory.
             while file.read(1 << 24):
                 pass
 
 
 def move_command(source: os.PathLike, target: os.PathLike) -> str:
-    """What one types to set something aside, locally or in a bucket."""
+    """The command that moves something aside, for people to type.
+
+    Args:
+        source: what is to be moved, locally or in a bucket.
+        target: where to move it.
+    """
     one, other, folder = (shlex.quote(os.fspath(path)) for path in (source, target, os.path.dirname(target)))
     if os.fspath(source).startswith("gs://"):
         return f"gcloud storage mv {one} {other}"

@@ -26,6 +26,9 @@ def initialize() -> None:
 
     Joins when `JAX_COORDINATOR_ADDRESS` (with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`) is set, under
     SLURM or Open MPI with several tasks, and on Cloud TPU, whose topology JAX finds by itself.
+
+    Raises:
+        ConfigError: one of these variables is no number.
     """
     env = os.environ
     if address := env.get("JAX_COORDINATOR_ADDRESS"):
@@ -69,8 +72,9 @@ def create_mesh(
 
     Args:
         axes: (name, size) pairs, outermost first, as in `config.mesh`; one size may be -1: the rest.
-        allow_split_physical_axes: lets a logical axis take part of a physical one (TPU tori).
-        devices: laid out in this order; default: all devices of all processes, as their wiring is best used.
+        allow_split_physical_axes: whether a logical axis may take part of a physical one (TPU tori).
+        devices: the devices, laid out in this order; None: all devices of all processes, laid out as their wiring is
+            best used.
 
     Raises:
         ConfigError: at "config.mesh" when the sizes do not make up the devices.
@@ -90,6 +94,8 @@ def create_mesh(
     except (ValueError, NotImplementedError) as error:  # a torus that these sizes do not tile
         raise ConfigError("config.mesh", f"{list(axes)} does not fit how the devices are wired ({error}); change the "
                                          "sizes, or set config.mesh_allow_split_physical_axes=True") from None
+    # JAX's own default in `jax.make_mesh` is Explicit, with which a step under FSDP's rules does not trace
+    # (DuplicateSpecError, ShardingTypeError).
     return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
@@ -117,14 +123,15 @@ def to_global(local: Tree, rows: np.ndarray, sharding: NamedSharding, batch_size
     """The global batch of which this process holds `rows`.
 
     Args:
-        local: arrays [len(rows) ...], one per leaf: the rows this process loaded, in the order of `rows`.
-        rows: as `local_rows` gives them.
-        sharding: as `batch_sharding` gives it.
-        batch_size: rows of the global batch.
+        local: the rows that this process loaded, in the order of `rows`: a tree of arrays [len(rows) ...].
+        rows: the numbers of these rows in the global batch, as `local_rows` gives them.
+        sharding: the sharding of the batch, as `batch_sharding` gives it.
+        batch_size: number of rows in the global batch.
     """
     def build(array: np.ndarray) -> jax.Array:
         def shard(index: tuple[slice, ...]) -> np.ndarray:
             first, last, _ = index[0].indices(batch_size)
+            # A shard's rows follow each other in the batch, and all are among `rows`, so they do here as well.
             start = int(np.searchsorted(rows, first))
             return array[start:start + last - first]
 
@@ -147,6 +154,7 @@ def alike(text: str) -> bool:
     """Whether `text` is the same on all processes."""
     if jax.process_count() == 1:
         return True
+    # A digest has one length everywhere, as arrays that are gathered must.
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     return bool(np.all(multihost_utils.process_allgather(digest) == digest))
 
@@ -154,7 +162,11 @@ def alike(text: str) -> bool:
 def together(action: Callable[[], T]) -> T:
     """What `action()` returns on this process; where it fails on one of them it fails on all, and none waits in vain.
 
+    Args:
+        action: the function to call; it must not wait for other processes itself.
+
     Raises:
+        Exception: what `action` raised on this process.
         Failure: another process has failed, and says why.
     """
     try:

@@ -50,7 +50,7 @@ def exists(path: str | os.PathLike) -> bool:
     """Whether there is something at `path`; a link to nowhere is nothing.
 
     Raises:
-        Failure: it cannot be told, which `Path.exists` takes for a no.
+        Failure: storage does not say, which `Path.exists` takes for a no.
     """
     path = as_path(path)
     return kind(path) not in (None, LINK) if is_local(path) else _asked(path, path.exists)
@@ -66,7 +66,7 @@ def kind(path: str | os.PathLike) -> str | None:
     """What is at a path of this machine: `FILE`, `FOLDER`, a `LINK` to nothing, a `DEVICE` or the like, or None.
 
     Raises:
-        Failure: it cannot be told.
+        Failure: storage does not say.
     """
     def look() -> str | None:
         try:
@@ -84,7 +84,7 @@ def read(path: str | os.PathLike) -> bytes | None:
     """The content of a file; None where there is none.
 
     Raises:
-        Failure: there is something that cannot be read.
+        Failure: there is something at `path`, and it cannot be read.
     """
     path = as_path(path)
     if is_local(path) and kind(path) == DEVICE:  # to open a pipe is to wait
@@ -105,6 +105,7 @@ def open_regular(path: str | os.PathLike, buffering: int = -1) -> IO[bytes]:
     """
     if not is_local(path):
         return as_path(path).open("rb")
+    # Opened without waiting and then looked at, in this order: looked at first, it could be exchanged in between.
     file = open(path, "rb", buffering, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -125,6 +126,10 @@ def _asked(path: os.PathLike, question: Callable[[], T]) -> T:
 
 def check_address(path: str | os.PathLike, field: str) -> None:
     """Refuse an address that nothing here can open, before it is needed.
+
+    Args:
+        path: a local path, or an address such as "gs://bucket/folder".
+        field: where it stands in the config, for errors.
 
     Raises:
         ConfigError: at `field`.
@@ -162,6 +167,7 @@ def told_errno(text: str) -> int | None:
 def cannot_write(path: str | os.PathLike, error: BaseException) -> CannotWrite:
     """`error`, whatever library raised it, as a `CannotWrite` that names `path`."""
     text = str(error) or repr(error)
+    # TensorStore and Orbax raise errors of their own, in whose text alone the system's number or words stand.
     number = getattr(error, "errno", None) or told_errno(text) or next(
         (known for known in WAYS_OUT if os.strerror(known) in text), None)
     reason = os.strerror(number) if number else text.splitlines()[0][:200]
@@ -175,10 +181,12 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
     if not is_local(path):  # an object store publishes an object only when it is complete
         path.write_bytes(data)
         return
+    # In the same folder, since a rename is atomic only within one file system; with a name that no other writer has.
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(data)
+            # Before the rename: after a loss of power the new name might otherwise stand for an empty file.
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -24,6 +24,7 @@ def softmax_xent(logits: Float[Array, "*b c"], labels: Num[Array, "*b c"]) -> Fl
     A row of labels that is all zero (padding; ImageNet-ReaL images without a label) gives exactly 0.
     Rows are not normalised: a row with k ones gives the sum of k cross-entropies.
     """
+    # A log-sum-exp of bfloat16 logits would keep two digits.
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return -jnp.sum(labels.astype(jnp.float32) * log_p, axis=-1)
 
@@ -52,7 +53,12 @@ def bce(logits: Float[Array, "*b c"], labels: Num[Array, "*b c"]) -> Float32[Arr
 
 
 def distill_hard(logits: Float[Array, "*b c"], teacher_logits: Float[Array, "*b c"]) -> Float32[Array, "*b"]:
-    """Hard-label distillation (DeiT, arXiv 2012.12877, equation 3): cross-entropy with the teacher's decision."""
+    """Hard-label distillation (DeiT, arXiv 2012.12877, equation 3): cross-entropy with the teacher's decision.
+
+    Args:
+        logits: the student's logits.
+        teacher_logits: the teacher's logits.
+    """
     decision = jax.nn.one_hot(jnp.argmax(teacher_logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
     return softmax_xent(logits, decision)
 
@@ -66,10 +72,11 @@ def distill_soft(
     of its paper (arXiv 2012.12877) is larger by C.
 
     Args:
-        logits: the student's.
-        teacher_logits: the teacher's.
-        tau: temperature, above 0; DeiT takes 1 unless told.
+        logits: the student's logits.
+        teacher_logits: the teacher's logits.
+        tau: the temperature τ, above 0; DeiT's default is 1.
     """
+    # As a difference of logarithms: the quotient of two small probabilities would be 0 / 0.
     student = jax.nn.log_softmax(logits.astype(jnp.float32) / tau, axis=-1)
     teacher = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / tau, axis=-1)
     return tau**2 * jnp.mean(jnp.exp(teacher) * (teacher - student), axis=-1)
@@ -82,6 +89,6 @@ def smooth_labels(labels: Num[Array, "*b c"], amount: float) -> Float32[Array, "
 
     Args:
         labels: one-hot or soft labels.
-        amount: s, 0 to 1; DeiT uses 0.1.
+        amount: s, the share that is spread over all classes, 0 to 1; DeiT has 0.1.
     """
     return (1.0 - amount) * labels.astype(jnp.float32) + amount / labels.shape[-1]

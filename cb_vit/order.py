@@ -17,10 +17,10 @@ class RepeatedOrder:
     batch holds the ranks one after the other.
 
     Attributes:
-        examples: N.
-        batch_size: examples in a global batch.
-        ranks: R.
-        repeats: copies of an example.
+        examples: N, the number of examples in the data.
+        batch_size: number of examples in a global batch.
+        ranks: R, the number of processes whose order is reproduced, however many really run.
+        repeats: number of times that each example stands in an epoch.
     """
 
     examples: int
@@ -31,10 +31,17 @@ class RepeatedOrder:
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches in an epoch; 0 if the data is too small for one."""
+        # 256 stands in DeiT's sampler whatever the batch size is; without it epochs would have another length.
         return self.examples // 256 * 256 // self.ranks // (self.batch_size // self.ranks)
 
     def __call__(self, position: int) -> int:
-        """The place of global position `position` in the endless row of permuted epochs without repeats."""
+        """Where the example of a global position stands in the endless row of permuted epochs without repeats.
+
+        A pure function of the position: any process can ask for any row, and a resumed run for any step.
+
+        Args:
+            position: place in the global order, from 0.
+        """
         step, row = divmod(position, self.batch_size)
         epoch, step = divmod(step, self.steps_per_epoch)
         rank, sample = divmod(row, self.batch_size // self.ranks)
@@ -43,7 +50,12 @@ class RepeatedOrder:
 
 
 class Reordered(grain.MapDataset):
-    """An endless dataset in another order."""
+    """An endless dataset in another order.
+
+    Args:
+        parent: the dataset.
+        order: the place in `parent` of each position here.
+    """
 
     def __init__(self, parent: grain.MapDataset, order: RepeatedOrder):
         super().__init__(parent)
@@ -53,13 +65,21 @@ class Reordered(grain.MapDataset):
         return len(self._parent)
 
     def __getitem__(self, index):
+        # Grain takes `dataset[first:]` for a dataset that begins there, which is how a run resumes.
         if isinstance(index, slice):
             return self.slice(index)
         return self._parent[self._order(index)]
 
 
 class Rows(grain.MapDataset):
-    """Of an endless global order, the rows that one process loads, batch after batch."""
+    """Of an endless global order, the rows that one process loads, batch after batch.
+
+    Args:
+        parent: the dataset in its global order.
+        rows: the numbers of the rows of each batch that this process loads, ascending.
+        batch_size: number of rows in a global batch.
+        steps: number of batches.
+    """
 
     def __init__(self, parent: grain.MapDataset, rows: np.ndarray, batch_size: int, steps: int):
         super().__init__(parent)

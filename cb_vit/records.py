@@ -23,20 +23,21 @@ def reopen(path: os.PathLike, resume_step: int | None) -> list[Line]:
     somebody's, and stay as they are.
 
     Args:
-        path: the file; it need not be there.
+        path: the file `metrics.jsonl`; it need not be there.
         resume_step: the step the run goes on from. None: it begins anew, and what an earlier one has recorded is kept
             beside the file, as `metrics.1.jsonl` and so on.
 
     Returns:
-        The lines that are there now, each with its record (null as NaN), or None where it is none.
+        The lines that are there now, each with its record (null as NaN), or with None where it is no record.
 
     Raises:
         ConfigError: not one line is a record, so the file is somebody's.
-        Failure: it cannot be read.
+        Failure: the file cannot be read.
     """
     old = io.read(path) or b""
     lines = _parse(old, path)
     if resume_step is None:
+        # A checkpoint may have been lost, its records need not be.
         if any(record for _, record in lines):
             _keep_aside(path)
             old = b""
@@ -45,6 +46,7 @@ def reopen(path: os.PathLike, resume_step: int | None) -> list[Line]:
     if dropped := len(lines) - len(kept):
         logger.warning("%s: dropped %d records of steps after %d", path, dropped, resume_step)
     content = b"".join(line for line, _ in kept)
+    # Whole or not at all: a crash in the middle of shortening it would lose records.
     if content != old:
         io.write_atomic(path, content)
     return kept
@@ -73,6 +75,7 @@ def _parse(content: bytes, path: os.PathLike) -> list[Line]:
 
 def _torn(line: bytes) -> bool:
     """Whether an unfinished line may be what a kill, or the power, has left of a record."""
+    # Some file systems leave zeros where data had not reached the disk before the power went.
     line = line.rstrip(b"\0")
     try:
         parse_json(line)
@@ -84,6 +87,7 @@ def _torn(line: bytes) -> bool:
 def _parse_record(line: bytes) -> dict[str, Any] | None:
     try:
         record = parse_json(line)
+        # `type`, since True is an int to `isinstance`.
         if not isinstance(record, dict) or type(record.get("step")) is not int:
             return None
         if not all(v is None or isinstance(v, int | float) and math.isfinite(v) for v in record.values()):

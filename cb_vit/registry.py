@@ -24,6 +24,7 @@ class Registry(dict[str, T]):
 
     Args:
         kind: what the entries are, for the error text, e.g. "loss" or "preprocessing op".
+        entries: the first entries, by name; None: none yet.
     """
 
     def __init__(self, kind: str, entries: dict[str, T] | None = None):
@@ -50,7 +51,14 @@ class Registry(dict[str, T]):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One `name(*args, **kwargs)` of the language; `text` is how it was written."""
+    """One `name(*args, **kwargs)` of the language.
+
+    Attributes:
+        name: the name that is called.
+        args: values of the positional arguments.
+        kwargs: values of the named arguments.
+        text: the call as it was written, for errors.
+    """
 
     name: str
     args: tuple[Any, ...]
@@ -58,9 +66,16 @@ class Call:
     text: str
 
     def bind(self, function: Callable[..., T], path: str) -> T:
-        """`function(*args, **kwargs)`; arguments that do not fit are a `ConfigError` at `path`.
+        """What `function(*args, **kwargs)` returns.
 
         Arguments are converted to the types that `function` declares: a list to a tuple, 1 to 1.0.
+
+        Args:
+            function: the entry of a table that `name` picks.
+            path: where the text stands in the config, for errors.
+
+        Raises:
+            ConfigError: at `path`, when the arguments do not fit.
         """
         try:
             given = inspect.signature(function).bind(*self.args, **self.kwargs)
@@ -81,6 +96,10 @@ def parse_calls(text: str, path: str) -> tuple[Call, ...]:
 
     Arguments are Python literals. An empty text has no calls.
 
+    Args:
+        text: the calls, divided by "|".
+        path: where the text stands in the config, for errors.
+
     Raises:
         ConfigError: at `path`, when the text is not of that form.
     """
@@ -91,6 +110,8 @@ def parse_calls(text: str, path: str) -> tuple[Call, ...]:
     except UNPARSED as error:
         reason = getattr(error, "msg", None) or str(error) or "it is nested too deep"
         raise ConfigError(path, f"cannot read {text!r:.200}: {reason}; write it as 'op(1)|op2(name=2)'") from None
+    # Python reads "a|b|c" as "(a|b)|c", so calls come off from the right. Nothing is ever evaluated: such a text may
+    # stand in the run.json of somebody else's run.
     nodes: list[ast.expr] = []
     while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.BitOr):
         nodes.append(tree.right)
@@ -107,7 +128,7 @@ def _call(node: ast.expr, text: str, path: str) -> Call:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             args = tuple(ast.literal_eval(a) for a in node.args)
             kwargs = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg}
-            if len(kwargs) == len(node.keywords):
+            if len(kwargs) == len(node.keywords):  # `**{…}` has no name, and is refused
                 return Call(node.func.id, args, kwargs, source)
     except RecursionError:
         raise ConfigError(path, f"cannot read {text!r:.200}: it is nested too deep") from None

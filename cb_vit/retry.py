@@ -26,11 +26,11 @@ class Patience:
     """How often and how long to ask.
 
     Attributes:
-        attempts: at most.
-        wait: seconds before the second, doubled before each further one.
-        limit: seconds from the first after which none begins.
-        clock: seconds from any origin.
-        sleep: waits so many seconds.
+        attempts: largest number of attempts.
+        wait: seconds before the second attempt, doubled before each further one.
+        limit: seconds from the first attempt after which no further one begins.
+        clock: function that gives the time in seconds from any origin.
+        sleep: function that waits for a number of seconds.
     """
 
     attempts: int = 5
@@ -46,6 +46,7 @@ PATIENCE = Patience()
 def passes(error: BaseException) -> bool:
     """Whether what raised `error` may do better soon: a time-out, a stale handle, a server's 503, or the unknown."""
     if isinstance(error, OSError):
+        # By number as well: Python makes a subclass of OSError only for some of them.
         return not isinstance(error, LASTING) and error.errno not in LASTING_NUMBERS
     return isinstance(error, Exception) and not isinstance(error, (*PARSING, ImportError, MemoryError))
 
@@ -55,10 +56,14 @@ def call(attempt: Callable[[], T], passing: Callable[[Exception], bool] = passes
     """What `attempt()` returns; asked again, with growing pauses, while what it raises is `passing`.
 
     Args:
-        attempt: on several processes it must succeed, or raise what is alike passing, on all of them.
-        passing: whether an error is worth another attempt.
-        agree: whether a flag is set on any of the processes that ask together.
-        patience: default `PATIENCE`.
+        attempt: the function to call; where several processes ask together, it must succeed on all of them, or raise
+            what is alike passing.
+        passing: the function that says whether an error is worth another attempt.
+        agree: the function that says whether a flag is set on any of the processes that ask together.
+        patience: how often and how long to ask; None: `PATIENCE`.
+
+    Raises:
+        Exception: what the last attempt raised.
     """
     patience = patience or PATIENCE
     begin, wait = patience.clock(), patience.wait
@@ -66,6 +71,7 @@ def call(attempt: Callable[[], T], passing: Callable[[Exception], bool] = passes
         try:
             return attempt()
         except Exception as error:
+            # Clocks differ between processes: were each to go by its own, one might ask again alone and wait for ever.
             if not passing(error) or not left or agree(patience.clock() - begin > patience.limit):
                 raise
             logger.warning("%s; trying again in %g s", reason(error), wait)
@@ -74,7 +80,8 @@ def call(attempt: Callable[[], T], passing: Callable[[Exception], bool] = passes
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line, not too long a one."""
+    """An error in one line of at most about 300 characters."""
     text = repr(error) if isinstance(error, LookupError) else str(error).strip()  # a KeyError says but the key
+    # TensorStore adds the whole description of the array that it was asked for.
     text = (text or repr(error)).splitlines()[0].partition(" [tensorstore_spec")[0]
     return text if len(text) <= 300 else f"{text[:100]} … {text[-200:]}"

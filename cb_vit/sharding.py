@@ -37,9 +37,9 @@ def fsdp(axis: str | tuple[str, ...] = "data", min_size_to_shard_mb: float = 4) 
     """Shard the longest free array axis that the mesh axis divides; small arrays stay whole.
 
     Args:
-        axis: mesh axis, or several taken together.
-        min_size_to_shard_mb: arrays below this many MiB are left alone: gathering them costs more
-            than the memory they save.
+        axis: the mesh axis to shard over, or several taken together.
+        min_size_to_shard_mb: size in MiB below which arrays stay whole: gathering them costs more than the memory they
+            save.
     """
     def rule(spec: Spec, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> Spec:
         size = _axis_size(mesh, axis)
@@ -59,8 +59,8 @@ def shard_dim(axis: str | tuple[str, ...], dim: int) -> Rule:
     """Shard array axis `dim` over mesh axis `axis`; tensor parallelism is made of these.
 
     Args:
-        axis: mesh axis, or several taken together.
-        dim: array axis; counted from the end when negative, which serves loop and scan layout alike.
+        axis: the mesh axis to shard over, or several taken together.
+        dim: the array axis to shard; counted from the end when negative, which serves loop and scan layout alike.
     """
     def rule(spec: Spec, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> Spec:
         size, index = _axis_size(mesh, axis), dim + len(spec) if dim < 0 else dim
@@ -86,6 +86,10 @@ def _axis_size(mesh: Mesh, axis: str | tuple[str, ...]) -> int:
 def parse_strategy(strategy: Sequence[tuple[str, str]], path: str) -> list[tuple[str, list[Rule]]]:
     """Read (regex, "rule|rule") pairs.
 
+    Args:
+        strategy: the pairs of `config.sharding_strategy`.
+        path: where the strategy stands in the config, for errors.
+
     Raises:
         ConfigError: at `path`, when a rule is unknown or its arguments do not fit.
     """
@@ -101,15 +105,15 @@ def infer(tree: Tree, strategy: Sequence[tuple[str, str]], mesh: Mesh, path: str
     Args:
         tree: shapes of the state, `jax.ShapeDtypeStruct` leaves.
         strategy: (regex, rules) pairs; a leaf that none matches is replicated.
-        mesh: the run's mesh.
+        mesh: the run's device mesh.
         path: where the strategy stands in the config, for errors.
-        partial: `tree` is part of a state, where some regexes may match nothing.
+        partial: whether `tree` is only part of a state, so that some regexes may match nothing.
 
     Returns:
         `NamedSharding`s in the form of `tree`.
 
     Raises:
-        ConfigError: a regex that matches nothing, or a rule that does not fit its leaf.
+        ConfigError: a regex matches nothing, or a rule does not fit its leaf.
     """
     rules = parse_strategy(strategy, path)
     if not partial:
@@ -125,6 +129,7 @@ def infer(tree: Tree, strategy: Sequence[tuple[str, str]], mesh: Mesh, path: str
                 raise ValueError(f"mesh axis {twice[0]!r} shards two axes of an array of shape {leaf.shape}")
         except ValueError as error:
             raise ConfigError(path, f"{name}: {error}") from None
+        # JAX takes the axes that are left out for None; one spelling of a sharding keeps equal ones equal.
         while spec and spec[-1] is None:
             spec.pop()
         return NamedSharding(mesh, PartitionSpec(*spec))
@@ -137,10 +142,11 @@ def place(params: Tree, strategy: Sequence[tuple[str, str]], mesh: Mesh) -> Tree
 
     Args:
         params: shapes of parameters, without the "params/" that names in a state have.
-        strategy, mesh: as for `infer`.
+        strategy: (regex, rules) pairs; a leaf that none matches is replicated.
+        mesh: the run's device mesh.
 
     Raises:
-        ConfigError: a rule that does not fit its leaf.
+        ConfigError: a rule does not fit its leaf.
     """
     # Named as in a state, so that its rules serve; those of the optimiser find nothing here.
     where = infer({"params": params}, strategy, mesh, partial=True)["params"]
@@ -150,6 +156,13 @@ def place(params: Tree, strategy: Sequence[tuple[str, str]], mesh: Mesh) -> Tree
 
 @contextlib.contextmanager
 def active_mesh(mesh: Mesh, rules: Sequence[tuple[str, str | tuple[str, ...]]]) -> Iterator[None]:
-    """Trace and run jitted functions in this: names of activation axes get their mesh axes from `rules`."""
+    """Trace and run jitted functions inside this context, in which names of activation axes mean mesh axes.
+
+    Args:
+        mesh: the run's device mesh.
+        rules: the pairs (name of an activation axis, mesh axis or axes) of `config.sharding_rules`.
+    """
+    # `with mesh:` is deprecated in favour of `jax.set_mesh`. The rules are Linen's, global while they hold; a function
+    # that is traced outside them is compiled without any constraint on activations.
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         yield

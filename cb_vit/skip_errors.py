@@ -16,11 +16,11 @@ class Judge:
     """Counts the unreadable examples of a pipeline, on all hosts, and stops it when there are too many.
 
     Attributes:
-        pipeline: whose.
-        setting: what allows them, in words for errors.
-        seed: of training; None: it evaluates.
-        failed: those of the present epoch so far.
-        last: the last batch that had one, from 1.
+        pipeline: the pipeline whose examples are counted.
+        setting: name of the setting that allows unreadable examples, for errors.
+        seed: the seed of the training order; None: the pipeline is an evaluator's.
+        failed: number of unreadable examples in the present epoch so far.
+        last: number (from 1) of the last batch with an unreadable example; None: there was none.
     """
 
     pipeline: Pipeline
@@ -34,10 +34,14 @@ class Judge:
         return {"failed": self.failed, "last": self.last}
 
     def add(self, step: int, masked: int) -> None:
-        """Take account of batch number `step` (from 1), `masked` rows of which hold no example.
+        """Take account of one batch.
+
+        Args:
+            step: number of the batch, from 1.
+            masked: how many of its rows hold no example, over all processes.
 
         Raises:
-            DataError: `skip_errors` allows fewer, or the whole batch is lost; names one of them.
+            DataError: `skip_errors` allows fewer, or the whole batch is lost; names one of the examples.
         """
         batch, examples = self.pipeline.config.batch_size, self.pipeline.examples_per_epoch
         read, ends, padding = self._progress(step, batch, examples)
@@ -45,6 +49,7 @@ class Judge:
         self.failed += failed
         if failed:
             self.last = step
+        # At once, whatever share is allowed: there is nothing to learn from in such a batch.
         if failed == batch:
             raise DataError(f"of {batch:,} examples of a batch not one could be read{self._example()}; mend the data")
         share = error_share(self.pipeline.config.skip_errors)
@@ -70,6 +75,7 @@ class Judge:
         if step is None:
             return ""
         order = range(len(pipeline.source)) if self.seed is None else pipeline.order(self.seed)
+        # Only rows of this process: what others have met stands in their logs.
         for position in map(int, (step - 1) * pipeline.config.batch_size + pipeline.rows):
             try:
                 if position < len(order):

@@ -24,16 +24,18 @@ def first_few(names: Iterable[str], most: int = 5) -> str:
 
 
 def parse_json(content: bytes, encodable: bool = False) -> Any:
-    """What JSON of anybody's says.
+    """What a JSON text from anywhere says.
 
     Args:
-        content: UTF-8, with or without a byte order mark, or UTF-16 or -32.
-        encodable: refuse names that hold half of a surrogate pair, which could never be printed or written.
+        content: the text, in UTF-8 with or without a byte order mark, or in UTF-16 or -32.
+        encodable: whether names that hold half of a surrogate pair, which could never be printed or written, are
+            refused.
 
     Raises:
         ValueError: it is not JSON, nested too deep, says a name twice or has a number that nothing can hold.
     """
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # Python keeps the last of two and other readers may keep the first: the file would mean two things.
         if len(found := dict(pairs)) != len(pairs):
             raise ValueError("a name stands twice")
         if encodable:
@@ -44,6 +46,7 @@ def parse_json(content: bytes, encodable: bool = False) -> Any:
         found = json.loads(content, object_pairs_hook=unique)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
+    # Few brackets cannot be deep, so most texts need no walk.
     if content.count(b"[") + content.count(b"{") > MAX_DEPTH:
         _check_depth(found)
     return found
@@ -53,6 +56,7 @@ _TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
 
 
 def _check_depth(tree: Any) -> None:
+    # Level by level, as a function that calls itself would meet the limit of recursion that it is to guard against.
     level, depth = [tree], 0
     while level := [item for node in level if isinstance(node, dict | list)
                     for item in (node.values() if isinstance(node, dict) else node)]:

@@ -26,7 +26,7 @@ def key_name(key: Any) -> str:
 
 
 def flatten_with_names(tree: Tree) -> tuple[list[tuple[str, Any]], jax.tree_util.PyTreeDef]:
-    """`([(name, leaf), …], treedef)` in JAX's own leaf order; names join the path with "/"."""
+    """`([(name, leaf), …], treedef)` in JAX's own leaf order, which sorts dict keys; names join the path with "/"."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     return [("/".join(map(key_name, path)), leaf) for path, leaf in leaves], treedef
 
@@ -49,13 +49,19 @@ def unflatten_names(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def map_with_names(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """`jax.tree.map` with the leaf's name as first argument."""
+    """`jax.tree.map` with the leaf's name as first argument.
+
+    Args:
+        function: the function of a name and a leaf of `tree` and of each further tree.
+        tree: the tree whose names count.
+        *rest: further trees of the same structure.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function("/".join(map(key_name, path)), *leaves), tree, *rest)
 
 
 def first_match(name: str, rules: Sequence[tuple[str, Any]], default: Any = None) -> Any:
-    """The value of the first `(regex, value)` rule whose regex matches all of `name`."""
+    """The value of the first `(regex, value)` rule whose regex matches all of `name`; `default` where none does."""
     return next((value for regex, value in rules if re.fullmatch(regex, name)), default)
 
 
@@ -63,8 +69,8 @@ def blocks(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Numbers of the blocks in a leaf: (3,) for `encoderblock_3/…`, all for `encoderblock/…`, () outside the blocks.
 
     Args:
-        name: of the leaf.
-        shape: its shape; a leaf of `encoderblock` has one entry a block along its first axis.
+        name: the leaf's name.
+        shape: the leaf's shape; one of `encoderblock` has an entry for each block along its first axis.
     """
     match = _BLOCK.search(name)
     if match is None:
@@ -80,6 +86,11 @@ def is_stacked(name: str) -> bool:
 
 def check_rules(rules: Sequence[tuple[str, Any]], tree: Tree, path: str) -> None:
     """Refuse rules that do not compile or that match no leaf of `tree`: they would silently do nothing.
+
+    Args:
+        rules: (regex, value) pairs.
+        tree: a tree with the names that the regexes are for.
+        path: where the rules stand in the config, for errors.
 
     Raises:
         ConfigError: at `path`, naming the rule and a few of the leaves.

@@ -32,13 +32,17 @@ CONTENTS = {
 def lock(workdir: str | os.PathLike, primary: bool = True) -> Iterator[None]:
     """Keep a second run out of a local workdir; the system lets go of the lock however the run ends.
 
+    Args:
+        workdir: the run's folder; one in a bucket is not locked, as buckets have no locks.
+        primary: whether this process holds the lock; one of a run is enough.
+
     Raises:
-        ConfigError: another run is in it, or it cannot be written.
+        ConfigError: another run is in the folder, or it cannot be written.
     """
     if not primary or not io.is_local(workdir):
         yield
         return
-    import fcntl
+    import fcntl  # which Windows does not have
 
     path = io.as_path(workdir)
     try:
@@ -60,7 +64,7 @@ def check_writable(workdir: str | os.PathLike) -> None:
     """Refuse a workdir that cannot be made or written, before time is spent.
 
     Raises:
-        ConfigError: names the folder that is in the way, or what is not installed for a bucket.
+        ConfigError: the folder or one above it cannot be written, or what a bucket needs is not installed.
     """
     io.check_address(workdir, "workdir")
     if not io.is_local(workdir):
@@ -76,8 +80,8 @@ def check_contents(workdir: str | os.PathLike) -> None:
     """Refuse a local workdir in which something else is in the place of what a run keeps there.
 
     Raises:
-        ConfigError: names it.
-        Failure: a note cannot be read.
+        ConfigError: a file or folder of the run is something else, or may not be used; names it.
+        Failure: one of `NOTES` cannot be read.
     """
     for name, (kind, access) in CONTENTS.items() if io.is_local(workdir) else ():
         path = io.as_path(workdir) / name
@@ -93,8 +97,8 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
     """The config the run in `workdir` was last started with; None if there is none.
 
     Raises:
-        ConfigError: it is none.
-        Failure: it cannot be read.
+        ConfigError: `config.json` is not a config.
+        Failure: `config.json` cannot be read.
     """
     return read_json(io.as_path(workdir) / "config.json")
 
@@ -103,8 +107,8 @@ def read_json(path: epath.Path) -> dict[str, Any] | None:
     """What `config.json` or `run.json` says; None if there is none.
 
     Raises:
-        ConfigError: it is nothing that a run has written.
-        Failure: it cannot be read.
+        ConfigError: the file is nothing that a run has written.
+        Failure: the file cannot be read.
     """
     if (data := io.read(path)) is None:
         return None
@@ -118,15 +122,24 @@ def read_json(path: epath.Path) -> dict[str, Any] | None:
 
 
 def read_run(workdir: str | os.PathLike) -> dict[str, Any] | None:
-    """What `run.json` says of the run in `workdir`; None if there is none. Raises what `read_config` does."""
+    """What `run.json` says of the run in `workdir`; None if there is none.
+
+    Raises:
+        ConfigError: the file is nothing that a run has written.
+        Failure: the file cannot be read.
+    """
     return read_json(io.as_path(workdir) / "run.json")
 
 
 def class_names(run: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[str, ...] | None:
     """The names of the head's classes in what `run.json` says; None: not known.
 
+    Args:
+        run: the content of `run.json`.
+        workdir: the run's folder, for errors.
+
     Raises:
-        ConfigError: what stands there is none.
+        ConfigError: "class_names" or "num_classes" is not what a run writes.
     """
     names, count = run.get("class_names"), run.get("num_classes")
     if not names:
@@ -147,18 +160,19 @@ def check_stream(before: Mapping[str, Any], now: Mapping[str, Any], allow_change
     """What differs between two streams of batches, a line each.
 
     Args:
-        before: what was recorded of it when the run was saved: nested settings under "config", "class_names",
-            "examples" and "fingerprint". What was not recorded is not compared.
-        now: the same of the run as it would go on.
-        allow_changed_data: let it go on all the same.
+        before: the record of the stream in the checkpoint: nested settings under "config", "class_names", "examples"
+            and "fingerprint". What was not recorded is not compared.
+        now: the same record of the run as it would go on.
+        allow_changed_data: whether the run may go on although the streams differ.
 
     Raises:
-        ConfigError: they differ, and that is not allowed.
+        ConfigError: the streams differ, and that is not allowed.
     """
     lines = []
     if "config" in before:
         lines += [(f"config.{key}", f"was {was} when this run began, now {is_now}")
                   for key, was, is_now in differences(before["config"], now["config"])]
+    # One line on the data: what differs first explains the rest, as other names do another fingerprint.
     data = "config.input.data"
     if "class_names" in before and (was := before["class_names"]) != (is_now := now["class_names"]):
         lines.append((data, _renamed(was, is_now)))
@@ -200,16 +214,16 @@ def run_notes(
     """What `run.json` says: all that one needs beside the parameters to use the model; and where those began.
 
     Args:
-        model_name: the module of the model.
-        model: its resolved settings, a dataclass.
+        model_name: name of the model's module, as in `config.model_name`.
+        model: the model's resolved settings, a dataclass.
         num_classes: width of the head; None: no head.
-        class_names: None: not known.
-        image_shape: of the images in training, [y x c].
-        pp: preprocessing in training.
-        pp_evals: preprocessing of each evaluator.
-        total_steps: length of the run.
-        model_init: where its first parameters came from; None: drawn.
-        data: what each source holds, as `datasets.contents.report` has it.
+        class_names: names of the head's classes; None: not known.
+        image_shape: shape of the images in training, [y x c].
+        pp: the preprocessing string of training.
+        pp_evals: the preprocessing string of each evaluator, by its name.
+        total_steps: length of the run in steps.
+        model_init: where the first parameters came from; None: they were drawn.
+        data: what each source holds, as `datasets.contents.report` gives it; None: not known.
     """
     return {
         "format": 1, "model_name": model_name, "model": dataclasses.asdict(model), "num_classes": num_classes,
@@ -219,7 +233,16 @@ def run_notes(
 
 
 def write_notes(workdir: str | os.PathLike, config: Mapping[str, Any] | None, run: Mapping[str, Any]) -> None:
-    """Write `config.json`, where a config made the run, and `run.json`, as `run_notes` gives it."""
+    """Write `config.json` and `run.json`.
+
+    Args:
+        workdir: the run's folder; made if it is not there.
+        config: the run's config; None: no config made the run, and `config.json` is not written.
+        run: the content of `run.json`, as `run_notes` gives it.
+
+    Raises:
+        CannotWrite: the storage fails.
+    """
     path = io.as_path(workdir)
     for name, content in (("config.json", config), ("run.json", run)):
         if content is not None:
@@ -235,4 +258,5 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {name: value for part in parts for name, value in part.items()}
     if tree is None:
         return {}
+    # As JSON has it: what was written to a file and read again must equal what was not.
     return {prefix: json.loads(json.dumps(tree))}

@@ -18,16 +18,17 @@ class ArrayRecords:
     """The records of several files, by file and number; readers open on first use, in each process for itself.
 
     Args:
-        paths: the files.
+        paths: the paths of the files.
 
     Attributes:
-        sizes: of the files, in bytes.
+        sizes: sizes of the files, in bytes.
 
     Raises:
-        DataError: when one of them is missing.
+        DataError: one of the files is missing.
     """
 
     def __init__(self, paths: Sequence[str]):
+        # In a bucket each size is a request of its own, and a data set has a thousand files.
         with ThreadPoolExecutor(THREADS) as pool:
             self.sizes = tuple(pool.map(_size, paths))
         self._close(paths)
@@ -37,6 +38,7 @@ class ArrayRecords:
         self._readers: dict[int, Any] = {}
         self._lock, self._pid = threading.Lock(), os.getpid()
 
+    # Readers hold open files, which cannot be sent to a worker process: only paths and sizes travel.
     def __getstate__(self) -> dict[str, Any]:
         return {"paths": self.paths, "sizes": self.sizes}
 
@@ -45,7 +47,15 @@ class ArrayRecords:
         self._close(state["paths"])
 
     def read(self, file: int, record: int) -> bytes:
-        """One record; `DataError` names file and record when it cannot be read."""
+        """One record.
+
+        Args:
+            file: number of the file in `paths`.
+            record: number of the record in that file.
+
+        Raises:
+            DataError: the record cannot be read; names it and its file.
+        """
         try:
             return self._reader(file).read([record])[0]
         except (RuntimeError, ValueError, IndexError, OSError) as error:
@@ -55,6 +65,7 @@ class ArrayRecords:
         if self._pid != os.getpid():  # a reader's threads do not survive a fork
             self._close(self.paths)
         if file not in self._readers:
+            # Imported on first use: a package of its own, which other sources do not need.
             from array_record.python.array_record_module import ArrayRecordReader
 
             with self._lock:

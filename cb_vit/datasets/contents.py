@@ -21,11 +21,11 @@ class Contents:
     """What is known of a selection of examples.
 
     Attributes:
-        fingerprint: of the stored data: the same for a copy elsewhere, another when files come, go or change in size;
-            None: not known.
-        counts: examples of each class, int64 [c]; None: labels stand beside the images and have not been read.
-        left_out: how many files are no examples, by extension or by another reason.
-        empty: how many of its files hold nothing, and will not decode.
+        fingerprint: hash of the stored data: the same for a copy elsewhere, another when files come, go or change in
+            size; None: not known.
+        counts: number of examples of each class, int64 [c]; None: not known, as the labels have not been read.
+        left_out: number of files that are no examples, by extension or by another reason.
+        empty: number of files that hold nothing, and will not decode.
     """
 
     fingerprint: str | None = None
@@ -44,7 +44,7 @@ def fingerprint(parts: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part if isinstance(part, bytes) else str(part).encode())
-        digest.update(b"\0")
+        digest.update(b"\0")  # else "ab", "c" would be "a", "bc"
     return digest.hexdigest()[:32]
 
 
@@ -58,7 +58,12 @@ def report(source: Any) -> dict[str, Any]:
 
 
 def describe(name: str, source: Any) -> Iterator[str]:
-    """The same in lines to print; `name` is what the source is called."""
+    """A source in numbers, in lines to print.
+
+    Args:
+        name: what the source is called in each line.
+        source: the source.
+    """
     found, contents = report(source), contents_of(source)
     a_class = ""
     if "fewest" in found:
@@ -84,7 +89,7 @@ def _numbering(names: Sequence[str]) -> str | None:
 
 
 def describe_left_out(left_out: Mapping[str, int]) -> str:
-    """"; left out: 3 .txt, 1 hidden", or nothing."""
+    """The end of a line that tells of left-out files, such as "; left out: 3 .txt, 1 hidden"; empty without any."""
     parts = [f"{count:,} {reason}" for reason, count in sorted(left_out.items())]
     return f"; left out: {', '.join(parts)}" if parts else ""
 
@@ -95,5 +100,5 @@ def pad(names: Sequence[str], count: int) -> tuple[str, ...]:
 
 
 def class_name(names: Sequence[str] | None, number: int) -> str:
-    """What class `number` is called."""
+    """The name of class `number`; "class 3" and the like where classes have none."""
     return names[number] if names else f"class {number}"

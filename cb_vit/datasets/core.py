@@ -38,10 +38,10 @@ class SourceConfig:
     """What every block of data may say; each kind of source adds to it.
 
     Attributes:
-        name: which kind of data, or a dataset of TFDS.
-        split: which examples, e.g. "train[:90%]".
-        labels: "name": a class is known by its name, so that two sources, or a source and a model, mean the same class
-            by it; "index": by its number alone, which of a folder called "17" is 17.
+        name: the kind of data ("digits", "fake", "folder", "idx"), or the name of a dataset of TFDS.
+        split: the examples to take, e.g. "train[:90%]".
+        labels: what tells classes: "name", so that two sources, or a source and a model, mean the same class by a name;
+            or "index", the class's number alone, which of a folder called "17" is 17.
     """
 
     name: str
@@ -57,8 +57,8 @@ class Source(Protocol):
     """A data set, or a part of one, read at random.
 
     Attributes:
-        num_classes: labels are 0 … num_classes - 1.
-        class_names: one name a class, or None when nobody named them.
+        num_classes: number of classes; labels are 0 … num_classes - 1.
+        class_names: a name for each class; None: nobody named them.
 
     A source that knows more of itself without reading its examples says so in `contents`, a `Contents`.
     """
@@ -77,8 +77,8 @@ class Source(Protocol):
             there is none; "id": str, the example's name in messages: a path, "shard#record", or the data set's own.
 
         Raises:
-            IndexError: outside 0 … len - 1.
-            DataError: when the stored bytes cannot be read. Images that do not decode are found by the reader.
+            IndexError: the index is outside 0 … len - 1.
+            DataError: the stored bytes cannot be read. Images that do not decode are found by the reader.
         """
 
 
@@ -86,11 +86,12 @@ def check_source(block: Block, path: str) -> Any:
     """Check the block of a data source and return it as its frozen dataclass; touches no file.
 
     Args:
-        block: `data=dict(name="imagenet2012", split="train[:99%]", …)`; `name` decides which keys there are.
+        block: the config's block, `data=dict(name="imagenet2012", split="train[:99%]", …)`; `name` decides which keys
+            there are.
         path: where the block stands, for errors, e.g. "config.input.data".
 
     Raises:
-        ConfigError: on an unknown key, an ill-typed value or a split that cannot be read.
+        ConfigError: a key is unknown, a value of the wrong type, or the split cannot be read.
     """
     return _kind(block, path).check(plain(block), path)
 
@@ -99,11 +100,12 @@ def open_source(block: Block, path: str) -> Source:
     """Check the block of a data source and open it.
 
     Args:
-        block, path: as in `check_source`.
+        block: the config's block, see `check_source`.
+        path: where the block stands, for errors, e.g. "config.input.data".
 
     Raises:
-        ConfigError: on a wrong setting: data not prepared, no such split, an empty selection.
-        DataError: when what is stored is damaged.
+        ConfigError: a setting is wrong: the data is not prepared, there is no such split, or it selects nothing.
+        DataError: the stored data is damaged.
     """
     config = check_source(block, path)
     source = _kind(block, path).open_source(config, path)
@@ -118,11 +120,18 @@ def _kind(block: Block, path: str) -> ModuleType:
     near = difflib.get_close_matches(name, KINDS, n=1, cutoff=0.7)
     if name not in KINDS and near:
         raise ConfigError(f"{path}.name", f"unknown kind of data {name!r}; did you mean {near[0]}?")
+    # Imported by name, so that a source's packages are needed only where it is used.
     return importlib.import_module(f"cb_vit.datasets.{KINDS.get(name, 'tfds')}")
 
 
 class Span(NamedTuple):
-    """Examples `start` … `stop - 1` of the split or file called `name`."""
+    """Examples `start` … `stop - 1` of the split or file called `name`.
+
+    Attributes:
+        name: name of the split or path of the file.
+        start: number of the first example.
+        stop: number of the first example after the last.
+    """
 
     name: str
     start: int
@@ -130,7 +139,11 @@ class Span(NamedTuple):
 
 
 class Spans:
-    """Spans laid end to end; answers where the i-th example of the whole lies."""
+    """Spans laid end to end; answers where the i-th example of the whole lies.
+
+    Args:
+        spans: the spans, in order; empty ones are dropped.
+    """
 
     def __init__(self, spans: Iterable[Span]):
         self.spans = tuple(span for span in spans if span.stop > span.start)
@@ -144,6 +157,7 @@ class Spans:
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
+        # A search, since ImageNet's splits are a thousand files, and this runs for every example.
         number = bisect.bisect_right(self._ends, index)
         return number, index - self._ends[number] + self.spans[number].stop
 
@@ -151,7 +165,7 @@ class Spans:
         """The same examples as spans of parts.
 
         Args:
-            parts: for each split the files that hold it, in order, as `(file, number of examples)`.
+            parts: the files that hold each split, in order, as `(file, number of examples)`.
         """
         refined = []
         for name, start, stop in self.spans:
@@ -165,6 +179,10 @@ class Spans:
 def check_split(spec: str, path: str = "split") -> None:
     """Refuse a split that cannot be read, whatever the data.
 
+    Args:
+        spec: the split, e.g. "train[:90%]".
+        path: where the split is set, for errors.
+
     Raises:
         ConfigError: at `path`.
     """
@@ -173,7 +191,16 @@ def check_split(spec: str, path: str = "split") -> None:
 
 
 def splits_of(spec: str, available: Iterable[str], path: str) -> tuple[str, ...]:
-    """The splits that `spec` draws from; one that does not exist is a `ConfigError` at `path`."""
+    """The names of the splits that a split such as "train[:90%]+test" draws from.
+
+    Args:
+        spec: the split.
+        available: names of the splits that there are.
+        path: where the split is set, for errors.
+
+    Raises:
+        ConfigError: at `path`, when one of them does not exist.
+    """
     available = tuple(available)
     names = [part.strip().split("[")[0] for part in spec.split("+")]
     if "all" in names and "all" not in available:
@@ -192,16 +219,17 @@ def select(spec: str, lengths: Mapping[str, Sequence[int]], path: str) -> Spans:
 
     Args:
         spec: the split.
-        lengths: for each split the number of examples in each of its shards.
+        lengths: the number of examples in each shard of each split, by the split's name.
         path: where the split is set, for errors.
 
     Raises:
-        ConfigError: at `path`, for an unknown split, a slice that does not fit, or one that selects nothing.
+        ConfigError: at `path`: the split is unknown, its slice does not fit, or it selects nothing.
     """
     if spec in lengths:
         spans = [Span(spec, 0, sum(lengths[spec]))]
     else:
         splits_of(spec, lengths, path)
+        # All that TFDS looks at in a split, so that its language serves data that it has not prepared.
         sizes = {k: SimpleNamespace(num_examples=sum(v), shard_lengths=list(v)) for k, v in lengths.items()}
         try:
             parts = _instruction(spec, path).to_absolute(sizes)
@@ -217,7 +245,7 @@ def select(spec: str, lengths: Mapping[str, Sequence[int]], path: str) -> Spans:
 
 
 def allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files so that `count` shards fit (the usual limit is 1024)."""
+    """Raise this process's limit of open files so that `count` files fit (the usual limit is 1024)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 1024 if hard == resource.RLIM_INFINITY else min(count + 1024, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

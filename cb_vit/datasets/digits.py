@@ -38,7 +38,7 @@ class DigitsConfig(SourceConfig):
     """scikit-learn's digits: "digits", of the splits "train" (1 437 images) and "test" (360).
 
     Attributes:
-        data_dir: where the prepared copy is kept, by default with TFDS's others.
+        data_dir: folder of the prepared copy; None: with TFDS's other data sets.
     """
 
     data_dir: str | None = None
@@ -57,8 +57,12 @@ def check(block: Mapping[str, Any], path: str) -> DigitsConfig:
 def open_source(config: DigitsConfig, path: str) -> prepared.TfdsSource:
     """Open the prepared copy, after preparing it if there is none.
 
+    Args:
+        config: the checked block.
+        path: where the block stands, for errors.
+
     Raises:
-        ConfigError: under `path`: the folder cannot be written, unknown split.
+        ConfigError: under `path`: the folder cannot be written, or the split is unknown.
     """
     data_dir = os.fspath(as_path(config.data_dir or prepared.default_data_dir()))
     if not is_local(data_dir):
@@ -82,13 +86,17 @@ def prepare(data_dir: str) -> None:
 
     Safe for several processes at once: one works, the others wait. What a killed one left behind is removed.
 
+    Args:
+        data_dir: the folder of prepared data sets, on a local disk.
+
     Raises:
-        OSError: when the folder cannot be written.
+        OSError: the folder cannot be written.
     """
     os.makedirs(data_dir, exist_ok=True)
     with _lock(os.path.join(data_dir, f".{NAME}.lock")) as alone:
-        if _complete(data_dir):
+        if _complete(data_dir):  # another process may have prepared it while this one waited for the lock
             return
+        # Without a lock, what looks like a leftover may be the work of another process.
         if alone:
             _remove_leftovers(data_dir)
         try:
@@ -149,6 +157,7 @@ def _build(data_dir: str) -> None:
                 "id": tfds.features.Text()}))
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            # RandomState, whose draws NumPy keeps the same in every version; a Generator's may change.
             order = np.random.RandomState(0).permutation(1797)
             return {"train": self._generate_examples(order[NUM_TEST:]),
                     "test": self._generate_examples(order[:NUM_TEST])}

@@ -27,10 +27,10 @@ class FakeConfig(SourceConfig):
     """Made-up data, called "fake"; of the splits "train", "validation" and "test", which are of the same size.
 
     Attributes:
-        num_examples: in each split.
-        image_size: height and width in pixels.
+        num_examples: number of examples in each split.
+        image_size: height and width of the images in pixels.
         num_classes: number of classes.
-        encoded: give JPEG files, as real data sets do, instead of pixels.
+        encoded: whether images come as JPEG files, as those of real data sets do, instead of pixels.
         broken: numbers of examples whose bytes do not decode, in every split; to try `config.input.skip_errors`.
     """
 
@@ -56,7 +56,15 @@ def check(block: Mapping[str, Any], path: str) -> FakeConfig:
 
 
 def open_source(config: FakeConfig, path: str) -> FakeSource:
-    """The source; an unknown split is a `ConfigError` under `path`."""
+    """The source of the examples that the split names.
+
+    Args:
+        config: the checked block.
+        path: where the block stands, for errors.
+
+    Raises:
+        ConfigError: under `path`: the split is unknown or selects nothing.
+    """
     return FakeSource(config, select(config.split, {split: [config.num_examples] for split in SPLITS}, f"{path}.split"))
 
 
@@ -64,8 +72,8 @@ class FakeSource:
     """A `core.Source` of made-up images, uint8 [image_size, image_size, 3] or JPEG bytes.
 
     Args:
-        config: sizes.
-        spans: which examples of which split.
+        config: the checked block.
+        spans: the examples to take, of each split.
     """
 
     class_names = None
@@ -90,7 +98,10 @@ class FakeSource:
 
 def _bytes(stream: int, number: int, count: int) -> np.ndarray:
     """uint8 [count], 0 … 127, a pure function of stream and number."""
+    # Keyed, not seeded: a key is the number itself, so that examples need no seeds that are drawn one after the other.
     words = np.random.Philox(key=np.array([stream, number], np.uint64)).random_raw(-(-count // 8))
+    # In one byte order, so that machines of both kinds give the same images; halved, so that pattern and noise add up
+    # without overflow.
     return words.astype("<u8", copy=False).view(np.uint8)[:count] >> 1
 
 

@@ -54,8 +54,13 @@ def check(block: Mapping[str, Any], path: str) -> FolderConfig:
 def open_source(config: FolderConfig, path: str) -> FolderSource:
     """List the folders that the split needs.
 
+    Args:
+        config: the checked block.
+        path: where the block stands, for errors.
+
     Raises:
-        ConfigError: under `path`: no such folder, not the expected layout, unknown split, unknown class.
+        ConfigError: under `path`: there is no such folder, it has another layout, or a split or class is unknown.
+        DataError: a folder cannot be read.
     """
     root = os.path.abspath(os.path.expanduser(config.root))
     if not os.path.isdir(root):
@@ -86,11 +91,11 @@ class Listing:
 
     Attributes:
         names: file names without folders, in file-system encoding, end to end.
-        ends: int64 [n], where each name ends in `names`.
-        labels: int32 [n], the class of each.
-        empty: int64 [m], which of them hold nothing: examples that cannot be decoded.
-        fingerprint: of the names and sizes of the files.
-        left_out: how many entries of the folders are no examples, by extension or by another reason.
+        ends: place in `names` where each name ends, int64 [n].
+        labels: class of each file, int32 [n].
+        empty: numbers of the files that hold nothing, which are examples that cannot be decoded, int64 [m].
+        fingerprint: hash of the names and sizes of the files.
+        left_out: number of entries of the folders that are no examples, by extension or by another reason.
     """
 
     names: bytes
@@ -109,7 +114,13 @@ class Listing:
         return os.fsdecode(self.names[start:int(self.ends[index])]), int(self.labels[index])
 
     def count(self, start: int, stop: int, classes: int) -> np.ndarray:
-        """How many of the files `start` … `stop - 1` are of each class and hold something, int64 [classes]."""
+        """How many of a range of files are of each class and hold something, int64 [classes].
+
+        Args:
+            start: number of the first file.
+            stop: number of the first file after the last.
+            classes: number of classes.
+        """
         empty = self.empty[(self.empty >= start) & (self.empty < stop)]
         return np.bincount(self.labels[start:stop], minlength=classes) - np.bincount(
             self.labels[empty], minlength=classes)
@@ -119,10 +130,10 @@ class FolderSource:
     """A `core.Source` over image files, which come as they are stored.
 
     Args:
-        root: absolute path.
-        class_names: names of the class folders.
-        listings: for each split its files.
-        spans: which examples of which split.
+        root: absolute path of the folder that holds the splits.
+        class_names: names of the class folders, in the order of their numbers.
+        listings: the files of each split, by the split's name.
+        spans: the examples to take, of each split.
     """
 
     def __init__(self, root: str, class_names: tuple[str, ...], listings: dict[str, Listing], spans: Spans):
@@ -151,6 +162,7 @@ class FolderSource:
 
 def _classes(root: str, splits: list[str], names: tuple[str, ...], path: str) -> tuple[str, ...]:
     found = {split: _folders(os.path.join(root, split)) for split in splits}
+    # By `train` alone: a class that only a test split has would make the head wider than what is learned.
     given_by = ["train"] if "train" in found else splits
     classes = {name for split in given_by for name in found[split]}
     classes = tuple(sorted(classes, key=int if are_numbers(classes) else None))
@@ -198,6 +210,7 @@ def _files(folder: str) -> tuple[list[tuple[bytes, int]], collections.Counter[st
                 if reason := _unfit(entry):
                     left_out[reason] += 1
                 else:
+                    # As bytes: a name need not be valid UTF-8.
                     images.append((os.fsencode(entry.name), entry.stat().st_size))
     except FileNotFoundError:
         pass
@@ -239,6 +252,7 @@ def _other_layout(root: str, folders: list[str]) -> str | None:
 
 def _holds_images(folder: str) -> bool:
     with os.scandir(folder) as entries:
+        # The first thousand entries tell; a folder may hold millions.
         return any(entry.name.lower().endswith(EXTENSIONS) for entry in itertools.islice(entries, 1000))
 
 

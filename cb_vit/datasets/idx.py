@@ -43,9 +43,13 @@ def check(block: Mapping[str, Any], path: str) -> IdxConfig:
 def open_source(config: IdxConfig, path: str) -> IdxSource:
     """Read the files of the split.
 
+    Args:
+        config: the checked block.
+        path: where the block stands, for errors.
+
     Raises:
-        ConfigError: under `path`: no such folder or split.
-        DataError: a file that is not of the format, or not whole.
+        ConfigError: under `path`: there is no such folder, file or split.
+        DataError: a file is not of the format, or not whole.
     """
     root = os.path.abspath(os.path.expanduser(config.root))
     if not os.path.isdir(root):
@@ -64,10 +68,10 @@ class IdxSource:
     """A `core.Source` of grey images, uint8 [h, w, 3] with three equal channels; held in memory.
 
     Args:
-        root: the folder, for messages.
-        images: for each split uint8 [n h w].
-        labels: for each split uint8 [n].
-        spans: which examples of which split.
+        root: the folder of the files, for messages.
+        images: the images of each split, uint8 [n h w].
+        labels: the labels of each split, uint8 [n].
+        spans: the examples to take, of each split.
     """
 
     class_names = None
@@ -107,6 +111,8 @@ def _read(root: str, name: str, axes: int, path: str) -> np.ndarray:
                 raise DataError(f"{found}: begins with {header[:4]!r}, not as an idx file of {axes}-dimensional bytes")
             shape = tuple(np.frombuffer(header, ">u4", axes, 4).tolist())
             size = math.prod(shape)
+            # No more than the header declares and one byte, which tells that there is more; and never what a damaged
+            # header may declare.
             data = handle.read(min(size, 2**31) + 1)
     except (OSError, EOFError, zlib.error) as error:  # gzip raises them all for damaged files
         raise DataError(f"{found}: {error}") from error

@@ -29,17 +29,17 @@ def match(
     published model has another.
 
     Args:
-        ours: names, one a class; None: not known.
-        theirs: likewise.
-        count: how many classes there are in the other list.
-        occurs: which classes of ours there are examples of: the others need no place; None: of all.
+        ours: the names of our classes; None: not known.
+        theirs: the names in the other list; None: not known.
+        count: number of classes in the other list.
+        occurs: whether there are examples of each of our classes: the others need no place; None: there are of all.
 
     Returns:
         For each class of ours its number in the other list, -1 where it has none and needs none. None: one of the
         lists has no names, so that only their order is left to go by.
 
     Raises:
-        Unmatched: a class has no place there, or several, or shares one with another.
+        Unmatched: a class has no place in the other list, or several, or shares one with another.
     """
     if ours is None or (theirs is None and not assumes_imagenet(ours, theirs, count)):
         return None
@@ -77,7 +77,7 @@ def imagenet_ids(name: str, numbers: bool) -> frozenset[int]:
     What stands in published lists (a wnid, the first synonym, or all of them) comes before the other synonyms.
 
     Args:
-        name: as it stands in a list; "_" is a space.
+        name: the name as it stands in a list; "_" is a space.
         numbers: whether "17" is class 17.
     """
     if _is_number(name):
@@ -127,6 +127,7 @@ class _Finder:
 
 def _is_whole(names: Names) -> bool:
     """Whether a list is that of ImageNet-1k's classes, all of them, in any order."""
+    # The length first: most lists are settled by it, without a look at the names.
     return len(names) == len(wnids()) and set().union(*_ids(names, numbers=True)) == set(range(len(names)))
 
 

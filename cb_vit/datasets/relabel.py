@@ -22,9 +22,10 @@ class Relabelled:
     """A `core.Source` whose labels are other numbers.
 
     Args:
-        source: the examples.
-        places: for each of its classes the label here; -1: it has none.
-        num_classes, class_names: as in `core.Source`.
+        source: the source of the examples.
+        places: the label here of each class of that source; -1: it has none.
+        num_classes: number of classes here.
+        class_names: a name for each class here; None: nobody named them.
         by_index: whether classes count by their numbers, whatever their names.
     """
 
@@ -55,8 +56,12 @@ class Relabelled:
 def by_index(source: Any, path: str) -> Any:
     """A source whose labels count by their numbers alone; where classes are called by numbers, by those.
 
+    Args:
+        source: the source of the examples.
+        path: where the block of the source stands, for errors.
+
     Raises:
-        ConfigError: at `path`, numbers too large to be classes.
+        ConfigError: under `path`: the numbers are too large to be classes.
     """
     names = source.class_names
     if not names or not labels.are_numbers(names):
@@ -81,13 +86,13 @@ def align(source: Any, names: Sequence[str] | None, count: int, path: str) -> An
     """A source with the labels of a model.
 
     Args:
-        source: the examples.
-        names: of the model's classes; None: not known.
-        count: how many classes the model has.
+        source: the source of the examples.
+        names: the names of the model's classes; None: not known.
+        count: number of the model's classes.
         path: where the block of the source stands, for errors.
 
     Raises:
-        ConfigError: at `path`, a class that the model does not have.
+        ConfigError: at `path`: the source has a class that the model does not have.
     """
     ours, counts = known_names(source), contents_of(source).counts
     try:
@@ -137,15 +142,15 @@ def for_head(
     data may be a part of its classes, or have them in another order.
 
     Args:
-        source: the examples.
+        source: the source of the examples.
         count: width of the head.
-        known: names of the classes of the model that training goes on or begins from; None: not known.
+        known: the names of the classes of the model that training goes on or begins from; None: not known.
         allow_unused: whether classes may be without examples.
         path: where the block of the source stands, for errors.
         count_path: where the width of the head is set, for errors.
 
     Raises:
-        ConfigError: a class without examples, one class alone, or a head of another size than the data.
+        ConfigError: a class has no examples, there is one class alone, or the head is of another size than the data.
     """
     _check_counts(source.source if _by_index(source) else source, allow_unused, path)
     if count < source.num_classes:

@@ -36,11 +36,11 @@ class TfdsConfig(SourceConfig):
     Without a version it is the newest that is prepared; `*` stands for any number.
 
     Attributes:
-        data_dir: folder of prepared data sets, local or in a bucket; by default $TFDS_DATA_DIR, else
+        data_dir: folder of prepared data sets, local or in a bucket; None: $TFDS_DATA_DIR, else
             ~/tensorflow_datasets.
-        image_key: the feature with the image.
-        label_key: the feature with the class.
-        id_key: a text feature that names the example, such as "file_name"; None: shard and record.
+        image_key: name of the feature that holds the image.
+        label_key: name of the feature that holds the class.
+        id_key: name of a text feature that names the example, such as "file_name"; None: shard and record name it.
     """
 
     data_dir: str | None = None
@@ -60,23 +60,37 @@ def check(block: Mapping[str, Any], path: str) -> TfdsConfig:
 
 
 def default_data_dir() -> str:
-    """Where TFDS keeps prepared data sets."""
+    """The folder where TFDS keeps prepared data sets."""
     return os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or os.path.join("~", "tensorflow_datasets"))
 
 
 def open_source(config: TfdsConfig, path: str) -> TfdsSource:
     """Open a prepared data set.
 
+    Args:
+        config: the checked block.
+        path: where the block stands, for errors.
+
     Raises:
-        ConfigError: under `path`: not prepared, unknown split, not image classification.
-        DataError: when files are missing or damaged.
+        ConfigError: under `path`: the data is not prepared, the split is unknown, or it is no image classification.
+        DataError: files are missing or damaged.
     """
     check_address(config.data_dir or default_data_dir(), f"{path}.data_dir")
     return open_folder(find_folder(config, path), config, path)
 
 
 def open_folder(folder: epath.Path, config: TfdsConfig, path: str) -> TfdsSource:
-    """Open what TFDS has prepared in `folder`, whatever its name; errors as in `open_source`."""
+    """Open what TFDS has prepared in a folder, whatever the folder's name.
+
+    Args:
+        folder: the folder with dataset_info.json and features.json.
+        config: the checked block.
+        path: where the block stands, for errors.
+
+    Raises:
+        ConfigError: under `path`: the split is unknown, or it is no image classification.
+        DataError: files are missing or damaged.
+    """
     import tensorflow_datasets as tfds
 
     try:
@@ -95,6 +109,7 @@ def open_folder(folder: epath.Path, config: TfdsConfig, path: str) -> TfdsSource
         for name, split in splits.items()})
     counts = {os.fspath(file): count for split in splits.values()
               for file, count in zip(split.filepaths, split.shard_lengths, strict=True)}
+    # Only the files that the split needs are opened, and counted into the fingerprint.
     files = list(dict.fromkeys(span.name for span in spans.spans))
     held = [counts[file] for file in files]
     records = _open_records(info.file_format.value, files, held, folder, path)
@@ -106,24 +121,27 @@ class TfdsSource:
 
     Args:
         folder: the prepared folder, for the description of features.
-        spans: which records of which files.
-        records: reads those files.
-        counts: records in each of them.
-        config: says which features to read.
+        spans: the records to take, of each file.
+        records: the reader of those files.
+        counts: number of records in each of those files.
+        config: the checked block, which names the features to read.
         num_classes: number of classes.
-        class_names: their names.
+        class_names: a name for each class.
     """
 
     def __init__(self, folder: epath.Path, spans: Spans, records: Records, counts: Sequence[int], config: TfdsConfig,
                  num_classes: int, class_names: tuple[str, ...] | None):
         self.folder, self.spans, self.records, self.config = os.fspath(folder), spans, records, config
         self.num_classes, self.class_names = num_classes, class_names
+        # Sizes and numbers, not contents, which would take hours to read; names without folders, so that a copy counts as
+        # the same data.
         shards = zip(records.paths, records.sizes, counts, strict=True)
         self.contents = Contents(fingerprint((os.path.basename(path), *shard) for path, *shard in shards))
         numbers = {file: number for number, file in enumerate(records.paths)}
         self._files = [numbers[span.name] for span in spans.spans]
         self._features = None
 
+    # TFDS's features need not pickle; each worker process makes its own.
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_features": None}
 
@@ -190,8 +208,12 @@ def _check_features(features: Any, folder: epath.Path, config: TfdsConfig, path:
 def find_folder(config: TfdsConfig, path: str) -> epath.Path:
     """The folder of the prepared data set, `DATA_DIR/NAME/[CONFIG/]VERSION`.
 
+    Args:
+        config: the checked block.
+        path: where the block stands, for errors.
+
     Raises:
-        ConfigError: when it is not there, with the command that prepares it.
+        ConfigError: there is no such folder; names the command that prepares it.
     """
     name, sub, version = NAME.fullmatch(config.name).group("name", "config", "version")
     data_dir = as_path(config.data_dir or default_data_dir())
@@ -208,6 +230,7 @@ def _versions(folder: epath.Path, pattern: str | None) -> list[str]:
     """Prepared versions, oldest first."""
     names = [entry for entry in _entries(folder) if VERSION.fullmatch(entry) and fnmatch.fnmatch(entry, pattern or "*")]
     names = [name for name in names if (folder / name / "features.json").exists()]
+    # As numbers: as text, 10.0.0 comes before 9.0.0.
     return sorted(names, key=lambda name: [int(number) for number in name.split(".")])
 
 

@@ -44,10 +44,10 @@ def index_file(path: str) -> np.ndarray:
     """Offsets of the records of one file, read from its headers alone.
 
     Returns:
-        int64 [n + 1]: where each of the n records starts, and the size of the file, in bytes.
+        The byte at which each of the n records starts, and the size of the file, int64 [n + 1].
 
     Raises:
-        DataError: on a truncated file or a header whose checksum is wrong; names file and record.
+        DataError: the file is truncated, or a header's checksum is wrong; names file and record.
     """
     with _open(path) as file:
         read, size = _reader(file, path), file.seek(0, io.SEEK_END)
@@ -57,6 +57,7 @@ def index_file(path: str) -> np.ndarray:
             if len(header) < HEADER:
                 raise DataError(f"{path}: record {len(offsets) - 1} at byte {offset}: the file is truncated")
             length, crc = struct.unpack("<QI", header)
+            # A wrong length would send the walk to a wrong place, and every record from there on would be wrong.
             if masked_crc(header[:8]) != crc:
                 raise DataError(f"{path}: record {len(offsets) - 1} at byte {offset}: "
                                 f"the header is corrupt, or this is no TFRecord file")
@@ -71,11 +72,11 @@ def index_files(paths: Sequence[str], counts: Sequence[int]) -> list[np.ndarray]
     """Offsets of the records of many files, from the cache where it is up to date.
 
     Args:
-        paths: the files.
-        counts: how many records each should hold, from the data set's metadata.
+        paths: the paths of the files.
+        counts: number of records that each file should hold, from the data set's metadata.
 
     Raises:
-        DataError: as `index_file`; also when a file is missing or holds another number of records.
+        DataError: a file is missing, truncated or damaged, or holds another number of records.
     """
     started = reported = time.monotonic()
     indexes = []
@@ -88,6 +89,7 @@ def index_files(paths: Sequence[str], counts: Sequence[int]) -> list[np.ndarray]
                     logger.info("indexing TFRecord files: %d of %d, %.0f s; done once, then cached in %s",
                                 len(indexes), len(paths), reported - started, cache_folder())
         except BaseException:
+            # Else leaving the pool would wait until every other file is indexed.
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return indexes
@@ -97,11 +99,11 @@ class TFRecords:
     """The records of several files, by file and number; files open on first use, in each process for itself.
 
     Args:
-        paths: the files.
-        offsets: for each what `index_file` returns.
+        paths: the paths of the files.
+        offsets: offsets of the records of each file, as `index_file` returns them.
 
     Attributes:
-        sizes: of the files, in bytes.
+        sizes: sizes of the files, in bytes.
     """
 
     def __init__(self, paths: Sequence[str], offsets: Sequence[np.ndarray]):
@@ -110,6 +112,7 @@ class TFRecords:
         self._files: dict[int, Any] = {}
         self._lock = threading.Lock()
 
+    # Open files and locks cannot be sent to a worker process.
     def __getstate__(self) -> dict[str, Any]:
         return {"paths": self.paths, "offsets": self.offsets}
 
@@ -119,8 +122,12 @@ class TFRecords:
     def read(self, file: int, record: int) -> bytes:
         """The payload of one record; safe to call from several threads.
 
+        Args:
+            file: number of the file in `paths`.
+            record: number of the record in that file.
+
         Raises:
-            DataError: when it cannot be read or its checksum is wrong; names file and record.
+            DataError: the record cannot be read, or its checksum is wrong; names file and record.
         """
         start, end = map(int, self.offsets[file][record:record + 2])
         where = f"{self.paths[file]}: record {record} at byte {start}"
@@ -157,6 +164,7 @@ def _open(path: str) -> Any:
 
 def _reader(file: Any, path: str) -> Read:
     if is_local(path):
+        # `pread` takes its offset along, so that threads can share one open file.
         return lambda size, offset: os.pread(file.fileno(), size, offset)
 
     def read(size: int, offset: int) -> bytes:
@@ -167,7 +175,7 @@ def _reader(file: Any, path: str) -> Read:
 
 
 def cache_folder() -> Path:
-    """Where indexes are kept: `$XDG_CACHE_HOME/cb_vit/tfrecord`, by default under `~/.cache`."""
+    """The folder where indexes are kept, `$XDG_CACHE_HOME/cb_vit/tfrecord`, by default under `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cb_vit" / "tfrecord"
 
 

@@ -38,14 +38,14 @@ class Preprocess:
     """A preprocessing string, read and checked. It pickles, and its host part does not import jax.
 
     Attributes:
-        text: the string.
-        path: where it stands in the config, for errors.
+        text: the preprocessing string.
+        path: where the string stands in the config, for errors.
         host_ops: `(how it was written, op)` for each op that runs on the host.
-        device_ops: the same for the ops that run on the device.
-        image_size: (h, w) of the images, if the ops fix it.
-        channels: channels of the images, if the ops fix them.
-        num_classes: depth of the last `onehot`, None without one.
-        labels_key: the key it writes, None without one.
+        device_ops: `(how it was written, op)` for each op that runs on the device.
+        image_size: (h, w) of the images; None: the ops do not fix it.
+        channels: channels of the images; None: the ops do not fix them.
+        num_classes: depth of the last `onehot`; None: there is none.
+        labels_key: the key that the last `onehot` writes; None: there is none.
     """
 
     text: str
@@ -61,16 +61,16 @@ class Preprocess:
         """One example through the host ops.
 
         Args:
-            features: "image" as encoded bytes or a uint8 array [h w] or [h w c], "label" as an int, and
+            features: the example: "image" as encoded bytes or a uint8 array [h w] or [h w c], "label" as an int, and
                 others; left as it is.
-            rng: where the random ops draw from; the same state gives the same output.
+            rng: the generator that random ops draw from; the same state gives the same output.
 
         Returns:
             The numeric features as arrays (text and bytes, such as "id", are dropped), "image" as uint8 [h w c].
 
         Raises:
             ValueError: names the op and what is wrong with the example; the caller knows which example it is.
-            ConfigError: when the images are encoded and the string does not decode them.
+            ConfigError: the images are encoded and the string does not decode them.
         """
         for text, op in self.host_ops:
             if isinstance(op, PixelOp):
@@ -89,7 +89,7 @@ class Preprocess:
         """One batch through the device ops: pure, and may be jitted.
 
         Args:
-            batch: what `host` delivered, stacked: "image" uint8 [b h w c], "label" int32 [b] or [b n], …
+            batch: the examples that `host` delivered, stacked: "image" uint8 [b h w c], "label" int32 [b] or [b n], …
 
         Returns:
             The batch with "image" as float32 if the string asks for a value range, and labels as float32 [b c] if
@@ -99,9 +99,14 @@ class Preprocess:
             batch = op(batch)
         return batch
 
-    def normalisation(self, channels: int) -> Normalisation:
-        """What the device makes of pixels."""
-        import jax.numpy as jnp
+    def normalisation(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """(mean, std), one value a channel each: the device makes (v - mean) / std of a pixel v from 0 to 1.
+
+        Args:
+            channels: number of channels of the images.
+        """
+        import jax.numpy as jnp  # not at the top: worker processes import this module, and need no JAX
+        # The ops are linear in a pixel, so black and white tell all there is to know.
         batch = {"image": jnp.broadcast_to(jnp.array([0, 255], jnp.uint8)[:, None, None, None], (2, 1, 1, channels))}
         for _, op in self.device_ops:
             if isinstance(op, ValueRange | VggValueRange):
@@ -120,11 +125,11 @@ def build(text: str, path: str) -> Preprocess:
     """Read a preprocessing string.
 
     Args:
-        text: ops divided by "|", first to last; arguments are Python literals.
+        text: the ops, first to last, divided by "|"; their arguments are Python literals.
         path: where the string stands, for errors, e.g. "config.input.pp".
 
     Raises:
-        ConfigError: at `path`, for an unknown op, arguments that do not fit, impossible values or a wrong order.
+        ConfigError: at `path`: an op is unknown, arguments do not fit or are impossible, or the order is wrong.
     """
     ops = [(call.text, call.bind(OPS.pick(call.name, path), path)) for call in parse_calls(text, path)]
     split = next((i for i, (_, op) in enumerate(ops) if isinstance(op, DeviceOp)), len(ops))
@@ -132,6 +137,7 @@ def build(text: str, path: str) -> Preprocess:
     _check_order(host, device, path)
     size, channels = _trace(host, device, path)
     onehots = [(name, op) for name, op in device if isinstance(op, OneHot)]
+    # Checked on the host: on the device a label out of range would light nothing, and no error could be raised.
     checks = tuple((name, LabelCheck(op.depth, op.key)) for name, op in onehots)
     last = onehots[-1][1] if onehots else None
     return Preprocess(
@@ -180,6 +186,7 @@ def _array(key: str, value: Any) -> np.ndarray | None:
         return None
     if array.dtype.itemsize <= 4:
         return array
+    # JAX would narrow 64 bits in silence, and an id would become another number.
     narrow = array.astype(np.float32 if array.dtype.kind == "f" else np.int32)
     if array.dtype.kind != "f" and (narrow != array).any():
         raise ValueError(f"{key}: {value!r} does not fit into int32, the widest integer on the device; drop('{key}')")

@@ -55,8 +55,11 @@ def is_encoded(image: Any) -> bool:
 def decode_image(data: bytes) -> Image.Image:
     """The first image of a file in one of `FORMATS`, its pixels read.
 
+    Args:
+        data: the bytes of the file.
+
     Raises:
-        ValueError: it is of another format, which is named where it is known; or it has too many pixels.
+        ValueError: the file is of another format, which is named where it is known; or it has too many pixels.
         Exception: whatever Pillow's readers stumble over in damaged bytes.
     """
     _hush_pillow()
@@ -65,12 +68,13 @@ def decode_image(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise ValueError(f"no image format that is read here, {', '.join(FORMATS)}; {name_content(data)}") from None
     check_pixels(image.height, image.width)  # Pillow only warns up to twice the limit
+    # Pillow reads pixels on first use; damage is to show here, where the example is known.
     image.load()
     return image
 
 
 def name_content(data: bytes) -> str:
-    """What the bytes of a file are that is no image in one of `FORMATS`, and the way out."""
+    """What a file is that holds no image in one of `FORMATS`, and the way out, in words for an error."""
     head = bytes(data[:4096])
     return next((words for start, words in _OTHERS if start.match(head)), "it is in no image format that is known here")
 
@@ -85,7 +89,7 @@ def check_pixels(height: int, width: int) -> None:
     """Refuse an image that would fill the memory.
 
     Raises:
-        ValueError: it has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+        ValueError: the image has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     if (limit := Image.MAX_IMAGE_PIXELS) and height * width > limit:
         raise ValueError(f"{height * width} pixels, over the limit of {limit} (PIL.Image.MAX_IMAGE_PIXELS)")
@@ -117,7 +121,7 @@ def as_uint8(image: Any) -> UInt8[np.ndarray, "h w c"]:
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
     """The image in mode RGB (3 channels) or L (1)."""
     mode = {3: "RGB", 1: "L"}[channels]
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would saturate all but the darkest values
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no fixed range; store the image with 8 or 16 bits")
@@ -127,7 +131,17 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def resize_image(image: Image.Image, size: HW, method: str, antialias: bool) -> Image.Image:
-    """The image at (h, w); see `Resize` for what `antialias` means."""
+    """The image resized.
+
+    Args:
+        image: an image of mode RGB or L.
+        size: (h, w) of the result, in pixels.
+        method: one of the names in `METHODS`.
+        antialias: whether the filter widens where the image shrinks, see `Resize`.
+
+    Raises:
+        ValueError: the result would have too many pixels.
+    """
     check_pixels(*size)  # a line of pixels, its shorter side made longer, would become a hundred gigabytes
     if antialias:
         return image.resize(size[::-1], METHODS[method])
@@ -135,26 +149,26 @@ def resize_image(image: Image.Image, size: HW, method: str, antialias: bool) -> 
 
 
 def height_width(size: Size) -> HW:
-    """An int as a square."""
+    """A size as (h, w); an int stands for a square."""
     return (size, size) if isinstance(size, int) else size
 
 
 def check_size(size: Size) -> None:
-    """Refuse sizes of 0 or less, and those that no memory holds."""
+    """Refuse sizes of 0 or less, and those that no memory holds, with a `ValueError`."""
     if min(height_width(size)) <= 0:
         raise ValueError(f"size must be positive, got {size}")
     check_pixels(*height_width(size))
 
 
 def check_method(method: str, antialias: bool) -> None:
-    """Refuse methods that do not exist, or not without antialias."""
+    """Refuse methods that do not exist, and those that need antialias where it is off, with a `ValueError`."""
     METHODS.pick(method, "method")
     if not antialias and method not in POINT_METHODS:
         raise ValueError(f"antialias=False works with {', '.join(POINT_METHODS)}, not with {method!r}; drop it")
 
 
 def check_fits(crop: HW, size: HW | None) -> HW:
-    """`crop`, unless it is larger than `size`."""
+    """`crop` itself; a `ValueError` if the image, where its `size` is known, is smaller."""
     if size is not None and (crop[0] > size[0] or crop[1] > size[1]):
         raise ValueError(f"the image, {size[0]} x {size[1]} (h x w), is smaller than the crop, {crop[0]} x {crop[1]}; "
                          f"resize before the crop")

@@ -16,12 +16,13 @@ def value_range(
     """Map [in_min, in_max] linearly to [vmin, vmax]; same arithmetic as big_vision's op.
 
     Args:
-        image: pixels, uint8 (or float32, after another op of this file).
-        vmin: where `in_min` goes.
-        vmax: where `in_max` goes.
+        image: the pixels, uint8 (or float32, after another op of this file).
+        vmin: value that `in_min` becomes.
+        vmax: value that `in_max` becomes.
         in_min: lower end of the input range.
         in_max: upper end of the input range.
-        clip_values: clip the result to [vmin, vmax]; only of use when the input range is narrower than the data.
+        clip_values: whether the result is clipped to [vmin, vmax]; only of use when the input range is narrower than
+            the data.
     """
     image = (image.astype(jnp.float32) - in_min) / (in_max - in_min)
     image = vmin + image * (vmax - vmin)
@@ -34,6 +35,11 @@ def vgg_value_range(
     """`(image - mean) / std`, one mean and std a channel, in units of 0 to 255 as in big_vision.
 
     timm and torchvision write the same numbers in units of 0 to 1, after dividing the pixels by 255.
+
+    Args:
+        image: the pixels, uint8 (or float32, after another op of this file).
+        mean: mean of each channel.
+        std: standard deviation of each channel.
     """
     if len(mean) != image.shape[-1]:
         raise ValueError(f"vgg_value_range has {len(mean)} channels, the image {image.shape[-1]}; "
@@ -55,7 +61,7 @@ def onehot(
         labels: class numbers; -1 (padding, or no label) lights nothing. A number that is out of range
             lights nothing either: the host refuses it beforehand.
         depth: number of classes, c.
-        multi: several labels of one example, [b n], share one row, [b c]; False keeps a row for each, [b n c].
+        multi: whether several labels of one example, [b n], share one row, [b c]; False: each has its own, [b n c].
         on: value at a label.
         off: value elsewhere.
     """

@@ -34,7 +34,7 @@ class Op:
             raise ValueError(str(error)) from None
 
     def check(self) -> None:
-        """Raise `ValueError` if the settings cannot work together."""
+        """Refuse settings that cannot work together, with a `ValueError`."""
 
 
 class HostOp(Op, abc.ABC):
@@ -61,6 +61,9 @@ def register_op(name: str) -> Callable[[type[Op]], type[Op]]:
 
     The factory converts each argument to the type of its field (a list to a tuple, 1 to 1.0) and raises a
     `ValueError` that names the field where that cannot be.
+
+    Args:
+        name: what the op is called in a string.
     """
 
     def enter(op: type[Op]) -> type[Op]:
@@ -82,7 +85,16 @@ def register_op(name: str) -> Callable[[type[Op]], type[Op]]:
 
 
 def read_argument(value: Any, hint: Any, name: str) -> Any:
-    """An argument of a string as the type `hint`; a `ValueError` says what was expected of `name`."""
+    """An argument of a string, converted to the type of its field.
+
+    Args:
+        value: the argument as it was written, a Python literal.
+        hint: the type of the field.
+        name: the name of the field, for errors.
+
+    Raises:
+        ValueError: the argument cannot be converted.
+    """
     if value is None and type(None) in typing.get_args(hint):
         return None
     try:
@@ -93,13 +105,18 @@ def read_argument(value: Any, hint: Any, name: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class KeyOp(Op):
-    """Chooses among keys, on the host or on the device alike: `op(features[, rng]) -> features`."""
+    """Chooses among keys, on the host or on the device alike: `op(features[, rng]) -> features`.
+
+    Attributes:
+        keys: the keys that are named.
+        dropped: whether these are dropped; else they are kept, and all others dropped.
+    """
 
     keys: tuple[str, ...]
     dropped: bool
 
     def check(self) -> None:
-        """At least one key."""
+        """Refuse no keys at all."""
         if not self.keys:
             raise ValueError("names no key; write for example keep('image', 'labels')")
 
@@ -124,7 +141,12 @@ def drop(*keys: Any) -> KeyOp:
 @register_op("copy")
 @dataclasses.dataclass(frozen=True)
 class Copy(HostOp):
-    """`features[outkey] = features[inkey]`, as in big_vision; host only."""
+    """`features[outkey] = features[inkey]`, as in big_vision; host only.
+
+    Attributes:
+        inkey: the key to copy from.
+        outkey: the key to copy to.
+    """
 
     inkey: str
     outkey: str
@@ -138,7 +160,15 @@ class Copy(HostOp):
 @register_op("value_range")
 @dataclasses.dataclass(frozen=True)
 class ValueRange(DeviceOp):
-    """Pixels from [in_min, in_max] to [vmin, vmax], linearly; see `ops_device.value_range`."""
+    """Pixels from [in_min, in_max] to [vmin, vmax], linearly; see `ops_device.value_range`.
+
+    Attributes:
+        vmin: value that `in_min` becomes.
+        vmax: value that `in_max` becomes.
+        in_min: lower end of the input range.
+        in_max: upper end of the input range.
+        clip_values: whether the result is clipped to [vmin, vmax].
+    """
 
     vmin: float = -1.0
     vmax: float = 1.0
@@ -147,7 +177,7 @@ class ValueRange(DeviceOp):
     clip_values: bool = False
 
     def check(self) -> None:
-        """Both ranges run upwards."""
+        """Refuse ranges that do not run upwards."""
         if not self.vmin < self.vmax:
             raise ValueError(f"vmin must be below vmax, got {self.vmin} and {self.vmax}")
         if not self.in_min < self.in_max:
@@ -163,13 +193,18 @@ class ValueRange(DeviceOp):
 @register_op("vgg_value_range")
 @dataclasses.dataclass(frozen=True)
 class VggValueRange(DeviceOp):
-    """`(image - mean) / std` per channel, both in units of 0 to 255; see `ops_device.vgg_value_range`."""
+    """`(image - mean) / std` per channel, both in units of 0 to 255; see `ops_device.vgg_value_range`.
+
+    Attributes:
+        mean: mean of each channel; ImageNet's unless given.
+        std: standard deviation of each channel; ImageNet's unless given.
+    """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
     def check(self) -> None:
-        """One positive std for each mean."""
+        """Refuse anything but one positive std for each mean."""
         if len(self.mean) != len(self.std) or not self.mean:
             raise ValueError(f"mean and std need one value a channel, got {len(self.mean)} and {len(self.std)}")
         if min(self.std) <= 0:
@@ -190,6 +225,14 @@ class OneHot(DeviceOp):
     `key` None reads "label", or "labels" where there is no "label", and writes "labels". With a `key`
     the result goes to `key_result`, or back to `key`: big_vision's rule, where `key` defaults to
     "labels". Labels are checked on the host (`LabelCheck`), for on a device a wrong one would pass silently.
+
+    Attributes:
+        depth: number of classes.
+        key: the key that is read; None: "label" or "labels".
+        key_result: the key that is written; None: `key`, or "labels".
+        multi: whether several labels of one example share one row.
+        on: value at a label.
+        off: value elsewhere.
     """
 
     depth: int
@@ -200,7 +243,7 @@ class OneHot(DeviceOp):
     off: float = 0.0
 
     def check(self) -> None:
-        """At least one class."""
+        """Refuse a depth without classes."""
         if self.depth <= 0:
             raise ValueError(f"depth must be positive, got {self.depth}")
 
@@ -219,7 +262,12 @@ class OneHot(DeviceOp):
 
 @dataclasses.dataclass(frozen=True)
 class LabelCheck(HostOp):
-    """Refuses a label that `onehot(depth)` could not show; -1 means "no label" and passes."""
+    """Refuses a label that `onehot(depth)` could not show; -1 means "no label" and passes.
+
+    Attributes:
+        depth: number of classes.
+        key: the key that is read; None: "label" or "labels".
+    """
 
     depth: int
     key: str | None = None
@@ -238,7 +286,7 @@ class LabelCheck(HostOp):
 
 
 def label_key(features: Features, key: str | None) -> str:
-    """Where the class numbers are: `key`, or if that is None "label", else "labels"."""
+    """The key of the class numbers: `key`, or if that is None "label", or "labels" where there is no "label"."""
     if key is None and "label" not in features and "labels" in features:
         return "labels"
     find_keys(features, [key or "label"])
@@ -246,7 +294,7 @@ def label_key(features: Features, key: str | None) -> str:
 
 
 def find_keys(features: Features, keys: Iterable[str]) -> None:
-    """Raise `ValueError` naming the first of `keys` that is missing, and what there is."""
+    """Refuse features without one of `keys`, with a `ValueError` that names it and what there is."""
     for key in keys:
         if key not in features:
             raise ValueError(f"no {key!r} here; there is {', '.join(features) or 'nothing'}")

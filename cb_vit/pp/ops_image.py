@@ -34,7 +34,11 @@ class ImageOp(HostOp):
     """A host op that changes `image`; it tells what it does to size and channels, where that is fixed."""
 
     def size_after(self, size: HW | None) -> HW | None:
-        """(h, w) of the output, given the input's; None where it is not fixed. `ValueError` if it cannot work."""
+        """(h, w) of the output, given the input's; None where it is not fixed.
+
+        Raises:
+            ValueError: an image of this size cannot be processed.
+        """
         return size
 
     def channels_after(self, channels: int | None) -> int | None:
@@ -65,17 +69,21 @@ class Decode(ImageOp):
     JPEG decoding is Pillow's, which big_vision asks of TensorFlow with `precise=True`. The orientation in EXIF is
     ignored, as in big_vision and timm, unless `exif` is set. Broken, truncated and over-large files
     (`PIL.Image.MAX_IMAGE_PIXELS`) are errors.
+
+    Attributes:
+        channels: 3 for RGB, 1 for grey.
+        exif: whether the image is turned as its EXIF orientation says.
     """
 
     channels: Literal[3, 1] = 3
     exif: bool = False
 
     def channels_after(self, channels: int | None) -> int | None:
-        """As asked."""
+        """`channels`, whatever the file has."""
         return self.channels
 
     def size_after(self, size: HW | None) -> HW | None:
-        """The file's own."""
+        """None: the size is the file's own."""
         return None
 
     def __call__(self, features: Features, rng: np.random.Generator) -> Features:
@@ -103,6 +111,11 @@ class Resize(PixelOp):
     Antialiased (the default, and what timm does) is Pillow's `resize`: the filter widens when the image shrinks,
     bicubic is Keys' with a = -0.5. `antialias=False` (big_vision's default, with method bilinear) samples at points,
     with Pillow's `transform`: nearest and bilinear are TensorFlow's to one grey level, but bicubic there has a = -1.
+
+    Attributes:
+        size: size of the result, an int for a square or (h, w).
+        method: one of the names in `images.METHODS`.
+        antialias: whether the filter widens where the image shrinks.
     """
 
     size: Size
@@ -110,7 +123,7 @@ class Resize(PixelOp):
     antialias: bool = True
 
     def check(self) -> None:
-        """A positive size and a method that exists."""
+        """Refuse a size that is not positive, and a method that does not exist."""
         check_size(self.size)
         check_method(self.method, self.antialias)
 
@@ -130,7 +143,12 @@ class ResizeSmall(PixelOp):
 
     The longer side is cut off to whole pixels, `int(smaller_size * long / short)`, as torchvision does and
     so timm's and DeiT's evaluation; big_vision rounds it to the nearest, hence may get one pixel more.
-    big_vision's default method is area; `antialias` as in `resize`.
+    big_vision's default method is area.
+
+    Attributes:
+        smaller_size: length of the shorter side of the result.
+        method: one of the names in `images.METHODS`.
+        antialias: whether the filter widens where the image shrinks, see `Resize`.
     """
 
     smaller_size: int
@@ -138,12 +156,12 @@ class ResizeSmall(PixelOp):
     antialias: bool = True
 
     def check(self) -> None:
-        """A positive size and a method that exists."""
+        """Refuse a size that is not positive, and a method that does not exist."""
         check_size(self.smaller_size)
         check_method(self.method, self.antialias)
 
     def size_after(self, size: HW | None) -> HW | None:
-        """Known if the input's is."""
+        """(h, w) of the output; None where the input's is not known."""
         if size is None:
             return None
         longer = int(self.smaller_size * max(size) / min(size))
@@ -165,6 +183,16 @@ class InceptionCrop(PixelOp):
     The box is cut out before it is resized, so pixels outside never blend in. big_vision's op: area_min 5,
     bilinear without antialias, and TensorFlow's sample_distorted_bounding_box, which draws the ratio itself (not its
     logarithm) and the height (not the area) uniformly and takes the whole image if nothing fits.
+
+    Attributes:
+        size: size of the result, an int for a square or (h, w).
+        area_min: smallest area of the box, in percent of the image.
+        area_max: largest area of the box, in percent of the image.
+        ratio_min: smallest w / h of the box.
+        ratio_max: largest w / h of the box.
+        tries: number of boxes that are drawn before the centred one is taken.
+        method: one of the names in `images.METHODS`.
+        antialias: whether the filter widens where the image shrinks, see `Resize`.
     """
 
     size: Size
@@ -177,9 +205,10 @@ class InceptionCrop(PixelOp):
     antialias: bool = True
 
     def check(self) -> None:
-        """Ranges that run upwards, in percent."""
+        """Refuse ranges that do not run upwards, and areas that are no percentages."""
         check_size(self.size)
         check_method(self.method, self.antialias)
+        # From 1 on: big_vision's op takes percent and timm's shares, and a share would be taken for less than 1 %.
         if not 1 <= self.area_min <= self.area_max <= 100:
             raise ValueError(f"area_min and area_max are percent of the image, 1 <= area_min <= area_max <= 100 "
                              f"(write 8 for 8 %), got {self.area_min} and {self.area_max}")
@@ -219,12 +248,15 @@ class CentralCrop(PixelOp):
 
     An odd margin is split as torchvision and timm do, `round(margin / 2)` with halves to even: of 3 pixels, 2 go
     to the top or left, of 1 or 5, 0 or 2. big_vision always gives the smaller half; torchvision pads small images.
+
+    Attributes:
+        size: size of the result, an int for a square or (h, w).
     """
 
     size: Size
 
     def check(self) -> None:
-        """A positive size."""
+        """Refuse a size that is not positive."""
         check_size(self.size)
 
     def size_after(self, size: HW | None) -> HW | None:
@@ -245,6 +277,11 @@ class RandomCrop(PixelOp):
 
     Modes as in torchvision's RandomCrop: "constant" (black), "edge", "reflect", "symmetric". An image smaller than
     the crop is an error, as in torchvision and big_vision; big_vision's op has no padding.
+
+    Attributes:
+        size: size of the result, an int for a square or (h, w).
+        padding: number of pixels that are added on every side first; 0: none.
+        padding_mode: what these pixels are.
     """
 
     size: Size
@@ -252,7 +289,7 @@ class RandomCrop(PixelOp):
     padding_mode: Literal["constant", "edge", "reflect", "symmetric"] = "constant"
 
     def check(self) -> None:
-        """A positive size, no negative padding."""
+        """Refuse a size that is not positive, and negative padding."""
         check_size(self.size)
         if self.padding < 0:
             raise ValueError(f"padding must be 0 or more, got {self.padding}")

@@ -40,13 +40,14 @@ class Policy:
     """A RandAugment string, read: what is drawn for an image.
 
     Attributes:
-        names: the ops to choose from.
-        weights: their probabilities, drawn without replacement; None: all equal, with replacement.
-        m: the mean magnitude.
+        names: the names of the ops to choose from.
+        weights: the probabilities of these ops, which are then drawn without replacement; None: all are equal, and
+            drawn with replacement.
+        m: mean of the magnitude, in tenths of an op's range.
         mstd: standard deviation of the magnitude; above 100 it is uniform between 0 and `m`.
-        mmax: magnitudes are clipped to 0 … mmax.
-        n: ops chosen for an image.
-        p: the probability that a chosen op is applied.
+        mmax: largest magnitude; magnitudes are clipped to 0 … mmax.
+        n: number of ops chosen for an image.
+        p: probability that a chosen op is applied.
     """
 
     names: tuple[str, ...]
@@ -75,7 +76,13 @@ class Policy:
 
 
 class Part(NamedTuple):
-    """A part of the string: how its value is read, which values it may have, and that in words."""
+    """A part of the string.
+
+    Attributes:
+        read: the function that reads the part's value.
+        allows: the function that says whether a value is possible.
+        words: the meaning of the part and its possible values, for errors.
+    """
 
     read: Callable[[str], Any]
     allows: Callable[[Any], bool]
@@ -97,13 +104,14 @@ def read_policy(text: str) -> Policy:
     """Read a string such as "rand-m9-mstd0.5-inc1": "rand", then parts in any order, each at most once.
 
     Raises:
-        ValueError: (a `ConfigError` for an unknown part) names the part, its value and the choices.
+        ValueError: a part is given twice or has an impossible value; a `ConfigError` where it is unknown.
     """
     head, *parts = text.split("-")
     if head != "rand":
         raise ValueError(f"{text!r} must begin with 'rand', as in 'rand-m9-mstd0.5-inc1', got {head!r}")
     given: dict[str, Any] = {}
     for part in parts:
+        # timm splits a part where its digits begin, and so never sees the value of "mstdinf".
         key, value = re.fullmatch("(t|mstd(?=inf)|[a-z]*)(.*)", part, re.DOTALL).groups()
         if key in given:
             raise ValueError(f"{text!r}: {key} is given twice")
@@ -140,6 +148,11 @@ class RandAug(PixelOp):
     Pixels that come in from outside are `fill` (ImageNet's mean, as from timm's `create_transform`), in a grey image
     its mean. `method` resamples what is turned, sheared or moved; DeiT sets bicubic; None or "random" draws bilinear or
     bicubic for each op, as timm does where no interpolation is set.
+
+    Attributes:
+        config_str: the string that says what is drawn.
+        fill: colour of the pixels that come in from outside, 0 to 255.
+        method: the way of resampling: "bicubic", "bilinear", or one of them at random ("random" or None).
     """
 
     config_str: str
@@ -147,14 +160,14 @@ class RandAug(PixelOp):
     method: Literal["bicubic", "bilinear", "random"] | None = "bicubic"
 
     def check(self) -> None:
-        """A string that can be read, and a colour."""
+        """Refuse a string that cannot be read, and a colour that is none."""
         read_policy(self.config_str)
         if not all(0 <= value <= 255 for value in self.fill):
             raise ValueError(f"fill must have values from 0 to 255, got {self.fill}")
 
     @functools.cached_property
     def policy(self) -> Policy:
-        """The string, read."""
+        """What `config_str` says."""
         return read_policy(self.config_str)
 
     def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:

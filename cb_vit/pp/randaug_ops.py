@@ -10,7 +10,12 @@ LEVELS = 10  # magnitudes count tenths of an op's range
 
 
 class Sampling(NamedTuple):
-    """How ops that move pixels sample them, and the colour of what comes in from outside."""
+    """How ops that move pixels sample them.
+
+    Attributes:
+        resample: Pillow's method.
+        fillcolor: colour of the pixels that come in from outside.
+    """
 
     resample: Image.Resampling
     fillcolor: int | tuple[int, ...]
@@ -20,8 +25,8 @@ class Transform(NamedTuple):
     """One of RandAugment's ops: `apply(image, argument(level, sign), sampling)`.
 
     Attributes:
-        argument: from the level, magnitude / 10, and a random sign, 1 or -1, to what `apply` wants.
-        apply: from an image of mode RGB or L to another one; the first is left as it is.
+        argument: the function from the level, magnitude / 10, and a random sign, 1 or -1, to what `apply` takes.
+        apply: the function from an image of mode RGB or L to another one; the first is left as it is.
     """
 
     argument: Callable[[float, int], Any]

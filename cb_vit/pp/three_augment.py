@@ -20,12 +20,12 @@ BLUR_RADIUS = (0.1, 2.0)
 
 
 def to_grey(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Luminance (ITU-R 601) in every channel."""
+    """The image in grey: its luminance (ITU-R 601) in every channel."""
     return image.convert("L").convert(image.mode)
 
 
 def solarize(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Values of 128 and above inverted."""
+    """The image with values of 128 and above inverted."""
     return ImageOps.solarize(image, 128)
 
 
@@ -55,6 +55,12 @@ class ColorJitter(PixelOp):
     `brightness` b multiplies by a factor uniform in [max(0, 1 - b), 1 + b]; likewise `contrast`, around the mean of
     the luminance, and `saturation`, around each pixel's. `hue` turns the hue by a share of the circle uniform in
     [-hue, hue], at most 0.5. 0 leaves a property alone. Grey images have no saturation and no hue.
+
+    Attributes:
+        brightness: largest change of brightness; 0: none.
+        contrast: largest change of contrast; 0: none.
+        saturation: largest change of saturation; 0: none.
+        hue: largest turn of the hue, as a share of the circle; 0: none.
     """
 
     brightness: float = 0.0
@@ -63,7 +69,7 @@ class ColorJitter(PixelOp):
     hue: float = 0.0
 
     def check(self) -> None:
-        """Nothing negative, and a hue of at most half a turn."""
+        """Refuse negative values, and a hue of more than half a turn."""
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 0:
                 raise ValueError(f"{field.name} must be 0 or more, got {getattr(self, field.name)}")
@@ -83,22 +89,23 @@ class ColorJitter(PixelOp):
 
 
 def adjust_brightness(image: Image.Image, factor: float) -> Image.Image:
-    """Values times `factor`."""
+    """The image with values times `factor`."""
     return ImageEnhance.Brightness(image).enhance(factor)
 
 
 def adjust_contrast(image: Image.Image, factor: float) -> Image.Image:
-    """Distances from the mean luminance times `factor`."""
+    """The image with distances from the mean luminance times `factor`."""
     return ImageEnhance.Contrast(image).enhance(factor)
 
 
 def adjust_saturation(image: Image.Image, factor: float) -> Image.Image:
-    """Distances from each pixel's luminance times `factor`."""
+    """The image with distances from each pixel's luminance times `factor`."""
     return ImageEnhance.Color(image).enhance(factor)
 
 
 def adjust_hue(image: Image.Image, turn: float) -> Image.Image:
-    """Hues turned by `turn`, a share of the circle, in steps of 1/256; what is grey stays as it is."""
+    """The image with hues turned by `turn`, a share of the circle, in steps of 1/256; what is grey stays as it is."""
+    # 255 where 256 would close the circle: torchvision's constant, kept for the same pixels.
     shift, same = int(turn * 255), list(range(256))
     return image.convert("HSV").point([(hue + shift) % 256 for hue in same] + same + same).convert(image.mode)
 
@@ -109,16 +116,19 @@ class SimpleRandomCrop(PixelOp):
     """The shorter side of [h w c] to `size`, bicubic; 4 pixels reflected on every side; then a square at random.
 
     Far more of the picture stays in view than with `inception_crop`.
+
+    Attributes:
+        size: length of a side of the square.
     """
 
     size: int
 
     def check(self) -> None:
-        """A positive size."""
+        """Refuse a size that is not positive."""
         check_size(self.size)
 
     def size_after(self, size: HW | None) -> HW | None:
-        """`size`, squared."""
+        """A square of `size`."""
         return self.size, self.size
 
     def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
