@@ -130,6 +130,7 @@ def mix(
         The mixed images and targets.
     """
     rows, height, width, _ = images.shape
+    # A group stands for the batch of one process in PyTorch: there, partners and λ never cross processes.
     row = jnp.arange(rows, dtype=jnp.int32)
     place = row % group_size
     # Rows that share a draw have it from one address, the first of these rows.
@@ -137,6 +138,7 @@ def mix(
     draws = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row), (6,), jnp.float32))(first)
 
     both = cfg.mixup_alpha > 0 and cfg.cutmix_alpha > 0
+    # No alpha of 0 reaches the draw of a λ that is used: `cut` is constant where only one of the two is on.
     cut = draws[:, 1] < (cfg.switch_prob if both else float(cfg.cutmix_alpha > 0))
     lam = symmetric_beta(draws[:, 2:4], jnp.where(cut, jnp.float32(cfg.cutmix_alpha), jnp.float32(cfg.mixup_alpha)))
     centre = jnp.floor(draws[:, 4:] * jnp.array([[height, width]], jnp.float32)).astype(jnp.int32)

@@ -100,7 +100,12 @@ def create_mesh(
 
 
 def batch_sharding(mesh: Mesh, axes: str | Sequence[str]) -> NamedSharding:
-    """Sharding of a batch: its leading axis over the mesh axes `axes`, all else replicated."""
+    """Sharding of a batch: its leading axis over some mesh axes, all else replicated.
+
+    Args:
+        mesh: the run's device mesh.
+        axes: the mesh axis or axes over which examples are spread.
+    """
     return NamedSharding(mesh, PartitionSpec(tuple([axes] if isinstance(axes, str) else axes)))
 
 
@@ -141,7 +146,7 @@ def to_global(local: Tree, rows: np.ndarray, sharding: NamedSharding, batch_size
 
 
 def agree(flag: bool) -> bool:
-    """The first process's `flag`, on all of them."""
+    """The first process's `flag`, on all of them; a barrier for all of them."""
     return flag if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
 
 

@@ -25,7 +25,11 @@ SIDE = 224  # pixels, at least, of a picture
 
 
 def reading_tokens(config: Config) -> slice:
-    """The tokens that the head reads: those for classes, else all; the query of attention pooling stands for itself."""
+    """The tokens that the head reads: class and distillation tokens where it reads these, else all tokens.
+
+    Args:
+        config: the model's resolved settings.
+    """
     if config.pool_type in ("tok", "0"):
         return slice(0, 2 if config.distilled else 1)
     return slice(None)
@@ -35,8 +39,8 @@ def patch_map(attention: Float[Array, "*b n n"], queries: slice, grid: tuple[int
     """How much the tokens `queries` attend to each patch, on average over them.
 
     Args:
-        attention: probabilities, from each query to each token; patches come last, row by row.
-        queries: which tokens attend.
+        attention: the probabilities, from each query to each token; patches come last, row by row.
+        queries: the tokens that attend.
         grid: rows and columns of patches.
 
     Returns:
@@ -56,15 +60,16 @@ def rollout(attentions: Sequence[Float[Array, "*b h n n"]]) -> Float[Array, "*b 
     ½ (I + 11ᵀ/n) that CB adds to it: with CB, more of every token reaches every other than a rollout shows.
 
     Args:
-        attentions: probabilities of each block, first to last.
+        attentions: the attention probabilities of each block, first to last.
 
     Returns:
-        Rows are outputs, columns inputs; each row sums to 1.
+        The shares of the inputs (columns) in the outputs (rows); each row sums to 1.
     """
     n = attentions[0].shape[-1]
     flow = jnp.broadcast_to(jnp.eye(n, dtype=jnp.float32), (*attentions[0].shape[:-3], n, n))
     for attention in attentions:
         mean = jnp.mean(attention, axis=-3)
+        # At full precision, as TPUs would multiply in bfloat16 and rows would no longer sum to 1.
         flow = (jnp.matmul(mean, flow, precision="highest") + flow) / 2
     return flow
 
@@ -74,10 +79,10 @@ class View:
     """Which maps to look at: the mean over heads of each block; the heads too, where it is one block of not too many.
 
     Attributes:
-        config: of the model; resolved.
+        config: the model's resolved settings.
         grid: rows and columns of patches.
-        layers: numbers of blocks, from 0.
-        rollout: rollout through all blocks as well.
+        layers: numbers of the blocks to show, from 0.
+        rollout: whether the rollout through all blocks is shown as well.
     """
 
     config: Config
@@ -87,7 +92,7 @@ class View:
 
     @property
     def heads(self) -> int:
-        """How many heads are shown on their own."""
+        """Number of heads that are shown on their own."""
         return self.config.num_heads if len(self.layers) == 1 and 1 < self.config.num_heads <= MOST_HEADS else 0
 
     @property
@@ -99,7 +104,7 @@ class View:
 
     @property
     def titles(self) -> tuple[str, ...]:
-        """Of each map."""
+        """The title of each map, in the order of `maps`."""
         blocks = [f"block {i}" + ", mean of heads" * bool(self.heads) for i in self.layers]
         return (*["rollout"] * self.rollout, *blocks, *(f"head {i}" for i in range(self.heads)))
 
@@ -107,7 +112,7 @@ class View:
         """The maps of a batch, in multiples of uniform attention.
 
         Args:
-            encoder: `out["encoder"]` of the model, with attention.
+            encoder: the model's intermediates `out["encoder"]`, with attention.
         """
         attentions = [encoder[f"block{i:02d}"]["attention"] for i in range(self.config.depth)]
         shown = [rollout(attentions)] * self.rollout + [jnp.mean(attentions[i], axis=1) for i in self.layers]
@@ -121,10 +126,10 @@ def draw_maps(
     """The image, and each map over it, as a PNG; all share one scale of colours.
 
     Args:
-        image: as the model saw it.
-        maps: by title, in multiples of uniform attention.
-        title: stands above.
-        note: a smaller line below it.
+        image: the image as the model saw it.
+        maps: the maps in multiples of uniform attention, by their titles.
+        title: text above the pictures.
+        note: a smaller line below the title.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -170,7 +175,13 @@ def draw_maps(
 def overlay(
     image: Float[np.ndarray, "y x 3"], colours: Float[np.ndarray, "y x 3"], strength: Float[np.ndarray, "y x"]
 ) -> Float[np.ndarray, "y x 3"]:
-    """Colours over the image in grey, denser where they are stronger; everything from 0 to 1."""
+    """Colours over the image in grey, denser where they are stronger; everything from 0 to 1.
+
+    Args:
+        image: the image.
+        colours: the colour of each pixel.
+        strength: how strong the colour of each pixel is.
+    """
     grey = (image @ np.array([0.299, 0.587, 0.114]))[..., None]  # luma, ITU-R BT.601
     alpha = 0.5 + 0.35 * strength[..., None]
     return (1 - alpha) * grey + alpha * colours

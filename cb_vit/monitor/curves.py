@@ -17,8 +17,8 @@ def draw_curves(history: Mapping[str, Series], title: str = "") -> bytes:
     A noisy curve is drawn faintly under its running mean; every line carries its name and the height of its end.
 
     Args:
-        history: `(steps, values)` by metric name; NaN leaves a gap.
-        title: stands above the panels, before the step reached.
+        history: `(steps, values)` of each metric, by its name; NaN leaves a gap.
+        title: text above the panels, before the step reached.
     """
     from matplotlib.figure import Figure  # not pyplot, whose global state belongs to the user
     evals = sorted({name.rpartition("/")[0] for name in history if name.endswith(("/loss", "/prec@1"))})
@@ -78,6 +78,7 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of the finite values in a centred window; NaN stays where it is."""
     finite = np.isfinite(values)
     kernel = np.ones(2 * (window // 2) + 1)
+    # Divided by the number of finite values in the window, so that neither a gap nor an end pulls the mean to 0.
     total = np.convolve(np.where(finite, values, 0), kernel, mode="same")
     return np.where(finite, total / np.maximum(np.convolve(finite, kernel, mode="same"), 1), np.nan)
 
@@ -95,6 +96,7 @@ def _style(ax: Any, heading: str, tick_format: str, empty: bool) -> None:
         ax.text(0.5, 0.5, "nothing recorded yet", transform=ax.transAxes, ha="center", color=FAINT, fontsize=9)
         return
     low, high = ax.dataLim.intervaly
+    # Where the values span so much, nearly all of the curve would lie at the bottom of a linear axis.
     if heading in ("loss", "gradient norm") and 0 < 30 * low < high:
         ax.set_yscale("log")
         ax.yaxis.set_minor_formatter(NullFormatter())

@@ -30,7 +30,16 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class WandbConfig:
-    """Where Weights & Biases files the run: the arguments of `wandb.init` of the same names."""
+    """Where Weights & Biases files the run: the arguments of `wandb.init` of the same names.
+
+    Attributes:
+        project: name of the project.
+        name: name of the run; None: Weights & Biases makes one up.
+        entity: user or team that the run belongs to; None: the account's own.
+        group: name of a group of runs; None: no group.
+        tags: words to find the run by.
+        mode: "online", "offline" (to be sent later with `wandb sync`), or "disabled".
+    """
 
     project: str
     name: str | None = None
@@ -45,9 +54,9 @@ class LoggingConfig:
     """What is written next to `metrics.jsonl`.
 
     Attributes:
-        tensorboard: event files in `workdir/tensorboard`; needs tensorboardX.
-        wandb: a Weights & Biases run; needs wandb and an account.
-        plot: `workdir/training_curves.png`; needs matplotlib.
+        tensorboard: whether event files are written in `workdir/tensorboard`; needs tensorboardX.
+        wandb: the Weights & Biases run to log to, which needs wandb and an account; None: none.
+        plot: whether `workdir/training_curves.png` is drawn; needs matplotlib.
     """
 
     tensorboard: bool = False
@@ -59,9 +68,9 @@ class Pace:
     """Keeps side work to a share of wall time: it is due once its last cost is a small part of the time since.
 
     Args:
-        interval: seconds between two pieces of work, at least.
-        share: fraction of wall time that the work may take, at most.
-        clock: seconds from any origin.
+        interval: smallest number of seconds between two pieces of work.
+        share: largest fraction of wall time that the work may take.
+        clock: function that gives the time in seconds from any origin.
     """
 
     def __init__(self, interval: float, share: float, clock: Callable[[], float]):
@@ -73,7 +82,7 @@ class Pace:
         return self._clock() >= self._next
 
     def run(self, work: Callable[[], None]) -> None:
-        """Do `work` now and set the time of the next."""
+        """Do `work` now and set the time from which it is due again."""
         begin = self._clock()
         work()
         end = self._clock()
@@ -85,17 +94,17 @@ class MetricWriter:
 
     Args:
         workdir: the run's folder, local or in a bucket.
-        cfg: what is written besides `metrics.jsonl`.
+        cfg: the settings of what is written besides `metrics.jsonl`.
         resume_step: the step the run goes on from: a torn last line and all records of later steps are dropped.
             None starts afresh; what an earlier attempt has left is kept beside it, as `metrics.1.jsonl` and so on.
         run_config: the run's settings, shown by Weights & Biases.
         primary: whether this process writes. The others check `cfg` alike, write nothing and record nothing.
-        clock: seconds from any origin.
+        clock: function that gives the time in seconds from any origin.
 
     Raises:
-        ConfigError: when a package that `cfg` needs is not installed, on every process; or when `metrics.jsonl` is
-            something else.
-        Failure: when it cannot be read.
+        ConfigError: a package that `cfg` needs is not installed, on every process; or `metrics.jsonl` is something
+            else.
+        Failure: `metrics.jsonl` cannot be read.
     """
 
     def __init__(self, workdir: str | os.PathLike, cfg: LoggingConfig, *, resume_step: int | None,
@@ -108,6 +117,7 @@ class MetricWriter:
         self._series: dict[str, dict[int, float]] = {}
         self._lines: list[bytes] = []  # of a remote file, which can only be written whole
         self._tensorboard = self._wandb = None
+        # A bucket's file is written whole each time: as often as lines come, it would cost more the longer a run is.
         self._upload_pace, self._plot_pace = Pace(10, 0.05, clock), Pace(10, 0.05, clock)
         if not primary:
             return
@@ -124,11 +134,11 @@ class MetricWriter:
         """Record `scalars` at `step`.
 
         Args:
-            step: steps complete.
+            step: number of completed steps.
             scalars: host numbers by name: Python's, NumPy's, or fetched JAX scalars.
 
         Raises:
-            ValueError: when a scalar is called "step" or is not one number, or after `close`.
+            ValueError: a scalar is called "step" or is not one number, or the writer is closed.
             CannotWrite: the storage fails, or the file is not there any more.
         """
         if self._closed:
@@ -137,6 +147,7 @@ class MetricWriter:
             return
         scalars = {name: _number(name, value) for name, value in scalars.items()}
         self._remember(step, scalars)
+        # JSON has no NaN; Python would write one that other readers refuse.
         line = json.dumps({"step": int(step), **{n: v if math.isfinite(v) else None for n, v in scalars.items()}},
                           allow_nan=False) + "\n"
         if self._local:
@@ -164,7 +175,10 @@ class MetricWriter:
                 for name, values in self._series.items()}
 
     def plot(self, force: bool = False) -> bool:
-        """Bring `training_curves.png` up to date, in at most 5 % of wall time; `force` draws at once.
+        """Bring `training_curves.png` up to date, in at most 5 % of wall time.
+
+        Args:
+            force: whether to draw at once, whatever the time.
 
         Returns:
             Whether it was drawn.
@@ -182,11 +196,22 @@ class MetricWriter:
         return self._draws
 
     def flush(self) -> None:
-        """Put everything written so far where a later process finds it, e.g. before a checkpoint."""
+        """Put everything written so far where a later process finds it, e.g. before a checkpoint.
+
+        Raises:
+            CannotWrite: the storage fails.
+        """
         self._upload_pace.run(self._upload)
 
     def close(self, failed: bool = False) -> None:
-        """Draw and write what is left; `failed` marks the Weights & Biases run as failed. Harmless when repeated."""
+        """Draw and write what is left. Harmless when repeated.
+
+        Args:
+            failed: whether the Weights & Biases run is marked as failed.
+
+        Raises:
+            CannotWrite: the storage fails.
+        """
         if self._closed:
             return
         self._closed = True
@@ -250,7 +275,7 @@ def check_installed(cfg: LoggingConfig) -> None:
     """Refuse settings whose package is missing, without importing it.
 
     Raises:
-        ConfigError: naming the setting and the package.
+        ConfigError: a package is not installed; names the setting and the package.
     """
     wanted = {"tensorboard": (cfg.tensorboard, "tensorboardX", "cb_vit[tensorboard]"),
               "wandb": (cfg.wandb is not None, "wandb", "cb_vit[wandb]"),
@@ -272,7 +297,7 @@ def check_login(cfg: LoggingConfig) -> None:
     """Refuse to file a run with Weights & Biases where nobody has logged in; at a terminal it asks.
 
     Raises:
-        ConfigError: at "config.wandb".
+        ConfigError: at "config.wandb": no API key is known, or Weights & Biases refuses it.
     """
     if cfg.wandb is None or cfg.wandb.mode != "online":
         return
@@ -327,6 +352,7 @@ def _write_tensorboard(writer: Any, step: int, scalars: Mapping[str, float]) -> 
 
 def _open_wandb(workdir: Any, cfg: WandbConfig, resume_step: int | None, run_config: Mapping[str, Any]) -> Any:
     import wandb
+    # Kept, so that a resumed run goes on with the same curves rather than beginning others.
     id_file = workdir / "wandb_run.txt"
     known = None if resume_step is None else io.read(id_file)
     if known is None:

@@ -21,8 +21,8 @@ class ProfileConfig:
     """The steps to trace.
 
     Attributes:
-        start_step: the first traced step, counted from 1; step 1 compiles, so a few steps later says more.
-        num_steps: how many steps.
+        start_step: number of the first traced step, from 1; step 1 compiles, so a few steps later says more.
+        num_steps: number of traced steps.
     """
 
     start_step: int
@@ -39,7 +39,7 @@ class Profiler:
     """Traces the steps that `cfg` asks for into `workdir/profile`; a context manager.
 
     Args:
-        cfg: what to trace; None for nothing.
+        cfg: the steps to trace; None: none.
         workdir: the run's folder, local or in a bucket.
         primary: whether this process traces; one of a run is enough.
     """
@@ -57,8 +57,8 @@ class Profiler:
         A run that resumes within the asked steps traces the rest of them, one that resumes after them none.
 
         Args:
-            step: number of the step about to run.
-            pending: arrays to wait for before starting or stopping, e.g. the train state: steps are dispatched
+            step: number of the step about to run, from 1.
+            pending: the arrays to wait for before starting or stopping, e.g. the train state: steps are dispatched
                 ahead of the device, and without it the trace's ends would not be the steps' ends.
         """
         wanted = step in self._steps
@@ -71,7 +71,7 @@ class Profiler:
         """Stop an open trace and write what it has; a run that ends early keeps its profile."""
         if not self._active:
             return
-        self._active = False
+        self._active = False  # first: where writing fails, `close` must not stop the trace a second time
         with self._writing():
             jax.profiler.stop_trace()
         logger.info("profile written to %s; open it with `pip install xprof; xprof --logdir %s`, or drop its "

@@ -56,11 +56,11 @@ def mfu(flops_per_step: float, seconds_per_step: float, devices: Sequence[Any]) 
 
     Args:
         flops_per_step: FLOPs of one step of the whole run, a multiplication and an addition counted as two.
-        seconds_per_step: time of one step.
-        devices: all JAX devices of the run.
+        seconds_per_step: time of one step in seconds.
+        devices: all JAX devices of the run, of every process.
 
     Returns:
-        The fraction, or None when there is no time or the peak of some device is not known.
+        The fraction; None where no time has passed, or the peak of some device is not known.
     """
     peaks = [peak_flops(device.device_kind) for device in devices]
     if not peaks or None in peaks or not seconds_per_step > 0:
@@ -74,9 +74,13 @@ def speed_text(images_per_second: float) -> str:
 
 
 def memory_stats(device: Any) -> dict[str, float]:
-    """Memory in GiB: `hbm_gib`, `hbm_peak_gib`, `hbm_limit_gib` of a JAX device where it tells, `host_peak_gib`."""
+    """Memory in GiB: `hbm_gib`, `hbm_peak_gib`, `hbm_limit_gib` of a JAX device where it tells, `host_peak_gib`.
+
+    Args:
+        device: a JAX device of this process.
+    """
     wanted = {"hbm_gib": "bytes_in_use", "hbm_peak_gib": "peak_bytes_in_use", "hbm_limit_gib": "bytes_limit"}
-    told = device.memory_stats() or {}
+    told = device.memory_stats() or {}  # CPU devices tell nothing
     stats = {name: told[key] / GIB for name, key in wanted.items() if key in told}
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
     stats["host_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
@@ -92,12 +96,12 @@ class Chrono:
     waits for a value of the one before.
 
     Args:
-        total_steps: steps of the whole run.
-        batch_size: examples in a global batch.
-        examples_per_epoch: examples in one epoch, None where the source has no length.
+        total_steps: number of steps of the whole run.
+        batch_size: number of examples in a global batch.
+        examples_per_epoch: number of examples in one epoch; None: the source has no length.
         devices: all JAX devices of the run, of every process.
-        flops_per_step: FLOPs of one step of the whole run, for `mfu`; may be set later, once it is known.
-        clock: seconds from any origin.
+        flops_per_step: FLOPs of one step of the whole run, for `mfu`; may be set later, once they are known.
+        clock: function that gives the time in seconds from any origin; not the time of day, which may be set back.
     """
 
     def __init__(self, total_steps: int, batch_size: int, *, examples_per_epoch: int | None = None,
@@ -116,24 +120,34 @@ class Chrono:
         self._minute: collections.deque[tuple[int, float]] = collections.deque()  # step, training time of its ticks
 
     def start(self, step: int = 0) -> None:
-        """Begin (or go on) training with `step` steps complete; what came before is not training time."""
+        """Begin (or go on) training; what came before is not training time.
+
+        Args:
+            step: number of steps that are complete.
+        """
         self._first_step, self._started, self._paused = step, self._clock(), 0.0
         self._timed = None
         self._minute.clear()
 
     def tick(self, step: int) -> None:
         """Say that `step` steps are complete. Rates begin with the first one after `start`."""
+        # A step is counted once: `measure` ticks as well.
         if step <= (self._minute[-1][0] if self._minute else self._first_step):
             return
         now = self._training_time()
         self._timed = self._timed or (step, self._clock())
         self._minute.append((step, now))
+        # The two newest stay, so that there is a rate also where one step takes longer than a minute.
         while len(self._minute) > 2 and self._minute[1][1] <= now - MINUTE:
             self._minute.popleft()
 
     @contextlib.contextmanager
     def paused(self, activity: str) -> Iterator[None]:
-        """Inside, training time stands still; the seconds count for `activity`. Pauses may be nested."""
+        """Inside, training time stands still. Pauses may be nested.
+
+        Args:
+            activity: what the seconds count for, as `z/secs/<activity>`.
+        """
         begin = self._clock()
         self._pauses.append(begin)
         try:
@@ -142,7 +156,7 @@ class Chrono:
             self._pauses.pop()
             seconds = self._clock() - begin
             self._seconds[activity] = self._seconds.get(activity, 0.0) + seconds
-            if not self._pauses:
+            if not self._pauses:  # the outermost pause holds the time of those within
                 self._paused += seconds
 
     def measure(self, step: int) -> dict[str, float]:
@@ -186,6 +200,10 @@ class Chrono:
         """One line for the console; what `metrics` lacks is left out.
 
         `step 1200/2250 (53.3%) epoch 42.1 | loss 0.132 | lr 8.2e-04 | 5821 img/s | MFU 31.2 % | ETA 0:01:12`
+
+        Args:
+            step: number of completed steps.
+            metrics: the metrics of this step, by name.
         """
         line = f"step {step}/{self.total_steps} ({step / max(self.total_steps, 1):.1%})"
         if self.examples_per_epoch:

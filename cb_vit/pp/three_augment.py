@@ -105,7 +105,7 @@ def adjust_saturation(image: Image.Image, factor: float) -> Image.Image:
 
 def adjust_hue(image: Image.Image, turn: float) -> Image.Image:
     """The image with hues turned by `turn`, a share of the circle, in steps of 1/256; what is grey stays as it is."""
-    # 255 where 256 would close the circle: torchvision's constant, kept for the same pixels.
+    # 255, although 256 closes the circle: torchvision's constant, kept for the same pixels.
     shift, same = int(turn * 255), list(range(256))
     return image.convert("HSV").point([(hue + shift) % 256 for hue in same] + same + same).convert(image.mode)
 

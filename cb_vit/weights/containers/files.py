@@ -36,9 +36,10 @@ class Tensor:
     """An array in a file; only `read` touches its values.
 
     Attributes:
-        shape: its shape.
-        dtype: its dtype, in the byte order of this machine; bfloat16 is that of ml_dtypes.
-        read: reads it, and nothing else of the file, into memory of its own; raises FormatError.
+        shape: the array's shape.
+        dtype: the array's dtype, in the byte order of this machine; bfloat16 is that of ml_dtypes.
+        read: the function that reads the array, and nothing else of the file, into memory of its own; raises
+            FormatError.
     """
 
     shape: tuple[int, ...]
@@ -46,7 +47,12 @@ class Tensor:
     read: Callable[[], np.ndarray]
 
     def map(self, function: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> Tensor:
-        """`function` of this array, computed when read: it gives an array of `shape` and of the same dtype."""
+        """`function` of this array, computed when it is read.
+
+        Args:
+            function: the function from the array to one of the same dtype.
+            shape: shape of the result.
+        """
         return dataclasses.replace(self, shape=shape, read=lambda: function(self.read()))
 
 
@@ -55,10 +61,10 @@ class WeightFile:
     """An open weight file.
 
     Attributes:
-        path: as it was given.
-        kind: what it proved to be.
-        tensors: its arrays, by name.
-        metadata: what else it says of itself: the strings of a safetensors file, or the JSON values of an index.
+        path: the path as it was given.
+        kind: the kind of file that it proved to be.
+        tensors: the arrays of the file, by name.
+        metadata: what else the file says of itself: the strings of a safetensors file, or the JSON values of an index.
     """
 
     path: str
@@ -73,10 +79,15 @@ def show(name: Any) -> str:
 
 
 def count_bytes(shape: tuple[int, ...], dtype: np.dtype, where: str) -> int:
-    """Bytes of an array that a file declares.
+    """Number of bytes of an array that a file declares.
+
+    Args:
+        shape: the declared shape.
+        dtype: the declared dtype.
+        where: the file and the name of the array, with which the error begins.
 
     Raises:
-        FormatError: NumPy could not make such an array; `where`, the file and the name, begins the error.
+        FormatError: NumPy could not make such an array.
     """
     if dtype not in DTYPES:
         raise FormatError(f"{where} is {dtype}, which is not supported; weights are numbers or bfloat16")
@@ -89,10 +100,15 @@ def count_bytes(shape: tuple[int, ...], dtype: np.dtype, where: str) -> int:
 
 
 def read_array(file: io.IOBase, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The next bytes of `file` as an array; no memory is needed beyond the array itself.
+    """The next bytes of a file as an array; no memory is needed beyond the array itself.
+
+    Args:
+        file: the open file.
+        shape: the array's shape.
+        dtype: the array's dtype, in the byte order of the file.
 
     Raises:
-        EOFError: the file ends before.
+        EOFError: the file ends before the array does.
     """
     array = np.empty(shape, dtype)
     rest = memoryview(array.reshape(-1).view(np.uint8))
@@ -140,8 +156,12 @@ def replacing(path: str | os.PathLike, overwrite: bool) -> Iterator[io.IOBase]:
 
     A link is replaced itself: what it leads to may belong to a run, or to the cache of a hub.
 
+    Args:
+        path: the path to write to.
+        overwrite: whether a file that is there may be replaced.
+
     Raises:
-        FormatError: `path` is there and `overwrite` is not given, or the system refuses.
+        FormatError: there is something at `path` that may not be replaced, or the system refuses.
     """
     target = as_path(path)
     try:
@@ -158,6 +178,7 @@ def replacing(path: str | os.PathLike, overwrite: bool) -> Iterator[io.IOBase]:
         try:
             with open(temporary, "wb") as file:
                 yield file
+                # Before the rename, or the new name might stand for an empty file after a loss of power.
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
@@ -168,10 +189,15 @@ def replacing(path: str | os.PathLike, overwrite: bool) -> Iterator[io.IOBase]:
 
 
 def to_write(name: str, tensor: Tensor | np.ndarray, path: str | os.PathLike) -> np.ndarray:
-    """The values of `tensor` as they go into a file: C order, lowest byte first.
+    """The values of an array as they go into a file: C order, lowest byte first.
+
+    Args:
+        name: the array's name, for errors.
+        tensor: the array, or one that is read now.
+        path: the file that is written, for errors.
 
     Raises:
-        FormatError: a dtype that files do not hold.
+        FormatError: the array has a dtype that files do not hold.
     """
     array = tensor.read() if isinstance(tensor, Tensor) else tensor
     assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype), f"{name} was declared otherwise"

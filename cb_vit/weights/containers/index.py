@@ -18,8 +18,8 @@ def open_index(path: str, open_shard: Callable[[str], WeightFile]) -> WeightFile
     """Open a checkpoint in several files by its index.
 
     Args:
-        path: of the index.
-        open_shard: opens one of the files.
+        path: the path of the index.
+        open_shard: the function that opens one of the files.
 
     Raises:
         FormatError: the index is damaged, leads out of its folder, or disagrees with the files.
@@ -43,7 +43,7 @@ def read_index(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The map from arrays to files, and the metadata, of an index.
 
     Raises:
-        FormatError: it is something else.
+        FormatError: the file is no index.
     """
     with open_binary(path) as file, reading(path):
         index = parse_json(file.read(MAX_HEADER), path, "the index")
@@ -59,11 +59,16 @@ def read_index(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def shards(path: str, weight_map: dict[str, Any]) -> list[str]:
     """The files that an index names, each once.
 
+    Args:
+        path: the path of the index, for errors.
+        weight_map: the index's map from arrays to files.
+
     Raises:
-        FormatError: one is not beside the index, or by the names of the others some are missing.
+        FormatError: a file is not beside the index, or by the names of the others some are missing.
     """
     found = list(dict.fromkeys(map(str, weight_map.values())))
     for shard in found:
+        # An index from anywhere could otherwise have any file of this machine read.
         if not shard or shard in (".", "..") or any(c in shard for c in "/\\:\0"):
             raise FormatError(f"{path}: refers to {show(shard)}; an index may name only files beside it")
     numbered = [re.search(r"-of-(\d{1,9})\b", shard) for shard in found]

@@ -38,7 +38,7 @@ def open_npz(path: str) -> WeightFile:
     """Read the headers of all arrays of an `.npz`, compressed or not; the file stays open while its arrays may be read.
 
     Raises:
-        FormatError: the archive is damaged or absurd, or holds something else than arrays of numbers.
+        FormatError: the archive is damaged, would unpack to an absurd size, or holds something else than numbers.
     """
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open_binary(path))
@@ -77,6 +77,7 @@ def _tensor(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: str) -> Ten
     def read() -> np.ndarray:
         with reading(path), archive.open(member) as file:
             _header(file, where)
+            # In Fortran's order the bytes are those of the transpose.
             array = read_array(file, shape[::-1] if fortran else shape, stored)
             array = array.view(dtype) if stored.kind == "V" else array.astype(dtype, copy=False)
             return array.transpose() if fortran else array
@@ -105,9 +106,9 @@ def write_npz(path: str | os.PathLike, tensors: Mapping[str, Tensor | np.ndarray
     """Write arrays as an uncompressed `.npz`, whole or not at all; the same arrays always give the same bytes.
 
     Args:
-        path: of the file.
-        tensors: arrays by name; a `Tensor` is read only when its turn comes.
-        overwrite: replace a file that is there.
+        path: the path of the file to write.
+        tensors: the arrays by name; a `Tensor` is read only when its turn comes.
+        overwrite: whether a file that is there may be replaced.
 
     Raises:
         FormatError: the file is there, cannot be written, or the format cannot hold what was given.

@@ -35,6 +35,9 @@ def split_subtree(path: str) -> tuple[str, str | None]:
     """`"file.npz:img"` as `("file.npz", "img")`, big_vision's way to name a part of a file; None: all of it.
 
     A colon in `gs://…`, `hf-hub:…`, `http://host:80/…`, `C:\\…` or in the name of a file that is there is left alone.
+
+    Args:
+        path: the path, with or without the name of a part.
     """
     match = re.fullmatch(r"(?P<file>.+):(?P<subtree>\w[\w./-]*)", path)
     if match is None or os.path.exists(path) or re.fullmatch(r"\w+://[^/]*|[^/\\.]*", match["file"]):
@@ -46,12 +49,12 @@ def open_file(path: str | os.PathLike, key: str | None = None) -> WeightFile:
     """Open a weight file by what is in it, whatever it is called; reads names, shapes and dtypes, but no values.
 
     Args:
-        path: a safetensors, npz or PyTorch file, the index of several of the first or the last, or a folder of
-            Hugging Face's that holds one of them.
+        path: the path of a safetensors, npz or PyTorch file, of the index of several of the first or the last, or of a
+            folder as Hugging Face has them that holds one of these.
         key: the entry of a PyTorch file that holds the weights, e.g. "model_ema"; None: see `open_torch`.
 
     Raises:
-        FormatError: no such file, of no kind known here, damaged, or it has no such key.
+        FormatError: there is no such file, it is damaged or of no kind known here, or it has no such key.
     """
     path = _in_folder(os.fspath(path))
     kind = _kind(path)
@@ -73,6 +76,9 @@ def parameters(file: WeightFile) -> dict[str, Tensor]:
 
     As big_vision reads its own files (`utils.py`, `load_params`): those under `params/`, or else under `opt/target/`,
     without that prefix and without the rest, which is the optimiser's; or else all of them.
+
+    Args:
+        file: the open file.
     """
     for prefix in PREFIXES:
         if found := {name.removeprefix(prefix): tensor for name, tensor in file.tensors.items()

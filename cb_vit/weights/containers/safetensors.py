@@ -97,10 +97,15 @@ def _tensor(path: str, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> 
 
 
 def parse_json(content: bytes, path: str, what: str = "its header") -> dict[str, Any]:
-    """A JSON object in which no name stands twice; `what` it is, for errors.
+    """A JSON object in which no name stands twice.
+
+    Args:
+        content: the JSON text.
+        path: the file that it stands in, for errors.
+        what: what the text is called in errors.
 
     Raises:
-        FormatError: it is something else.
+        FormatError: the text is something else.
     """
     try:
         parsed = texts.parse_json(content, encodable=True)
@@ -116,10 +121,10 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor | np
     """Write arrays as one safetensors file, whole or not at all; a `Tensor` is read only when its turn comes.
 
     Args:
-        path: of the file.
-        tensors: arrays by name.
-        metadata: strings by name.
-        overwrite: replace a file that is there.
+        path: the path of the file to write.
+        tensors: the arrays by name.
+        metadata: strings by name that the file says of itself; None: none.
+        overwrite: whether a file that is there may be replaced.
 
     Raises:
         FormatError: the file is there, cannot be written, or the format cannot hold what was given.
@@ -136,7 +141,7 @@ def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, Tensor | np
         header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": (offset, end)}
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded += b" " * (-len(encoded) % 8)  # so that the arrays, too, begin at a multiple of 8 bytes
     with replacing(path, overwrite) as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in names:

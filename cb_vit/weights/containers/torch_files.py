@@ -40,12 +40,13 @@ def open_torch(path: str, key: str | None = None) -> WeightFile:
     """Open a `.pth` or `.bin` file.
 
     Args:
-        path: of the file, on this machine. Those of PyTorch 1.6 and later are mapped, not read; older ones are read
-            as a whole.
-        key: the entry that holds the weights, e.g. "model_ema"; by default "model", "state_dict" or the file itself.
+        path: the path of the file, on this machine. Files of PyTorch 1.6 and later are mapped, not read; older ones are
+            read as a whole.
+        key: the entry that holds the weights, e.g. "model_ema"; None: "model", "state_dict" or the file itself.
 
     Raises:
-        FormatError: torch is not there, the file is damaged, holds more than data, or no weights where they should be.
+        FormatError: torch is not installed, the file is damaged or holds more than data, or there are no weights where
+            they should be.
     """
     if not is_local(path):
         raise FormatError(f"{path}: PyTorch reads files of this machine only; copy it here first")
