@@ -138,7 +138,7 @@ def mix(
     draws = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row), (6,), jnp.float32))(first)
 
     both = cfg.mixup_alpha > 0 and cfg.cutmix_alpha > 0
-    # No alpha of 0 reaches the draw of a λ that is used: `cut` is constant where only one of the two is on.
+    # Where only one of the two is on, `cut` is the same in every row, so that λ is never drawn with an α of 0.
     cut = draws[:, 1] < (cfg.switch_prob if both else float(cfg.cutmix_alpha > 0))
     lam = symmetric_beta(draws[:, 2:4], jnp.where(cut, jnp.float32(cfg.cutmix_alpha), jnp.float32(cfg.mixup_alpha)))
     centre = jnp.floor(draws[:, 4:] * jnp.array([[height, width]], jnp.float32)).astype(jnp.int32)

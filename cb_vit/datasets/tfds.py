@@ -133,8 +133,8 @@ class TfdsSource:
                  num_classes: int, class_names: tuple[str, ...] | None):
         self.folder, self.spans, self.records, self.config = os.fspath(folder), spans, records, config
         self.num_classes, self.class_names = num_classes, class_names
-        # Sizes and numbers, for contents would take long to read; names without folders, so that a copy elsewhere counts
-        # as the same data.
+        # Sizes and numbers, for contents would take long to read; names without folders, so that a copy elsewhere is
+        # the same data.
         shards = zip(records.paths, records.sizes, counts, strict=True)
         self.contents = Contents(fingerprint((os.path.basename(path), *shard) for path, *shard in shards))
         numbers = {file: number for number, file in enumerate(records.paths)}
