@@ -1,11 +1,17 @@
 """Tests run on the CPU with 8 simulated devices, and shapes are checked at every door."""
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Most of the time goes by in compiling. Workers and the programs that tests start share what was compiled.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 
 import jax  # noqa: E402
-import pytest  # noqa: E402
-from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # The models of tests are small, and most of the time goes by in compiling them: a third of it without optimisation.
@@ -17,17 +23,3 @@ if jax.__version_info__[:2] == (0, 10):
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 install_import_hook("cb_vit", "typecheck.checked")
-
-
-@pytest.fixture(scope="module")
-def compile_once(tmp_path_factory):
-    """For modules whose tests compile the same few functions over and over, most of what they would spend."""
-    changes = dict(jax_compilation_cache_dir=str(tmp_path_factory.mktemp("compiled")),
-                   jax_persistent_cache_min_compile_time_secs=0.1)
-    before = {name: getattr(jax.config, name) for name in changes}
-    for settings in (changes, before):
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if settings is changes:
-            yield

@@ -23,8 +23,7 @@ from cb_vit.settings import check
 from cb_vit.train import train_and_evaluate
 from cb_vit.tree import flatten_with_names
 
-pytestmark = [pytest.mark.filterwarnings("ignore:Sharding info not provided"),
-              pytest.mark.usefixtures("compile_once")]
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 COLOURS = {"cat": (255, 0, 0), "dog": (0, 255, 0), "emu": (0, 0, 255)}
 
 
@@ -64,7 +63,7 @@ def animals(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(animals, compile_once):
+def run(animals):
     """A run on them that knows them apart, its metrics, and its folder."""
     settings = config(animals / "A", evals=dict(val=val(animals / "B")))
     return settings, train_and_evaluate(settings, animals / "run"), animals / "run"

@@ -20,8 +20,7 @@ from cb_vit.settings import check
 from cb_vit.train import train_and_evaluate
 from cb_vit.tree import flatten_with_names
 
-pytestmark = [pytest.mark.filterwarnings("ignore:Sharding info not provided"),  # of reading a checkpoint as it is
-              pytest.mark.usefixtures("compile_once")]
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")  # of reading a checkpoint as it is
 FSDP = ((".*", "fsdp(axis='data', min_size_to_shard_mb=0)"),)
 FROZEN = (("embedding/.*|pos_embedding|Transformer/.*/Dense_0/.*", None), (".*", dict(decay_type="constant")))
 TIMES = re.compile(r"uptime|core_hours|img/sec.*|mfu|z/secs/.*|.*_gib")
@@ -43,7 +42,7 @@ def finetune(source, **changes):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory, compile_once):
+def source(tmp_path_factory):
     """A finished run with averaged parameters, and checkpoints of steps 2 and 3."""
     folder = tmp_path_factory.mktemp("source") / "run"
     train_and_evaluate(config(ema=dict(decay=0.5), ckpt_steps=1, keep_last=2), folder)

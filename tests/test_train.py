@@ -34,8 +34,7 @@ from cb_vit.train import NonFinite, train_and_evaluate
 
 pytestmark = [pytest.mark.filterwarnings("ignore:Sharding info not provided"),  # of reading a checkpoint as it is
               # What else TensorStore was writing when its disk was full.
-              pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-              pytest.mark.usefixtures("compile_once")]
+              pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 TIMES = re.compile(r"uptime|core_hours|img/sec.*|mfu|z/secs/.*|.*_gib")
 PP = "flip_lr|value_range(-1, 1)|onehot(10)|keep('image', 'labels')"
 
