@@ -38,12 +38,11 @@ def summary(metrics: dict[str, float], workdir: str) -> str:
     lines += [(what, os.path.join(workdir, name)) for what, name in (
         ("checkpoints", "checkpoints"), ("metrics", "metrics.jsonl"), ("curves", "training_curves.png"))]
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd() + os.sep) else "python"
-    given = cli.FLAGS["config"].config_filename
-    overrides = [arg for arg in sys.argv[1:] if arg.startswith(("--config.", "--noconfig."))]
     total = read_run(workdir)["total_steps"]
     ended = metrics["step"] == total
     program = ["-m", "cb_vit.tools.eval_only"] if ended else [os.path.relpath(sys.argv[0])]
-    command = [python, *program, f"--config={given}", f"--workdir={workdir}", *overrides]
+    config, *overrides = cli.config_arguments()
+    command = [python, *program, config, f"--workdir={workdir}", *overrides]
     if not ended:
         lines.append(("stopped", f"at step {metrics['step']:.0f} of {total}"))
     lines.append(("next" if ended else "to go on", shlex.join(command)))

@@ -33,8 +33,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 def main(config):
     """Compile and report."""
     settings = check(config)
-    fake = dict(name="fake", split="train", num_examples=1_281_167, image_size=max(settings.preprocess.image_size),
-                num_classes=settings.preprocess.num_classes, encoded=True)
+    fake = dict(name="fake", split="train", num_examples=1_281_167, image_size=max(settings.input.pp.image_size),
+                num_classes=settings.input.pp.num_classes, encoded=True)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY.value).devices
     run = experiment.build(settings, devices=devices, source=datasets.open_source(fake, "fake"))
     start = time.monotonic()
@@ -42,11 +42,11 @@ def main(config):
         compiled = run.jit_train_step().lower(*run.step_shapes()).compile()
     seconds = time.monotonic() - start
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    images = settings.train.input.batch_size / run.mesh.size
+    images = settings.input.batch_size / run.mesh.size
     found = Counter(re.findall(rf"\b({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled.as_text()))
     print(json.dumps({
-        "topology": TOPOLOGY.value, "chips": run.mesh.size, "model": settings.train.model.get("variant"),
-        "context": settings.model.context, "batch": settings.train.input.batch_size, "jax": jax.__version__,
+        "topology": TOPOLOGY.value, "chips": run.mesh.size, "model": settings.model.variant,
+        "context": settings.model.context, "batch": settings.input.batch_size, "jax": jax.__version__,
         "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 3),
         "temporaries_gib": round(memory.temp_size_in_bytes / 2**30, 3),
         "gflop_per_image": round(cost["flops"] / images / 1e9, 2),

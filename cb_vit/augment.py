@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key, Shaped
 
 from cb_vit.config import ConfigError
+from cb_vit.losses import smooth_labels
 
 TRIES = 10  # timm looks so often for a box that fits
 
@@ -106,6 +107,33 @@ class ErasingConfig:
 def _check_probability(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ConfigError(name, f"is a probability, 0 to 1, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What training does to a prepared batch: label smoothing and random erasing, then mixup, in DeiT's order.
+
+    Attributes:
+        label_smoothing: share of each target that is spread evenly over all classes.
+        erasing: settings of random erasing; None: nothing is erased.
+        mixup: settings of mixup and cutmix; None: nothing is mixed.
+        mixup_group: number of rows that are mixed among themselves.
+    """
+
+    label_smoothing: float
+    erasing: ErasingConfig | None
+    mixup: MixupConfig | None
+    mixup_group: int
+
+    def __call__(self, key: Key[Array, ""], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The batch with "image" and "labels" augmented; rows that "_mask" leaves out are mixed into no other."""
+        images, labels = batch["image"], smooth_labels(batch["labels"], self.label_smoothing)
+        erasing, mixing = jax.random.split(key)
+        if self.erasing:
+            images = erase(erasing, images, self.erasing)
+        if self.mixup:
+            images, labels = mix(mixing, images, labels, batch["_mask"], self.mixup, self.mixup_group)
+        return {**batch, "image": images, "labels": labels}
 
 
 def mix(
@@ -225,7 +253,7 @@ def erase(key: Key[Array, ""], images: Float32[Array, "b y x c"], cfg: ErasingCo
     place, noise = jax.random.split(key)
     boxes = erase_boxes(place, rows, height, width, cfg)
     fill = {
-        "pixel": lambda: _normal(noise, images.shape)[:, None],
+        "pixel": lambda: normal_noise(noise, images.shape)[:, None],
         "rand": lambda: jax.random.normal(noise, (rows, cfg.count, 1, 1, channels), jnp.float32),
         "const": lambda: jnp.zeros((rows, 1, 1, 1, 1), jnp.float32),
     }[cfg.mode]()
@@ -270,7 +298,7 @@ def erase_boxes(key: Key[Array, ""], rows: int, height: int, width: int, cfg: Er
     return jnp.stack([top, top + tall, left, left + wide], axis=-1)
 
 
-def _normal(key: Key[Array, ""], shape: tuple[int, int, int, int]) -> Float32[Array, "b y x c"]:
+def normal_noise(key: Key[Array, ""], shape: tuple[int, int, int, int]) -> Float32[Array, "b y x c"]:
     """Numbers of N(0, 1): a hash of random words of (row, y) and of (row, x, c).
 
     A word for each number, as `jax.random.normal` has it, costs a TPU core five times the cycles for noise of which

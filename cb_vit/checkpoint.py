@@ -221,13 +221,13 @@ class Checkpointer:
 
         Args:
             step: the step of the checkpoint; None: the newest.
-            item: "params" for the parameters, "ema" for their moving average.
+            params: "raw" for the parameters, "ema" for their moving average.
 
         Returns:
             The step, and shapes and dtypes of its parameters in loop layout.
 
         Raises:
-            ConfigError: there is no such checkpoint, or it has no such item, or it is damaged.
+            ConfigError: there is no such checkpoint, or it has no such parameters, or it is damaged.
             Unreadable: the checkpoint cannot be read.
         """
         item, steps = _ITEMS.pick(params, "params"), sorted(self._manager.all_steps())
@@ -249,7 +249,7 @@ class Checkpointer:
         Args:
             step: the step of the checkpoint.
             like: shapes of the parameters, as `params_shapes` gives them, with shardings.
-            item: "params" for the parameters, "ema" for their moving average.
+            params: "raw" for the parameters, "ema" for their moving average.
 
         Raises:
             ConfigError: the checkpoint is damaged.

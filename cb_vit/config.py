@@ -1,16 +1,19 @@
 """From a config file to frozen, checked dataclasses: the one door through which settings come in.
 
-A config file builds an `ml_collections.ConfigDict` with big_vision's flat keys. Each room declares the
-schema of its block as a frozen dataclass; `parse` turns the block into it once, and from then on nobody
-reads a raw config. A wrong key, type or value ends in one line that names the field, the value and the fix.
+A config file builds an `ml_collections.ConfigDict` with big_vision's flat keys, and `lay_over` lays what the command
+line says over it. Each room declares the schema of its block as a frozen dataclass; `parse` turns the block into it
+once, and from then on nobody reads a raw config. So whatever the schema has can be set, wherever it comes from. A
+wrong key, type or value ends in one line that names the field, the value and the fix.
 
 Rules of a schema: a value of None means "not set" and takes the default, so a field that may be None
 defaults to None. A field of type `Duration` called `ckpt` is written `ckpt_steps`, `ckpt_epochs`,
-`ckpt_examples` or `ckpt_percent`. Checks that need more than a type go into `__post_init__` and raise
-`ConfigError("field", "what is wrong and what to do")`.
+`ckpt_examples` or `ckpt_percent`. A field of type `Annotated[X, Read(as_written, make)]` is written as the type
+`as_written`, and is the X that `make(value, path)` makes of it. Checks that need more than a type go into
+`__post_init__` and raise `ConfigError("field", "what is wrong and what to do")`.
 """
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import difflib
@@ -19,12 +22,13 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import ml_collections
 
 T = TypeVar("T")
+NO_SETTING = {"setting": False}  # metadata of a field of a schema that is no key of the config
 UNITS = ("steps", "epochs", "examples", "percent")
 
 
@@ -39,7 +43,7 @@ class ConfigError(ValueError):
         super().__init__(f"{path}: {message}")
         self.path, self.message = path, message
 
-    def __reduce__(self):  # or it could not come back from a worker process
+    def __reduce__(self):  # without it the error could not come back from a worker process
         return type(self), (self.path, self.message)
 
     def under(self, prefix: str) -> ConfigError:
@@ -71,13 +75,22 @@ def under(path: str) -> Iterator[None]:
         raise error.under(path) from None
 
 
+@contextlib.contextmanager
+def at(path: str) -> Iterator[None]:
+    """A `ConfigError` raised inside is one of the setting `path`, whatever it was of where it was raised."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(path, error.message) from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Duration:
     """A length of training in one of four units (big_vision's `*_steps/_epochs/_examples/_percent`).
 
     Attributes:
-        value: how many; for "percent" a fraction of the whole run, 0 to 1, as in big_vision.
-        unit: "steps", "epochs", "examples" or "percent".
+        value: number of units; for "percent" a fraction of the whole run, 0 to 1, as in big_vision.
+        unit: name of the unit: "steps", "epochs", "examples" or "percent".
     """
 
     value: float
@@ -93,9 +106,9 @@ class Duration:
         """This length in steps, to the nearest; at least 1 unless it is 0.
 
         Args:
-            batch_size: examples in a global batch.
-            examples: examples in one epoch; needed for the unit "epochs".
-            total_steps: steps of the whole run; needed for the unit "percent".
+            batch_size: number of examples in a global batch.
+            examples: number of examples in one epoch; needed for the unit "epochs".
+            total_steps: number of steps of the whole run; needed for the unit "percent".
         """
         if self.unit == "steps":
             steps = self.value
@@ -112,6 +125,115 @@ class Duration:
         return max(1, round(steps)) if self.value else 0
 
 
+class Read(NamedTuple):
+    """How a setting is read that is not written as what it is, for `Annotated`.
+
+    Attributes:
+        as_written: type of the setting in a config; `Any` for a block that `make` parses.
+        make: function from (value, path) to the setting, or a `ConfigError`.
+    """
+
+    as_written: Any
+    make: Callable[[Any, str], Any]
+
+
+class Text:
+    """What the command line says of a setting: what kind of value it is, only the schema knows.
+
+    Attributes:
+        text: the text as it was typed; None: there was none, as for a flag that is True.
+        value: the value that the schema has read from the text.
+    """
+
+    def __init__(self, text: str | None):
+        self.text, self.value = text, text
+
+    def __repr__(self) -> str:
+        return repr(self.text)
+
+    def read(self, hint: Any, path: str) -> Any:
+        """The text as the type `hint`: as it stands, or else as Python would write it; or a `ConfigError`."""
+        if self.text is None:
+            self.value = True
+            with contextlib.suppress(ConfigError):
+                return convert(True, hint, path)
+            raise ConfigError(path, f"no value given; write --{path}=VALUE, {describe(hint)}")
+        literal = _literal(self.text)
+        candidates = [literal] if hint is Any else [self.text, literal]
+        if literal in (0, 1):
+            candidates.append(bool(literal))
+        candidates.append((literal,))  # a list of one
+        errors, structured = [], isinstance(literal, tuple | list | dict)
+        for self.value in candidates:
+            try:
+                return convert(self.value, hint, path)
+            except ConfigError as error:
+                errors.append(error)
+        # What is said of the literal is said of the type that was meant; further down, of the very entry.
+        raise next((error for error in errors if structured and error.path != path), errors[0])
+
+
+def _literal(text: str) -> Any:
+    """A Python literal, or a number or truth value as people write them; else the text itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for reading in (ast.literal_eval, float):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            return reading(text)
+    return text
+
+
+def lay_over(
+    config: ml_collections.ConfigDict | Mapping[str, Any], overrides: Iterable[tuple[str, str | None]]
+) -> dict[str, Any]:
+    """The config with what the command line says in place of what the file does; the schema checks it all.
+
+    A duration in one unit replaces the file's in any other. Settings of the file that refer to an overridden one
+    (`ConfigDict.get_ref`) follow it.
+
+    Args:
+        config: the file's config; its references are set, it is otherwise left as it is.
+        overrides: pairs (dotted name, text or None for a bare flag), of which the last one of a name counts.
+
+    Raises:
+        ConfigError: a dotted name leads through a setting that is not a block.
+    """
+    overrides = dict(overrides)
+    for name, text in overrides.items():
+        _set_reference(config, name.split("."), text)
+    laid = plain(config)
+    for name, text in overrides.items():
+        *parents, key = name.split(".")
+        block, path = laid, "config"
+        for parent in parents:
+            path = f"{path}.{parent}"
+            if block.get(parent) is None:
+                block[parent] = {}
+            block = block[parent]
+            if not isinstance(block, dict):
+                raise ConfigError(path, f"is {block!r}, not a block of settings; config.{name} cannot be set")
+        block[key] = Text(text)
+        stem, _, unit = key.rpartition("_")
+        for other in _duration_keys(stem) if unit in UNITS else ():
+            if other in block and ".".join([*parents, other]) not in overrides:
+                block[other] = None
+    return laid
+
+
+def _set_reference(block: Any, names: Sequence[str], text: str | None) -> None:
+    """Set the reference that a name leads to, if there is one, for those settings of the file that follow it."""
+    *parents, key = names
+    for parent in parents:
+        if not isinstance(block, ml_collections.ConfigDict) or parent not in block:
+            return
+        block = block[parent]
+    if isinstance(block, ml_collections.ConfigDict):
+        held = dict(block.items(preserve_field_references=True)).get(key)
+        if isinstance(held, ml_collections.FieldReference):
+            with contextlib.suppress(ConfigError):  # a wrong type: the schema refuses it by its full name
+                held.set(Text(text).read(held.get_type() | None, key), type_safe=False)
+
+
 def parse(schema: type[T], block: Any, path: str = "config") -> T:
     """Check `block` against the dataclass `schema` and build it.
 
@@ -124,10 +246,12 @@ def parse(schema: type[T], block: Any, path: str = "config") -> T:
         ConfigError: on the first unknown key, missing or ill-typed value, or failed check.
     """
     block = plain(block)
+    if isinstance(block, Text):
+        return block.read(schema, path)
     if not isinstance(block, dict):
         raise ConfigError(path, f"expected a block of settings, got {block!r}")
-    hints = typing.get_type_hints(schema)
-    fields = {f.name: f for f in dataclasses.fields(schema) if f.init}
+    hints = typing.get_type_hints(schema, include_extras=True)
+    fields = {f.name: f for f in dataclasses.fields(schema) if f.init and f.metadata != NO_SETTING}
     durations = {name for name in fields if Duration in (hints[name], *typing.get_args(hints[name]))}
     known = [key for name in fields for key in (_duration_keys(name) if name in durations else [name])]
     for key in block:
@@ -140,7 +264,7 @@ def parse(schema: type[T], block: Any, path: str = "config") -> T:
     for name, field in fields.items():
         value = _duration(block, name, path) if name in durations else block.get(name)
         optional = name not in durations and type(None) in typing.get_args(hints[name])
-        if not (_is_unset(value) if optional else value is None):
+        if not (_is_unset(value) if optional or isinstance(value, Text) else value is None):
             values[name] = value if name in durations else convert(value, hints[name], f"{path}.{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             wanted = " or ".join(_duration_keys(name)[:3]) if name in durations else name
@@ -149,6 +273,13 @@ def parse(schema: type[T], block: Any, path: str = "config") -> T:
         return schema(**values)
     except ConfigError as error:
         raise error.under(path) from None
+
+
+def as_read(value: Any) -> Any:
+    """A block of `lay_over` once it is parsed, with every text of the command line as the schema has read it."""
+    if isinstance(value, Mapping):
+        return {key: as_read(item) for key, item in value.items()}
+    return plain(value.value) if isinstance(value, Text) else value
 
 
 def plain(value: Any) -> Any:
@@ -164,30 +295,14 @@ def plain(value: Any) -> Any:
     return value
 
 
-def prefer_overrides(config: ml_collections.ConfigDict, overridden: list[str]) -> None:
-    """Let a duration given on the command line replace the file's, whatever its unit.
-
-    Args:
-        config: the config with the overrides applied; changed in place.
-        overridden: dotted names of the overridden keys, e.g. ["total_steps", "schedule.warmup_epochs"].
-    """
-    for name in overridden:
-        stem, _, unit = name.rpartition("_")
-        if unit not in UNITS:
-            continue
-        *parents, stem = stem.split(".")
-        block = config
-        for parent in parents:
-            block = block[parent]
-        for key in _duration_keys(stem):
-            if key in block and ".".join([*parents, key]) not in overridden:
-                with block.ignore_type(), block.unlocked():
-                    block[key] = None
-
-
 def convert(value: Any, hint: Any, path: str) -> Any:
     """`value` as the type `hint`, or a `ConfigError` at `path` that says what was expected."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        as_written, make = hint.__metadata__[0]
+        return make(convert(value, as_written, path), path)
+    if isinstance(value, Text):
+        return value.read(hint, path)
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
@@ -225,7 +340,9 @@ def _is_real(value: Any) -> bool:
 
 
 def _is_unset(value: Any) -> bool:
-    """None, or a block of nothing but None: a file declares its keys, so that they can be overridden."""
+    """None, or a block of nothing but None, as placeholders of ml_collections leave it."""
+    if isinstance(value, Text) and value.text == "None":
+        value.value = value = None
     return value is None or (isinstance(value, Mapping) and bool(value) and all(map(_is_unset, value.values())))
 
 
@@ -268,7 +385,7 @@ def _duration_keys(name: str) -> list[str]:
 
 
 def _duration(block: dict[str, Any], name: str, path: str) -> Duration | None:
-    given = {unit: block[f"{name}_{unit}"] for unit in UNITS if block.get(f"{name}_{unit}") is not None}
+    given = {unit: block[f"{name}_{unit}"] for unit in UNITS if not _is_unset(block.get(f"{name}_{unit}"))}
     if len(given) > 1:
         keys = " and ".join(f"{name}_{unit}" for unit in given)
         raise ConfigError(f"{path}.{name}", f"{keys} are both set; keep one")

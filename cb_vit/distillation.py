@@ -36,10 +36,10 @@ class DistillationConfig:
     """The block `config.distillation`; the defaults are DeiT's.
 
     Attributes:
-        teacher: the model that teaches: a run's workdir, or a file of weights, as `cb_vit.load` takes them.
-        type: learn the teacher's decisions ("hard") or its probabilities ("soft").
+        teacher: path of the model that teaches: a run's workdir, or a file of weights, as `cb_vit.load` takes them.
+        type: what is learnt: the teacher's decisions ("hard") or its probabilities ("soft").
         alpha: the teacher's share of the loss, in (0, 1].
-        tau: temperature of "soft"; above 0.
+        tau: temperature of the probabilities of "soft"; above 0.
     """
 
     teacher: str
@@ -61,10 +61,10 @@ class Teacher:
     """A frozen model that is shown the student's images.
 
     Attributes:
-        config: what is learnt from it.
-        weights: the model, and its parameters on disk.
-        adapt: from the student's normalised images to the teacher's.
-        classes: for each class of the student its number among the teacher's.
+        config: settings of what is learnt from it.
+        weights: the teacher's model, and its parameters on disk.
+        adapt: function from the student's normalised images to the teacher's.
+        classes: number of each of the student's classes among the teacher's.
     """
 
     config: DistillationConfig
@@ -73,7 +73,7 @@ class Teacher:
     classes: tuple[int, ...]
 
     def logits(self, params: Tree, image: Float[Array, "b y x c"]) -> Float[Array, "b classes"]:
-        """Of images as the student sees them, for the student's classes."""
+        """Logits of the student's classes, of images as the student sees them."""
         logits, _ = self.weights.model.apply({"params": params}, self.adapt(image), train=False)
         if self.classes != tuple(range(logits.shape[-1])):
             logits = logits[:, np.asarray(self.classes)]
@@ -85,10 +85,10 @@ class Teacher:
         """The student's loss.
 
         Args:
-            params: the teacher's.
-            image: what the student saw.
-            out: the student's named intermediates, "logits_dist" among them.
-            label_loss: of the class token's head.
+            params: the teacher's parameters.
+            image: images as the student saw them.
+            out: named intermediates of the student, "logits_dist" among them.
+            label_loss: loss of the class token's head against the labels.
         """
         logits = self.logits(params, image)
         share = distill_hard(out["logits_dist"], logits) if self.config.type == "hard" else \
@@ -103,16 +103,16 @@ def make_teacher(
     """Fit a teacher to its student.
 
     Args:
-        config: the block.
-        weights: the teacher's.
-        preprocess: the student's, whose normalisation is converted to the teacher's.
-        image_shape: of the student's images, [y x c].
-        num_classes: of the student.
-        class_names: of the student; None: not known.
-        path: where the block stands, for errors.
+        config: the block `config.distillation`.
+        weights: the teacher's model, its parameters not read yet.
+        preprocess: the student's preprocessing, whose normalisation is converted to the teacher's.
+        image_shape: shape of the student's images, [y x c].
+        num_classes: width of the student's head.
+        class_names: names of the student's classes; None: not known.
+        path: name of the block, for errors.
 
     Raises:
-        ConfigError: other classes, or images that the teacher cannot take.
+        ConfigError: the teacher has other classes, or cannot take the student's images.
     """
     with under(path):
         adapt = weights.adapter(preprocess)
@@ -128,7 +128,7 @@ def make_teacher(
 
 
 def _classes(weights: Weights, num_classes: int, names: Sequence[str] | None, path: str) -> tuple[int, ...]:
-    """For each class of the student its number among the teacher's."""
+    """The number of each of the student's classes among the teacher's."""
     theirs = weights.model.num_classes
     if not theirs:
         raise ConfigError(path, f"{weights} has no head, and so nothing to teach")

@@ -19,16 +19,19 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from cb_vit import augment, datasets, dist, losses, models, sharding
+from cb_vit import datasets, dist, losses, models, sharding
 from cb_vit import optax as cb_optax
 from cb_vit import train_state as train_state_lib
 from cb_vit import train_step as train_step_lib
-from cb_vit.config import ConfigError, Duration, under
+from cb_vit.config import ConfigError, Duration, at, under
+from cb_vit.datasets.contents import report
 from cb_vit.distillation import Teacher, make_teacher
-from cb_vit.input_pipeline import Pipeline, Spec, check_example, example_spec
-from cb_vit.settings import Settings, TrainConfig
+from cb_vit.evaluators import common as evaluators
+from cb_vit.input_pipeline import Pipeline, Spec, check_example
+from cb_vit.settings import Settings
 from cb_vit.train_state import TrainState
 from cb_vit.weights import open_weights
+from cb_vit.workdir import run_notes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +40,18 @@ class Experiment:
 
     Attributes:
         settings: the checked config.
-        mesh: the devices.
-        batch_sharding: of a batch.
-        pipeline: this process's training data.
-        num_classes: width of the head.
-        total_steps: length of the run.
+        mesh: the devices, arranged along named axes.
+        batch_sharding: sharding of a global batch over the mesh.
+        pipeline: loader of this process's part of the training data.
+        num_classes: width of the model's head.
+        total_steps: length of the run in steps.
         model: the Linen module.
-        tx: the optimiser.
+        tx: the optimiser, a gradient transformation of Optax.
         schedules: learning-rate multipliers, by the regex of the parameters they drive.
-        shapes: the train state's shapes, dtypes and shardings.
-        example_spec: shape and dtype of each array of an example as the host delivers it.
-        teacher: who is learnt from; None: nobody.
+        shapes: shapes, dtypes and shardings of the train state.
+        teacher: the frozen model that is learnt from as well; None: there is none.
+        begin: function that makes the state before the first step from another model's parameters, and a note on them;
+            None: the parameters are drawn.
     """
 
     settings: Settings
@@ -60,26 +64,26 @@ class Experiment:
     tx: optax.GradientTransformation
     schedules: dict[str, Any]
     shapes: TrainState
-    example_spec: Spec
     teacher: Teacher | None = None
-
-    @property
-    def cfg(self) -> TrainConfig:
-        """The settings of `config`'s top level."""
-        return self.settings.train
+    begin: Callable[[], tuple[TrainState, dict[str, Any]]] | None = None
 
     def __str__(self) -> str:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.shapes.params))
-        variant = self.cfg.model.get("variant") or "of its own sizes"
-        devices = self.mesh.devices.ravel()
-        return (f"{self.cfg.model_name} {variant}, {count:,} parameters; {self.total_steps:,} steps of "
-                f"{self.cfg.input.batch_size} images on {len(devices)} × {devices[0].device_kind}; peak learning rate "
-                f"{cb_optax.peak_text(self.cfg, self.cfg.input.batch_size)}")
+        variant = getattr(self.settings.model, "variant", None) or "of its own sizes"
+        devices, batch_size = self.mesh.devices.ravel(), self.settings.input.batch_size
+        return (f"{self.settings.model_name} {variant}, {count:,} parameters; {self.total_steps:,} steps of "
+                f"{batch_size} images on {len(devices)} × {devices[0].device_kind}; peak learning rate "
+                f"{cb_optax.peak_text(self.settings, batch_size)}")
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the head's classes; None: not known."""
         return self.pipeline.source.class_names
+
+    @property
+    def example_spec(self) -> Spec:
+        """Shape and dtype of each array of an example as the host delivers it."""
+        return self.pipeline.spec
 
     @property
     def scan(self) -> bool:
@@ -88,7 +92,7 @@ class Experiment:
 
     def active_mesh(self) -> contextlib.AbstractContextManager[None]:
         """Trace and run jitted functions in this."""
-        return sharding.active_mesh(self.mesh, self.cfg.sharding_rules)
+        return sharding.active_mesh(self.mesh, self.settings.sharding_rules)
 
     def init(self, key: jax.Array) -> Any:
         """Parameters from a key."""
@@ -99,11 +103,11 @@ class Experiment:
         """A fresh train state, born sharded.
 
         Args:
-            merge: (initial parameters, *loaded) → the parameters to begin with.
+            merge: function from (initial parameters, *loaded) to the parameters to begin with.
             *loaded: parameters read from elsewhere, on the mesh.
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
-        key = train_step_lib.stream_key(self.cfg.seed, "init")
+        key = train_step_lib.stream_key(self.settings.seed, "init")
         init = lambda key, *loaded: merge(self.init(key), *loaded)  # noqa: E731
         return train_state_lib.create(init, self.tx, shardings, key, *loaded)
 
@@ -111,26 +115,52 @@ class Experiment:
         """(logits, out) of the model in evaluation; what evaluators get."""
         return self.model.apply({"params": state.params}, images, train=False)
 
-    def augment(self, key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """What training does to a prepared batch: label smoothing and random erasing, then mixup, as in DeiT."""
-        cfg, images = self.cfg, batch["image"]
-        labels = losses.smooth_labels(batch["labels"], cfg.label_smoothing)
-        erasing, mixing = jax.random.split(key)
-        if cfg.random_erasing:
-            images = augment.erase(erasing, images, cfg.random_erasing)
-        if cfg.mixup:
-            images, labels = augment.mix(mixing, images, labels, batch["_mask"], cfg.mixup, cfg.mixup_group)
-        return {**batch, "image": images, "labels": labels}
+    def open_evaluators(self, class_names: Sequence[str] | None = None) -> dict[str, Any]:
+        """The evaluators of `config.evals`, by name, their data opened.
+
+        Args:
+            class_names: names of the head's classes in training; None: as the training data here calls them.
+
+        Raises:
+            ConfigError: an evaluator cannot work, or none of them measures the metric of `keep_best`.
+        """
+        settings = self.settings
+        evals = evaluators.open_all(
+            settings.evals, lambda config: self.predict, state_shapes=self.shapes, sharding=self.batch_sharding,
+            training=settings.input, num_classes=self.num_classes, class_names=class_names or self.class_names)
+        prefixes = [evaluator.config.prefix for evaluator in evals.values()]
+        known = [*prefixes, *(f"{evaluators.EMA}{prefix}" for prefix in prefixes if settings.ema)]
+        best = settings.keep_best
+        if best and not best.metric.startswith(tuple(known)):
+            listed = ", ".join(map(repr, known)) or "(config.evals is empty)"
+            raise ConfigError("config.keep_best.metric", f"{best.metric!r} is of no evaluator; names of their metrics "
+                                                         f"begin with {listed}")
+        return evals
+
+    def notes(self, evals: Mapping[str, Any], model_init: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What `run.json` says of the run.
+
+        Args:
+            evals: evaluators of the run by name, their data opened.
+            model_init: note on where the first parameters came from; None: they were drawn.
+        """
+        settings = self.settings
+        sources = {"train": self.pipeline.source, **{name: evaluator.source for name, evaluator in evals.items()}}
+        return run_notes(
+            settings.model_name, settings.model, self.num_classes, self.class_names, self.example_spec["image"][0],
+            settings.input.pp.text, pp_evals={name: config.pp_fn.text for name, config in settings.evals.items()},
+            total_steps=self.total_steps, model_init=model_init,
+            data={name: report(source) for name, source in sources.items()})
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a global training batch."""
-        spec = {**self.example_spec, "_mask": ((), np.dtype(bool))}
-        return {name: jax.ShapeDtypeStruct((self.cfg.input.batch_size, *shape), dtype, sharding=self.batch_sharding)
+        spec, rows = {**self.example_spec, "_mask": ((), np.dtype(bool))}, self.settings.input.batch_size
+        return {name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=self.batch_sharding)
                 for name, (shape, dtype) in spec.items()}
 
     def teacher_shapes(self) -> Any:
         """Shapes, dtypes and shardings of the teacher's parameters; None without one."""
-        return self.teacher and sharding.place(self.teacher.weights.shapes, self.cfg.sharding_strategy, self.mesh)
+        return self.teacher and sharding.place(self.teacher.weights.shapes, self.settings.sharding_strategy, self.mesh)
 
     def read_teacher(self) -> Any:
         """The teacher's parameters, where `teacher_shapes` puts them."""
@@ -142,12 +172,12 @@ class Experiment:
 
     def jit_train_step(self) -> Any:
         """`(state, batch, teacher) -> (state, metrics)`, jitted; the state is donated."""
-        cfg = self.cfg
+        settings = self.settings
         step = functools.partial(
             train_step_lib.train_step, model=self.model, tx=self.tx,
-            trainable=cb_optax.trainable(cfg, self.shapes.params), loss=losses.LOSSES[cfg.loss],
-            prepare=self.settings.preprocess.device, augment=self.augment, seed=cfg.seed,
-            distil=self.teacher and self.teacher.loss, ema=cfg.ema, grad_accum_steps=cfg.grad_accum_steps)
+            trainable=cb_optax.trainable(settings, self.shapes.params), loss=losses.LOSSES[settings.loss],
+            prepare=settings.input.pp.device, augment=settings.recipe, seed=settings.seed,
+            distil=self.teacher and self.teacher.loss, ema=settings.ema, grad_accum_steps=settings.grad_accum_steps)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
         teacher = jax.tree.map(lambda leaf: leaf.sharding, self.teacher_shapes())
         return jax.jit(step, donate_argnums=0, in_shardings=(shardings, self.batch_sharding, teacher),
@@ -160,7 +190,7 @@ class Experiment:
         computed twice is no use to anyone.
         """
         config = dataclasses.replace(self.settings.model, scan=False, remat_policy="none")
-        model = models.get(self.cfg.model_name).Model(self.num_classes, **dataclasses.asdict(config))
+        model = models.get(self.settings.model_name).Model(self.num_classes, **dataclasses.asdict(config))
         shape, _ = self.example_spec["image"]
         params = jax.eval_shape(functools.partial(init_params, model, shape), jax.random.key(0))
 
@@ -169,13 +199,13 @@ class Experiment:
 
         image = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
         cost = jax.jit(jax.grad(loss)).lower(params, image).cost_analysis() or {}
-        return cost.get("flops", 0.0) * self.cfg.input.batch_size
+        return cost.get("flops", 0.0) * self.settings.input.batch_size
 
     def steps(self, duration: Duration | None, field: str) -> int | None:
-        """A duration of the config in steps."""
+        """A duration in steps, `field` being its place in the config, for errors; None for None."""
         with under(f"config.{field}"):
             return None if duration is None else duration.steps(
-                self.cfg.input.batch_size, self.pipeline.examples_per_epoch, self.total_steps)
+                self.settings.input.batch_size, self.pipeline.examples_per_epoch, self.total_steps)
 
 
 def build(
@@ -185,62 +215,57 @@ def build(
     """Put an experiment together; reads data, writes nothing.
 
     Args:
-        settings: as `check` gives them.
-        devices: to run on; default all.
-        source: training data; default what `config.input.data` names.
+        settings: the checked config, from `settings.check`.
+        devices: devices to run on; None: all.
+        source: source of the training data; None: the one that `config.input.data` names.
         known_classes: names of the classes of the model that training goes on or begins from; None: not known.
 
     Raises:
-        ConfigError: what the number of devices or the data rules out.
-        DataError: when not even the first example can be read.
+        ConfigError: the config does not go with the number of devices or with the data.
+        DataError: not even the first example can be read.
     """
-    cfg = settings.train
+    training = settings.input
     mesh, batch_sharding = lay_out(settings, devices)
-    check_batch_size(cfg.input.batch_size, cfg.grad_accum_steps, batch_sharding, "config.input.batch_size")
-    source = source or datasets.open_source(cfg.input.data, "config.input.data")
-    num_classes = cfg.num_classes or settings.preprocess.num_classes or source.num_classes
-    source = datasets.for_head(source, num_classes, known_classes, cfg.allow_unused_classes, "config.input.data",
-                               "config.num_classes" if cfg.num_classes else "config.input.pp")
-    pipeline = Pipeline(cfg.input, source, settings.preprocess, dist.local_rows(batch_sharding, cfg.input.batch_size))
-    spec = example_spec(source, settings.preprocess, cfg.input.skip_errors)
-    check_example(settings.preprocess, spec, num_classes, "config.input.pp")
+    check_batch_size(training.batch_size, settings.grad_accum_steps, batch_sharding, "config.input.batch_size")
+    source = source or datasets.open_source(training.data, "config.input.data")
+    num_classes = settings.num_classes or training.pp.num_classes or source.num_classes
+    source = datasets.for_head(source, num_classes, known_classes, settings.allow_unused_classes, "config.input.data",
+                               "config.num_classes" if settings.num_classes else "config.input.pp")
+    pipeline = Pipeline(training, source, training.pp, dist.local_rows(batch_sharding, training.batch_size))
+    image_shape = check_example(training.pp, pipeline.spec, num_classes, "config.input.pp")
     with under("config.model"):
-        models.get(cfg.model_name).check_image_size(settings.model, spec["image"][0][:2])
-    with under("config"):
-        try:
-            total_steps = cfg.total.steps(cfg.input.batch_size, pipeline.examples_per_epoch)
-        except ConfigError as error:
-            raise ConfigError(f"total_{cfg.total.unit}", error.message) from None
+        models.get(settings.model_name).check_image_size(settings.model, image_shape[:2])
+    with at(f"config.total_{settings.total.unit}"):
+        total_steps = settings.total.steps(training.batch_size, pipeline.examples_per_epoch)
     if total_steps < 1:
-        raise ConfigError(f"config.total_{cfg.total.unit}", "must be more than 0")
+        raise ConfigError(f"config.total_{settings.total.unit}", "must be more than 0")
 
-    if cfg.profile and cfg.profile.start_step > total_steps:
-        raise ConfigError("config.profile.start_step", f"{cfg.profile.start_step} is past the last step, {total_steps}")
+    if settings.profile and (start := settings.profile.start_step) > total_steps:
+        raise ConfigError("config.profile.start_step", f"{start} is past the last step, {total_steps}")
 
-    model = models.get(cfg.model_name).Model(num_classes, **dataclasses.asdict(settings.model))
-    init = functools.partial(init_params, model, spec["image"][0])
+    model = models.get(settings.model_name).Model(num_classes, **dataclasses.asdict(settings.model))
+    init = functools.partial(init_params, model, image_shape)
     params = jax.eval_shape(init, jax.random.key(0))
-    tx, schedules = cb_optax.make(cfg, params, total_steps=total_steps, batch_size=cfg.input.batch_size,
+    tx, schedules = cb_optax.make(settings, params, total_steps=total_steps, batch_size=training.batch_size,
                                examples=pipeline.examples_per_epoch)
-    shapes = train_state_lib.state_shapes(init, tx, cfg.ema is not None)
-    shardings = train_state_lib.state_shardings(shapes, cfg.sharding_strategy, mesh)
+    shapes = train_state_lib.state_shapes(init, tx, settings.ema is not None)
+    shardings = train_state_lib.state_shardings(shapes, settings.sharding_strategy, mesh)
     shapes = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
-    teacher = cfg.distillation and make_teacher(
-        cfg.distillation, open_weights(cfg.distillation.teacher, "config.distillation.teacher"), settings.preprocess,
-        spec["image"][0], num_classes, datasets.known_names(source))
+    teacher = settings.distillation and make_teacher(
+        settings.distillation, open_weights(settings.distillation.teacher, "config.distillation.teacher"), training.pp,
+        image_shape, num_classes, datasets.known_names(source))
     return Experiment(settings, mesh, batch_sharding, pipeline, num_classes, total_steps, model, tx, schedules,
-                      shapes, spec, teacher)
+                      shapes, teacher)
 
 
 def lay_out(settings: Settings, devices: Sequence[jax.Device] | None = None) -> tuple[Mesh, NamedSharding]:
     """The mesh that a config describes, and the sharding of a batch, which those of evaluators are checked against.
 
     Raises:
-        ConfigError: what the number of devices rules out.
+        ConfigError: the config does not go with the number of devices.
     """
-    cfg = settings.train
-    mesh = dist.create_mesh(cfg.mesh, cfg.mesh_allow_split_physical_axes, devices)
-    batch_sharding = dist.batch_sharding(mesh, dict(cfg.sharding_rules).get("act_batch", ()))
+    mesh = dist.create_mesh(settings.mesh, settings.mesh_allow_split_physical_axes, devices)
+    batch_sharding = dist.batch_sharding(mesh, dict(settings.sharding_rules).get("act_batch", ()))
     for name, evaluator in settings.evals.items():
         if evaluator.batch_size:
             check_batch_size(evaluator.batch_size, 1, batch_sharding, f"config.evals.{name}.batch_size")
@@ -256,7 +281,7 @@ def check_batch_size(batch_size: int, grad_accum_steps: int, where: NamedShardin
     """Refuse a global batch that the devices cannot share evenly.
 
     Raises:
-        ConfigError: at `path`, with sizes that would do.
+        ConfigError: the devices cannot; raised at `path`, with sizes that would do.
     """
     names = [name for axes in where.spec for name in ((axes,) if isinstance(axes, str) else axes or ())]
     ways = math.prod(where.mesh.shape[name] for name in names)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
@@ -22,7 +23,7 @@ import signal
 import threading
 import time
 from collections.abc import Generator
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import grain
 import jax
@@ -30,10 +31,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from cb_vit import dist
-from cb_vit.config import ConfigError
-from cb_vit.datasets import DataError, Source
+from cb_vit.config import ConfigError, Read
+from cb_vit.datasets import DataError, Source, check_source
+from cb_vit.datasets.core import SourceConfig
 from cb_vit.order import Reordered, RepeatedOrder, Rows
-from cb_vit.pp.builder import Preprocess
+from cb_vit.pp.builder import Preprocess, build
 from cb_vit.texts import printable
 
 logger = logging.getLogger(__name__)
@@ -45,41 +47,55 @@ PADDING = -1  # position in the source of a row that only fills up a batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InputConfig:
-    """The block `config.input`.
+class LoaderConfig:
+    """What `config.input` and every block of `config.evals` say of how examples are loaded.
 
     Attributes:
-        data: the source; `name` picks it, the other keys are the source's own (`docs/data.md`).
-        batch_size: examples in a global batch.
-        pp: preprocessing of an example, e.g. "decode|inception_crop(224)|flip_lr|value_range(-1,1)|onehot(1000)".
-        num_workers: processes that load and augment, on each host; 0: threads of the main process.
-        num_threads: threads that load and augment, in each of these processes.
-        prefetch: batches made ahead.
-        repeats: repeated augmentation (arXiv 1901.09335; DeiT has 3): so many differently augmented copies of an
-            image stand in a batch, and an epoch, of as many steps as ever, sees that part of the images.
-        virtual_ranks: parts of a batch that count as the ranks of DeiT's distributed training: copies of an image go to
-            different ranks, and mixup's groups are their rows. DeiT has 4 in a batch of 1024.
-        skip_errors: the share of the examples read in an epoch, on all hosts, that may be unreadable: their rows are
+        data: settings of the source; `name` picks it, the other keys are the source's own (`docs/data.md`).
+        batch_size: number of examples in a global batch.
+        num_workers: number of processes that load and augment, on each host; 0: threads of the main process do.
+        num_threads: number of threads that load and augment, in each of these processes.
+        prefetch: number of batches made ahead.
+        skip_errors: share of the examples read in an epoch, on all hosts, that may be unreadable: their rows are
             masked out of loss and metrics. True: 1 %; False: none, the first one ends the run. More than that, judged
             from 1 000 examples on and at the epoch's end, or a batch without a readable example, ends it too.
     """
 
-    data: dict[str, Any]
+    data: Annotated[SourceConfig, Read(Any, check_source)]
     batch_size: int
-    pp: str
     num_workers: int = 0
     num_threads: int = min(16, os.cpu_count() or 1)
     prefetch: int = 2
-    repeats: int = 1
-    virtual_ranks: int = 4
     skip_errors: bool | float = False
+    repeats: ClassVar[int] = 1  # only training repeats images, and cuts a batch into ranks
+    virtual_ranks: ClassVar[int] = 1
 
     def __post_init__(self):
         error_share(self.skip_errors)
         for name in ("batch_size", "num_workers", "num_threads", "prefetch", "repeats", "virtual_ranks"):
-            least = 0 if name == "num_workers" else 1
-            if getattr(self, name) < least:
-                raise ConfigError(name, f"must be at least {least}, got {getattr(self, name)}")
+            value, least = getattr(self, name), 0 if name == "num_workers" else 1
+            if value is not None and value < least:
+                raise ConfigError(name, f"must be at least {least}, got {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputConfig(LoaderConfig):
+    """The block `config.input`.
+
+    Attributes:
+        pp: preprocessing of an example, e.g. "decode|inception_crop(224)|flip_lr|value_range(-1,1)|onehot(1000)".
+        repeats: number of differently augmented copies of an image in a batch (repeated augmentation, arXiv 1901.09335;
+            DeiT has 3); an epoch, of as many steps as ever, sees 1/repeats of the images.
+        virtual_ranks: number of parts of a batch that count as the ranks of DeiT's distributed training: copies of an
+            image go to different ranks, and mixup's groups are their rows. DeiT has 4 in a batch of 1024.
+    """
+
+    pp: Annotated[Preprocess, Read(str, build)]
+    repeats: int = 1
+    virtual_ranks: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
         if self.repeats > 1 and self.batch_size % self.virtual_ranks:
             raise ConfigError("virtual_ranks", f"{self.virtual_ranks} does not divide batch_size {self.batch_size}, "
                                                "which repeats needs")
@@ -90,10 +106,10 @@ class Loader:
     """How one example is loaded; called by Grain in threads and worker processes.
 
     Attributes:
-        source: the raw examples.
-        preprocess: the host part of it is run.
+        source: source of the raw examples.
+        preprocess: preprocessing, of which the host part is run.
         spec: shape and dtype of each array of an example, for rows that hold none.
-        skip_errors: mask a broken example instead of failing.
+        skip_errors: whether a broken example is masked instead of ending the run.
     """
 
     source: Source
@@ -121,7 +137,7 @@ def load_example(source: Source, preprocess: Preprocess, index: int, rng: np.ran
     """One example through the host part of preprocessing.
 
     Raises:
-        DataError: names the example that cannot be read or decoded.
+        DataError: the example cannot be read or decoded; the message names it.
     """
     try:
         features = source[index]
@@ -139,7 +155,7 @@ def error_share(skip_errors: bool | float) -> float:
     """The setting `skip_errors` as the share of examples that may be unreadable.
 
     Raises:
-        ConfigError: it is no share.
+        ConfigError: the setting is no share.
     """
     if not 0 <= skip_errors < 1 and skip_errors is not True:
         raise ConfigError("skip_errors", f"is a share in [0, 1), or True for 1 %, got {skip_errors}")
@@ -166,10 +182,10 @@ def check_example(preprocess: Preprocess, spec: Spec, num_classes: int, path: st
     """What preprocessing makes of an example: an image for the model, and labels for the loss.
 
     Args:
-        preprocess: parsed from the setting at `path`.
-        spec: as `example_spec` gives it.
-        num_classes: of the model.
-        path: for errors.
+        preprocess: preprocessing parsed from the setting at `path`.
+        spec: shape and dtype of each array of an example, from `example_spec`.
+        num_classes: width of the model's head.
+        path: name of the setting, for errors.
 
     Returns:
         The shape of an image, [y x c].
@@ -194,13 +210,13 @@ class Pipeline:
     """Batches of one source, for one process of a run.
 
     Attributes:
-        config: `config.input`, or an evaluator's.
-        source: the raw examples.
-        preprocess: parsed `pp`.
-        rows: rows of a global batch that this process loads, see `dist.local_rows`.
+        config: the block `config.input`, or that of an evaluator.
+        source: source of the raw examples.
+        preprocess: preprocessing parsed from the block's string.
+        rows: numbers of the rows of a global batch that this process loads, see `dist.local_rows`.
     """
 
-    config: InputConfig
+    config: LoaderConfig
     source: Source
     preprocess: Preprocess
     rows: np.ndarray
@@ -209,6 +225,11 @@ class Pipeline:
         if self.config.repeats > 1 and not self._order.steps_per_epoch:
             raise ConfigError("config.input.repeats", f"needs an epoch of at least a batch of {self.config.batch_size} "
                               f"after rounding to 256 examples, and there are {len(self.source)}; leave it at 1")
+
+    @functools.cached_property
+    def spec(self) -> Spec:
+        """Shape and dtype of each array of an example as the host delivers it; the first one is read for it, once."""
+        return example_spec(self.source, self.preprocess, self.config.skip_errors)
 
     @property
     def _order(self) -> RepeatedOrder:
@@ -244,8 +265,7 @@ class Pipeline:
 
     def _batches(self, order: grain.MapDataset, seed: int, start_step: int, total_steps: int) -> Batches:
         cfg = self.config
-        spec = example_spec(self.source, self.preprocess, cfg.skip_errors)
-        loader = Loader(self.source, self.preprocess, spec, cfg.skip_errors)
+        loader = Loader(self.source, self.preprocess, self.spec, cfg.skip_errors)
         examples = order.random_map(loader, seed=seed)
         batches = Rows(examples, self.rows, cfg.batch_size, total_steps).batch(len(self.rows))[start_step:]
         if not len(batches):
@@ -270,12 +290,12 @@ def check_workers(config: InputConfig, spec: Spec, rows: int) -> None:
     """Refuse more worker processes than the machine's shared memory can pass batches of.
 
     Args:
-        config: `config.input`.
-        spec: of an example.
-        rows: of a batch that this process loads.
+        config: the block `config.input`.
+        spec: shape and dtype of each array of an example.
+        rows: number of rows of a batch that this process loads.
 
     Raises:
-        ConfigError: names what is needed, and what there is.
+        ConfigError: the shared memory is too small; the message says how much is needed, and how much there is.
     """
     if not config.num_workers or not os.path.isdir(SHARED):
         return
@@ -306,10 +326,10 @@ def to_device(batches: Batches, rows: np.ndarray, sharding: NamedSharding, batch
 
     Args:
         batches: this process's rows of each batch, as `Pipeline` yields them; closed with this generator.
-        rows: which rows these are.
-        sharding: of a batch.
-        batch_size: rows of a global batch.
-        ahead: batches sent before they are asked for.
+        rows: numbers of these rows in a global batch.
+        sharding: sharding of a global batch.
+        batch_size: number of rows of a global batch.
+        ahead: number of batches sent before they are asked for.
     """
     sent: collections.deque[dict[str, jax.Array]] = collections.deque()
     with contextlib.closing(batches):

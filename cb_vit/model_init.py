@@ -9,10 +9,10 @@ import jax
 
 from cb_vit import datasets, dist, models
 from cb_vit.checkpoint import in_loop_layout
-from cb_vit.config import ConfigError
+from cb_vit.config import ConfigError, at
 from cb_vit.datasets import labels
 from cb_vit.experiment import Experiment
-from cb_vit.settings import TrainConfig
+from cb_vit.settings import Settings
 from cb_vit.train_state import TrainState
 from cb_vit.tree import first_match, flatten_with_names, map_with_names
 from cb_vit.weights import LoadConfig, Weights, open_weights
@@ -21,21 +21,26 @@ from cb_vit.weights.loading import compare, with_channels
 logger = logging.getLogger(__name__)
 
 
-def open_init(cfg: TrainConfig) -> Weights:
+def open_init(settings: Settings) -> Weights:
     """The parameters that `config.model_init` names.
 
     Raises:
-        ConfigError: there are none, or they cannot be read.
+        ConfigError: there are no parameters there, or they cannot be read.
     """
-    load = cfg.model_load or LoadConfig()
-    return open_weights(cfg.model_init, "config.model_init", params=load.params, key=load.key, prefix=load.prefix)
+    load = settings.model_load or LoadConfig()
+    return open_weights(settings.model_init, "config.model_init", params=load.params, key=load.key,
+                        prefix=load.prefix)
 
 
-def begin_from(run: Experiment, weights: Weights) -> tuple[TrainState, dict[str, Any]]:
-    """The state before the first step, with parameters of another model, and a note of where they are from.
+def fit(run: Experiment, weights: Weights) -> Callable[[], tuple[TrainState, dict[str, Any]]]:
+    """Fit parameters of another model to a run, by their shapes alone.
+
+    Returns:
+        A function that reads the parameters, and makes the state before the first step and a note of where its
+        parameters are from.
 
     Raises:
-        ConfigError: they do not fit, or cannot be read.
+        ConfigError: the parameters do not fit; what cannot be read shows only when they are read.
     """
     merge, lines, weights = _fit(run, weights)
     own, everywhere = dict(flatten_with_names(in_loop_layout(run.shapes.params))[0]), dist.replicated(run.mesh)
@@ -44,42 +49,28 @@ def begin_from(run: Experiment, weights: Weights) -> tuple[TrainState, dict[str,
         fits = name in own and own[name].shape == leaf.shape
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own[name].sharding if fits else everywhere)
 
-    loaded = weights.read(map_with_names(place, weights.shapes))
-    for line in (*weights.notes, *lines):
-        logger.info("parameters of %s: %s", weights, line)
-    taken = (run.cfg.model_load or LoadConfig()).params
-    note = {"path": weights.path, "step": weights.step, "params": taken, "report": [*weights.notes, *lines]}
-    return run.create_state(merge, loaded), {"model_init": note}
+    def begin() -> tuple[TrainState, dict[str, Any]]:
+        loaded = weights.read(map_with_names(place, weights.shapes))
+        for line in (*weights.notes, *lines):
+            logger.info("parameters of %s: %s", weights, line)
+        taken = (run.settings.model_load or LoadConfig()).params
+        note = {"path": weights.path, "step": weights.step, "params": taken, "report": [*weights.notes, *lines]}
+        return run.create_state(merge, loaded), {"model_init": note}
 
-
-def _for_images(run: Experiment, weights: Weights) -> Weights:
-    """The same for as many channels as the run's images have."""
-    try:
-        return with_channels(weights, run.example_spec["image"][0][-1])
-    except ConfigError as error:
-        raise ConfigError("config.model_init", error.message) from None
-
-
-def check_fit(run: Experiment, weights: Weights) -> None:
-    """Refuse parameters that are of another model than the run's, by their shapes alone.
-
-    Raises:
-        ConfigError: names what does not fit.
-    """
-    _fit(run, weights)
+    return begin
 
 
 def _fit(run: Experiment, weights: Weights) -> tuple[Callable[[Any, Any], Any], list[str], Weights]:
     """(initial parameters, loaded ones) → parameters; what becomes of each array; and the weights to load."""
-    weights = _for_images(run, weights)
-    module, cfg, load = models.get(run.cfg.model_name), run.settings.model, run.cfg.model_load or LoadConfig()
+    settings, image_shape = run.settings, run.example_spec["image"][0]
+    with at("config.model_init"):
+        weights = with_channels(weights, image_shape[-1])
+    module, cfg, load = models.get(settings.model_name), settings.model, settings.model_load or LoadConfig()
     other, said = _compare_classes(run, weights)
-    own = run.settings.preprocess.normalisation(run.example_spec["image"][0][-1])
+    own = settings.input.pp.normalisation(image_shape[-1])
     anew = first_match("embedding/kernel", [(regex, True) for regex in load.dont_load], False)
-    try:
+    with at("config.model_init"):
         trained = own if anew else weights.known_normalisation()
-    except ConfigError as error:
-        raise ConfigError("config.model_init", error.message) from None
     folds = len(trained.mean) == len(own.mean) and not own.same(trained)
     lines = ["embedding: normalised pixels mean something else here, which is folded into it"] * folds
     lines += [*compare(weights.model.config, cfg), *said]
@@ -87,7 +78,7 @@ def _fit(run: Experiment, weights: Weights) -> tuple[Callable[[Any, Any], Any], 
     def merge(init: Any, loaded: Any) -> tuple[Any, Any]:
         return module.merge(
             init, own.fold(loaded, trained) if folds else loaded, cfg, load.dont_load,
-            load.posemb_resize, image_size=run.example_spec["image"][0][:2], loaded_grid=weights.grid,
+            load.posemb_resize, image_size=image_shape[:2], loaded_grid=weights.grid,
             other_classes=other)
 
     try:

@@ -33,12 +33,12 @@ class Prediction:
     """What a model says of one file.
 
     Attributes:
-        path: of the file.
-        error: why it could not be read; None: it was, and the rest is there.
-        image: as the model saw it, before its pixels were normalised.
-        classes: the most probable first.
-        probabilities: softmax over all classes, of these.
-        maps: where it looked, as `View.maps` has it.
+        path: path of the file.
+        error: reason why the file could not be read; None: it was, and the rest is there.
+        image: image as the model saw it, before its pixels were normalised.
+        classes: numbers of the most probable classes, the most probable first.
+        probabilities: probabilities of these classes, by a softmax over all.
+        maps: attention maps, as `View.maps` gives them; None: none were asked for.
     """
 
     path: str
@@ -53,15 +53,15 @@ class Predictor:
     """A model that takes image files.
 
     Args:
-        weights: the model's; its parameters are read when prediction begins.
-        preprocess: from `preprocessing`.
-        top: how many classes to name, at most all.
-        layers: blocks (from 0) whose attention is looked at; None: no attention maps.
-        rollout: look at attention rollout too.
+        weights: the model, whose parameters are read when prediction begins.
+        preprocess: preprocessing, from the function `preprocessing`.
+        top: number of classes to name, at most all.
+        layers: numbers (from 0) of the blocks whose attention is looked at; None: no attention maps.
+        rollout: whether attention rollout is looked at too.
 
     Attributes:
-        image_shape: of the images that the model is given, [y x c].
-        view: the attention maps that are made; None: none.
+        image_shape: shape of the images that the model is given, [y x c].
+        view: description of the attention maps that are made; None: none are.
 
     Raises:
         ConfigError: the model does not classify, or cannot take the images that `preprocess` makes.
@@ -82,8 +82,8 @@ class Predictor:
         """One prediction for each file, in their order; what cannot be read has an `error`.
 
         Args:
-            paths: of image files.
-            batch_size: images at once; the last batch is filled up, so that one size is compiled.
+            paths: paths of image files.
+            batch_size: number of images at once; the last batch is filled up, so that one size is compiled.
 
         Raises:
             Failure: the model's output is not finite.
@@ -140,15 +140,15 @@ def _finish(batch: list[Prediction], outputs: Any) -> Iterator[Prediction]:
 
 
 def preprocessing(weights: Weights, pp: str | None = None) -> Preprocess:
-    """From a file's bytes to the model's images.
+    """The preprocessing that takes a file's bytes to the model's images.
 
     Args:
-        weights: whose model it is for.
-        pp: what is to be done instead of what the weights say. It may leave out to decode; if it leaves out to
-            normalise, that is done as in training.
+        weights: the model that the images are for.
+        pp: preprocessing string to use in place of what the weights say. It may leave out decoding; if it leaves out
+            normalising, that is done as in training.
 
     Raises:
-        ConfigError: the string is wrong, or something is not known of the model.
+        ConfigError: the string is wrong, or what it takes to make it is not known of the model.
     """
     text = weights.pp if pp is None else pp
     if text is None and weights.normalisation is not None:

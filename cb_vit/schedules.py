@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float32, Integer
 
-from cb_vit.config import ConfigError, Duration
+from cb_vit.config import ConfigError, Duration, at
 
 Step = Integer[ArrayLike, ""]
 Schedule = Callable[[Step], Float32[Array, ""]]
@@ -153,10 +153,8 @@ def create(
         duration = getattr(cfg, name)
         if duration is None:
             return default
-        try:
+        with at(f"{path}.{name}_{duration.unit}"):
             return duration.steps(batch_size, examples, total_steps)
-        except ConfigError as error:
-            raise ConfigError(f"{path}.{name}_{duration.unit}", error.message) from None
 
     numbers = Numbers(
         total_steps, steps("warmup"), steps("cooldown"), steps("timescale", default=10_000), steps("shift"), **ends)

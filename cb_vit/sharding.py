@@ -23,6 +23,7 @@ from cb_vit.tree import check_rules, first_match, map_with_names
 Tree = Any
 Spec = list[Any]  # one entry an array axis: None, a mesh axis, or a tuple of them
 Rule = Callable[[Spec, jax.ShapeDtypeStruct, Mesh], Spec]
+Strategy = tuple[tuple[str, tuple[Rule, ...]], ...]  # regexes of names, and the rules of each
 RULES: Registry[Callable[..., Rule]] = Registry("sharding rule")
 
 
@@ -83,7 +84,7 @@ def _axis_size(mesh: Mesh, axis: str | tuple[str, ...]) -> int:
     return int(np.prod([mesh.shape[name] for name in axes]))
 
 
-def parse_strategy(strategy: Sequence[tuple[str, str]], path: str) -> list[tuple[str, list[Rule]]]:
+def parse_strategy(strategy: Sequence[tuple[str, str]], path: str) -> Strategy:
     """Read (regex, "rule|rule") pairs.
 
     Args:
@@ -93,19 +94,19 @@ def parse_strategy(strategy: Sequence[tuple[str, str]], path: str) -> list[tuple
     Raises:
         ConfigError: at `path`, when a rule is unknown or its arguments do not fit.
     """
-    return [(regex, [call.bind(RULES.pick(call.name, f"{path}[{i}]"), f"{path}[{i}]")
-                     for call in parse_calls(text, f"{path}[{i}]")])
-            for i, (regex, text) in enumerate(strategy)]
+    return tuple((regex, tuple(call.bind(RULES.pick(call.name, f"{path}[{i}]"), f"{path}[{i}]")
+                               for call in parse_calls(text, f"{path}[{i}]")))
+                 for i, (regex, text) in enumerate(strategy))
 
 
-def infer(tree: Tree, strategy: Sequence[tuple[str, str]], mesh: Mesh, path: str = "config.sharding_strategy",
+def infer(tree: Tree, strategy: Strategy, mesh: Mesh, path: str = "config.sharding_strategy",
           partial: bool = False) -> Tree:
     """The sharding of every leaf.
 
     Args:
         tree: shapes of the state, `jax.ShapeDtypeStruct` leaves.
-        strategy: (regex, rules) pairs; a leaf that none matches is replicated.
-        mesh: the run's device mesh.
+        strategy: as `parse_strategy` gives it; a leaf that no regex matches is replicated.
+        mesh: the run's mesh.
         path: where the strategy stands in the config, for errors.
         partial: whether `tree` is only part of a state, so that some regexes may match nothing.
 
@@ -115,14 +116,13 @@ def infer(tree: Tree, strategy: Sequence[tuple[str, str]], mesh: Mesh, path: str
     Raises:
         ConfigError: a regex matches nothing, or a rule does not fit its leaf.
     """
-    rules = parse_strategy(strategy, path)
     if not partial:
-        check_rules(rules, tree, path)
+        check_rules(strategy, tree, path)
 
     def shard(name: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         spec: Spec = [None] * len(leaf.shape)
         try:
-            for rule in first_match(name, rules, default=[]):
+            for rule in first_match(name, strategy, default=()):
                 spec = rule(spec, leaf, mesh)
             used = [name for axes in spec if axes is not None for name in ((axes,) if isinstance(axes, str) else axes)]
             if twice := [name for name in mesh.shape if used.count(name) > 1]:
@@ -137,17 +137,19 @@ def infer(tree: Tree, strategy: Sequence[tuple[str, str]], mesh: Mesh, path: str
     return map_with_names(shard, tree)
 
 
-def place(params: Tree, strategy: Sequence[tuple[str, str]], mesh: Mesh) -> Tree:
+def place(params: Tree, strategy: Strategy | Sequence[tuple[str, str]], mesh: Mesh) -> Tree:
     """Where the rules of a run put parameters alone, of whatever model: their shapes, with shardings.
 
     Args:
         params: shapes of parameters, without the "params/" that names in a state have.
-        strategy: (regex, rules) pairs; a leaf that none matches is replicated.
-        mesh: the run's device mesh.
+        strategy: as for `infer`, or in the words of `config.sharding_strategy`.
+        mesh: the run's mesh.
 
     Raises:
         ConfigError: a rule does not fit its leaf.
     """
+    if any(isinstance(rules, str) for _, rules in strategy):
+        strategy = parse_strategy(strategy, "strategy")
     # Named as in a state, so that its rules serve; those of the optimiser find nothing here.
     where = infer({"params": params}, strategy, mesh, partial=True)["params"]
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

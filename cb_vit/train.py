@@ -32,6 +32,7 @@ from cb_vit.monitor.profiling import Profiler
 from cb_vit.monitor.timing import Chrono, memory_stats, peak_flops, speed_text
 from cb_vit.settings import check
 from cb_vit.skip_errors import Judge
+from cb_vit.stream import check_hosts, stream_of
 from cb_vit.train_state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -47,11 +48,11 @@ def train_and_evaluate(
     """Train as `config` says, from scratch or from where `workdir` stands.
 
     Args:
-        config: see `settings.TrainConfig`.
+        config: the settings of the run, see `settings.Settings`.
         workdir: the run's folder, local or in a bucket.
 
     Returns:
-        `step`, how many steps are complete, and the last value of every metric recorded (on the first process;
+        `step`, the number of complete steps, and the last value of every metric recorded (on the first process;
         elsewhere only `step`).
 
     Raises:
@@ -65,10 +66,10 @@ def train_and_evaluate(
     dist.together(lambda: workdir_lib.check_writable(workdir))
     dist.together(lambda: workdir_lib.check_contents(workdir))
     primary = jax.process_index() == 0
-    dist.together(lambda: check_login(settings.train) if primary else None)
+    dist.together(lambda: check_login(settings) if primary else None)
     run = startup.build(settings, workdir)
-    evals = startup.build_evaluators(run)
-    startup.check_hosts(run, evals)
+    evals = run.open_evaluators()
+    check_hosts(run, evals)
     with contextlib.ExitStack() as stack:
         dist.together(lambda: stack.enter_context(workdir_lib.lock(workdir, primary)))
         stack.enter_context(run.active_mesh())
@@ -78,17 +79,17 @@ def train_and_evaluate(
         logger.info("%s", run)
         state, meta = startup.restore_or_create(run, workdir, checkpointer)
         writer = stack.enter_context(dist.together(lambda: MetricWriter(
-            workdir, settings.train, resume_step=checkpointer.latest_step(), run_config=settings.raw,
+            workdir, settings, resume_step=checkpointer.latest_step(), run_config=settings.raw,
             primary=primary)))
-        notes = startup.run_notes(run, evals, meta.get("model_init"))
+        notes = run.notes(evals, meta.get("model_init"))
         dist.together(lambda: workdir_lib.write_notes(workdir, settings.raw, notes) if primary else None)
-        chrono = Chrono(run.total_steps, run.cfg.input.batch_size, devices=run.mesh.devices.ravel().tolist(),
+        chrono = Chrono(run.total_steps, run.settings.input.batch_size, devices=run.mesh.devices.ravel().tolist(),
                         examples_per_epoch=run.pipeline.examples_per_epoch)
         if "chrono" in meta:
             chrono.restore(meta["chrono"])
-        profiler = stack.enter_context(Profiler(run.cfg.profile, workdir, primary))
+        profiler = stack.enter_context(Profiler(run.settings.profile, workdir, primary))
         stop = stack.enter_context(stop_signal(checkpointer))
-        judge = Judge(run.pipeline, "config.input.skip_errors", run.cfg.seed, **meta.get("errors", {}))
+        judge = Judge(run.pipeline, "config.input.skip_errors", run.settings.seed, **meta.get("errors", {}))
         loop = Loop(run, evals, checkpointer, writer, chrono, profiler, stop, judge, meta.get("examples_skipped", 0),
                     meta.get("model_init"))
         state = loop.run(state)
@@ -100,16 +101,16 @@ class Loop:
     """The loop and what it talks to.
 
     Attributes:
-        experiment: model, data, optimiser, mesh.
+        experiment: the parts of the run: model, data, optimiser, mesh.
         evals: evaluators by name.
-        checkpointer: of the run's own workdir.
-        writer: of metrics.
-        chrono: times the run.
-        profiler: traces some steps.
-        stop: at every step, in turn: whether to save and end there.
-        judge: of the unreadable examples of the present epoch.
-        examples_skipped: those met since the run began.
-        model_init: where its first parameters came from, as `startup.begin_from` has it.
+        checkpointer: checkpoints of the run's own workdir.
+        writer: writer of the metrics.
+        chrono: clock of the run.
+        profiler: profiler that traces some of the steps.
+        stop: function asked at every step, in order: whether to save and end there.
+        judge: judge of whether too many examples of the present epoch are unreadable.
+        examples_skipped: number of unreadable examples met since the run began.
+        model_init: note on where the first parameters came from, as `model_init.fit` gives it; None: they were drawn.
     """
 
     experiment: Experiment
@@ -125,19 +126,19 @@ class Loop:
 
     def __post_init__(self):
         run = self.experiment
-        self.log_steps = run.steps(run.cfg.log_training, "log_training")
-        self.ckpt_steps = run.steps(run.cfg.ckpt, "ckpt")
+        self.log_steps = run.steps(run.settings.log_training, "log_training")
+        self.ckpt_steps = run.steps(run.settings.ckpt, "ckpt")
         self.eval_steps = {name: run.steps(evaluator.config.log, f"evals.{name}.log")
                            for name, evaluator in self.evals.items()}
         self.lr_names = experiment.label_regexes(run.schedules)
-        self.stream = startup.stream(run)
+        self.stream = stream_of(run)
 
     def run(self, state: TrainState) -> TrainState:
         """Train to the last step, or to where the run is told to stop."""
         first, total = int(state.step), self.experiment.total_steps
         train_step = self._compile() if first < total else None
         teacher = self.experiment.read_teacher()
-        metrics = None  # of the last step, until they are logged
+        metrics = None  # those of the last step, until they are logged
         self.chrono.start(first)
         with contextlib.closing(self._batches(first)) as batches:
             for step in range(first, total + 1):
@@ -172,7 +173,7 @@ class Loop:
         return compiled
 
     def _batches(self, first: int) -> Generator[dict[str, jax.Array], None, None]:
-        run, cfg = self.experiment, self.experiment.cfg
+        run, cfg = self.experiment, self.experiment.settings
         return to_device(run.pipeline.train(cfg.seed, first, run.total_steps), run.pipeline.rows, run.batch_sharding,
                          cfg.input.batch_size, cfg.input.prefetch)
 
@@ -191,7 +192,7 @@ class Loop:
 
     def _judges(self, names: list[str]) -> bool:
         """Whether one of these evaluators measures what `keep_best` goes by: what it finds may be worth keeping."""
-        best = self.experiment.cfg.keep_best
+        best = self.experiment.settings.keep_best
         return best is not None and any(
             best.metric.removeprefix(EMA).startswith(self.evals[name].config.prefix) for name in names)
 
@@ -205,10 +206,10 @@ class Loop:
         if not self._due(step, self.log_steps):
             return
         run = self.experiment
-        rate = cb_optax.peak_lr(run.cfg, run.cfg.input.batch_size)
+        rate = cb_optax.peak_lr(run.settings, run.settings.input.batch_size)
         # `step` is the number of updates made; the schedule of the last of them was that of step - 1.
         values |= {self.lr_names[regex]: rate * float(s(step - 1)) for regex, s in run.schedules.items()}
-        if run.cfg.input.skip_errors:
+        if run.settings.input.skip_errors:
             values["examples_skipped"] = self.examples_skipped
         values |= self.chrono.measure(step) | memory_stats(jax.local_devices()[0])
         self.writer.write(step, values)
@@ -243,7 +244,7 @@ class Loop:
             self.writer.flush()
             meta = {"chrono": self.chrono.state(), "examples_skipped": self.examples_skipped,
                     "errors": self.judge.state(), "model_init": self.model_init, "stream": self.stream,
-                    "lamb_fused_qkv": self.experiment.cfg.lamb_fused_qkv is not False}
+                    "lamb_fused_qkv": self.experiment.settings.lamb_fused_qkv is not False}
             self.checkpointer.save(state, meta, scores)
 
     def _say_goodbye(self, step: int, first: int, stopping: bool) -> None:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -125,12 +125,12 @@ def create(
     return jax.jit(lambda *args: begin(init(*args), tx, ema), out_shardings=shardings)(*args)
 
 
-def state_shardings(shapes: TrainState, strategy: Sequence[tuple[str, str]], mesh: Mesh) -> TrainState:
+def state_shardings(shapes: TrainState, strategy: sharding.Strategy, mesh: Mesh) -> TrainState:
     """Where every leaf of the state lives.
 
     Args:
         shapes: shapes of the state, as `state_shapes` gives them.
-        strategy: the pairs (regex, rules) of `config.sharding_strategy`.
+        strategy: `config.sharding_strategy`, parsed.
         mesh: the run's device mesh.
     """
     return sharding.infer(shapes, strategy, mesh)

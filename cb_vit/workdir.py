@@ -80,7 +80,7 @@ def check_contents(workdir: str | os.PathLike) -> None:
     """Refuse a local workdir in which something else is in the place of what a run keeps there.
 
     Raises:
-        ConfigError: a file or folder of the run is something else, or may not be used; names it.
+        ConfigError: a file or folder of the run is something else, or may not be used; the message names it.
         Failure: one of `NOTES` cannot be read.
     """
     for name, (kind, access) in CONTENTS.items() if io.is_local(workdir) else ():
@@ -151,6 +151,12 @@ def class_names(run: Mapping[str, Any], workdir: str | os.PathLike) -> tuple[str
     return pad(names, count)
 
 
+def recorded_classes(workdir: str | os.PathLike) -> tuple[str, ...] | None:
+    """The names of the head's classes in the `run.json` of a run; None: not known."""
+    notes = read_run(workdir)
+    return notes and class_names(notes, workdir)
+
+
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two nested configs, a line each."""
     return [f"config.{key}: {was} -> {now}" for key, was, now in differences(old, new)]
@@ -215,7 +221,7 @@ def run_notes(
 
     Args:
         model_name: name of the model's module, as in `config.model_name`.
-        model: the model's resolved settings, a dataclass.
+        model: resolved settings of the model, a dataclass.
         num_classes: width of the head; None: no head.
         class_names: names of the head's classes; None: not known.
         image_shape: shape of the images in training, [y x c].

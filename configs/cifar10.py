@@ -11,7 +11,4 @@ import configs.common as c
 def get_config(arg=None):
     """Arguments: variant, context (none, cb, cb_s), epochs, data_dir of TFDS, or root of image folders."""
     arg = c.parse_arg(arg, variant="Ti/4", context="cb", epochs=200.0, data_dir="", root="")
-    config = c.small(arg, "cifar10", batch_size=256, pp="decode|random_crop(32, padding=4)|flip_lr",
-                     classes=10, test="test")
-    config.model.dtype_mm = "bfloat16"
-    return config
+    return c.small(arg, "cifar10", classes=10, test="test", crop="decode|random_crop(32, padding=4)|flip_lr")

@@ -22,35 +22,18 @@ def get_config(arg=None):
                       classes=1000, data_dir="", root="")
     size, lr, drop_path = SIZES.get(arg.variant.partition("/")[0], SIZES["S"])
     size = arg.size or size
-    config = c.base()
-    config.total_epochs = arg.epochs
-    config.num_classes = arg.classes
-    config.loss = "bce"
-
-    imagenet = dict(name="imagenet2012", data_dir=arg.data_dir, root=arg.root)
-    config.input.data = c.data(split="train", **imagenet)
-    config.input.batch_size = arg.batch_size
-    config.input.repeats = 3
-    config.input.virtual_ranks = c.ranks(arg.batch_size, 8)
     crop = "simple_random_crop" if arg.simple_crop else "inception_crop"
-    config.input.pp = (f"decode|{crop}({size})|flip_lr|three_augment|color_jitter(0.3, 0.3, 0.3)|"
-                       f"{c.normalise(arg.classes)}")
-    config.mixup.update(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5)
-
-    config.model_name = "vit"
-    config.model.update(variant=arg.variant, context=arg.context, pool_type="tok", drop_path=drop_path,
-                        drop_path_schedule="constant", layer_scale=1e-4, gelu="erf", init="deit", dtype_mm="bfloat16")
-
+    config = c.deit(arg, test="val" if arg.root else "validation", crop=f"decode|{crop}({size})|flip_lr",
+                    augment="three_augment|color_jitter(0.3, 0.3, 0.3)", evaluation=c.centre(size, 1.0))
+    config.loss = "bce"
+    config.label_smoothing = 0.0
+    config.input.virtual_ranks = c.ranks(arg.batch_size, 8)
+    del config.random_erasing, config.ema
+    config.model.update(drop_path=drop_path, drop_path_schedule="constant", layer_scale=1e-4)
     config.lr = lr
-    config.weight_decay = 0.05
+    del config.lr_reference_batch
     config.grad_clip_norm = 1.0
     config.optax_name = "scale_by_lamb"
-    config.schedule = c.schedule(decay_type="deit", warmup_epochs=5.0, warmup_lr=1e-6, min_lr=1e-5)
-
-    config.log_training_steps = 50
-    config.ckpt_epochs = 1.0
+    config.schedule.decay_type = "deit"
     config.keep_ckpt_epochs = 100.0
-    config.evals.val = c.classification(
-        data=c.data(split="val" if arg.root else "validation", **imagenet), log_epochs=5.0,
-        pp_fn=c.evaluation(size, 1.0, c.normalise(arg.classes)))
     return config

@@ -12,8 +12,8 @@ def get_config(arg=None):
     """Arguments: variant, context (none, cb, cb_s), epochs, data_dir of TFDS, or root of the four files that
     it is published as."""
     arg = c.parse_arg(arg, variant="nano/4", context="cb", epochs=30.0, data_dir="", root="")
-    config = c.small(arg, "fashion_mnist", batch_size=256, pp="decode|random_crop(28, padding=2)|flip_lr",
-                     classes=10, test="test")
+    config = c.small(arg, "fashion_mnist", classes=10, test="test", crop="decode|random_crop(28, padding=2)|flip_lr")
+    config.model.dtype_mm = "float32"  # made for a CPU
     if arg.root:
         config.input.data.name = config.evals.val.data.name = "idx"
     return config

@@ -20,38 +20,15 @@ def get_config(arg=None):
                       root="")
     if not arg.init:
         raise ValueError("argument init is not set: which run to begin from, as in :init=runs/deit_s16")
-    config = c.base()
-    config.total_epochs = arg.epochs
-    config.num_classes = arg.classes
-    config.loss = "softmax_xent"
-    config.label_smoothing = 0.1
+    test = arg.test or ("val" if arg.root else "validation" if arg.dataset == "imagenet2012" else "test")
+    config = c.deit(arg, name=arg.dataset, test=test, crop=f"decode|inception_crop({arg.size})|flip_lr",
+                    evaluation=c.centre(arg.size, 0.875))
     config.model_init = arg.init
-
-    source = dict(name=arg.dataset, data_dir=arg.data_dir, root=arg.root)
-    config.input.data = c.data(split="train", **source)
-    config.input.batch_size = arg.batch_size
-    config.input.virtual_ranks = c.ranks(arg.batch_size, 4)
     config.input.repeats = 3 if arg.dataset == "imagenet2012" else 1
-    config.input.pp = (f"decode|inception_crop({arg.size})|flip_lr|randaug('rand-m9-mstd0.5-inc1')|"
-                       f"{c.normalise(arg.classes)}")
-    config.mixup.update(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5)
-    config.random_erasing.update(prob=0.25, mode="pixel")
-
-    config.model_name = "vit"
-    config.model.update(variant=arg.variant, context=arg.context, pool_type="tok", drop_path=0.1, gelu="erf",
-                        init="deit", dtype_mm="bfloat16")
-
     config.lr = arg.lr
-    config.lr_reference_batch = 512
     config.layer_decay = arg.layer_decay
     config.weight_decay = 1e-8
-    config.optax_name = "scale_by_adam"
-    config.schedule = c.schedule(decay_type=arg.decay, warmup_epochs=min(5.0, arg.epochs / 6), warmup_lr=1e-6)
-
-    config.log_training_steps = 50
-    config.ckpt_epochs = 1.0
-    test = arg.test or ("val" if arg.root else "validation" if arg.dataset == "imagenet2012" else "test")
-    config.evals.val = c.classification(
-        data=c.data(split=test, **source), log_epochs=1.0,
-        pp_fn=c.evaluation(arg.size, 0.875, c.normalise(arg.classes)))
+    config.schedule = dict(decay_type=arg.decay, warmup_epochs=min(5.0, arg.epochs / 6), warmup_lr=1e-6)
+    del config.ema
+    config.evals.val.log_epochs = 1.0
     return config

@@ -12,8 +12,5 @@ def get_config(arg=None):
     """Arguments: variant, context (none, cb, cb_s), epochs, size in pixels, data_dir of TFDS, or root of image folders
     (train, val)."""
     arg = c.parse_arg(arg, variant="Ti/16", context="cb", epochs=200.0, size=160, data_dir="", root="")
-    config = c.small(arg, "imagenette/320px-v2", batch_size=256, pp=f"decode|inception_crop({arg.size})|flip_lr",
-                     classes=10, test="val" if arg.root else "validation")
-    config.evals.val.pp_fn = c.evaluation(arg.size, 0.875, c.normalise(10))
-    config.model.dtype_mm = "bfloat16"
-    return config
+    return c.small(arg, "imagenette/320px-v2", classes=10, test="val" if arg.root else "validation",
+                   crop=f"decode|inception_crop({arg.size})|flip_lr", evaluation=c.centre(arg.size, 0.875))

@@ -318,7 +318,7 @@ def test_what_boxes_are_filled_with():
 
 
 def test_noise_is_normal_and_independent():
-    first, second = (np.asarray(augment._normal(jax.random.key(seed), (8, 64, 64, 3))) for seed in (0, 1))
+    first, second = (np.asarray(augment.normal_noise(jax.random.key(seed), (8, 64, 64, 3))) for seed in (0, 1))
     n = first.size
     assert stats.kstest(first.ravel(), stats.norm.cdf).pvalue > LEVEL
     assert np.isfinite(first).all() and 4.2 < np.abs(first).max() < 6

@@ -17,8 +17,9 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from cb_vit import damage, experiment, io, retry
+from cb_vit import checkpoint, checkpoint_reading, damage, experiment, io, retry
 from cb_vit.checkpoint import Checkpointer, KeepBest, saved_steps
+from cb_vit.checkpoint_arrays import checksums
 from cb_vit.checkpoint_reading import Mismatch
 from cb_vit.config import ConfigError, Failure
 from cb_vit.damage import Unreadable
@@ -27,9 +28,6 @@ from cb_vit.models.common import to_loop, to_scan
 from cb_vit.settings import check
 from cb_vit.train_state import TrainState
 from cb_vit.tree import flatten_with_names
-
-# Orbax leaves coroutines behind when a file cannot be read.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 FSDP = ((".*", "fsdp(axis='data', min_size_to_shard_mb=0)"),)
 TENSOR = (
@@ -193,8 +191,8 @@ def test_restore_onto_other_devices_and_shardings(tmp_path, before, after):
 def test_blocks_taken_out_of_a_scanned_stack_keep_their_sharding(tmp_path, monkeypatch):
     """No device ever holds a whole copy of a sharded parameter, saving or restoring."""
     run, saved = build(**LAYOUTS["scan fsdp"]), []
-    from cb_vit import checkpoint_arrays as arrays
-    monkeypatch.setattr(arrays, "_checksum", lambda leaf, f=arrays._checksum: saved.append(leaf) or f(leaf))
+    for module in (checkpoint, checkpoint_reading):
+        monkeypatch.setattr(module, "checksums", lambda tree: saved.extend(jax.tree.leaves(tree)) or checksums(tree))
     save(run, tmp_path, 1)
     restore(run, tmp_path)
     kernels = [leaf for leaf in saved if leaf.shape == (16, 32)]
@@ -578,9 +576,7 @@ def test_parameters_that_are_not_there_or_damaged(tmp_path, run, monkeypatch):
         with pytest.raises(ConfigError, match=f"step 2 in {tmp_path}/checkpoints is damaged") as error:
             checkpointer.restore_params(step, placed(shapes))
         assert "\n" not in str(error.value)
-        from cb_vit import checkpoint_arrays
-        checksum = checkpoint_arrays._checksum
-        monkeypatch.setattr(checkpoint_arrays, "_checksum", lambda leaf: checksum(leaf) ^ 1)
+        monkeypatch.setattr(checkpoint_reading, "checksums", lambda tree: [value ^ 1 for value in checksums(tree)])
         with pytest.raises(ConfigError, match="step 1 in .* is damaged .checksum of params/"):
             checkpointer.restore_params(1, placed(shapes))
         truncate(largest(tmp_path / "checkpoints" / "1" / "meta"))

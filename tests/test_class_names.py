@@ -18,12 +18,13 @@ from cb_vit.config import ConfigError
 from cb_vit.distillation import DistillationConfig, make_teacher
 from cb_vit.evaluators import common
 from cb_vit.evaluators.common import measure
+from cb_vit.model_init import fit, open_init
 from cb_vit.pp import builder
 from cb_vit.settings import check
+from cb_vit.stream import check_hosts
 from cb_vit.train import train_and_evaluate
 from cb_vit.tree import flatten_with_names
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 COLOURS = {"cat": (255, 0, 0), "dog": (0, 255, 0), "emu": (0, 0, 255)}
 
 
@@ -87,9 +88,9 @@ def test_weights_are_scored_by_names(run, animals, tmp_path):
         settings = check(config(animals / "A", evals=dict(val=val(root, **data))))
         state = startup.TrainState(jnp.int32(0), found.read(), (), jnp.bool_(True))
         predict = lambda state, images: found.model.apply({"params": state.params}, images)  # noqa: E731
-        evaluator = common.build("val", settings.evals["val"], predict_fn=predict, state_shapes=state,
-                                 sharding=sharding, batch_size=8, num_classes=3, class_names=names)
-        return measure(evaluator, state)["val/prec@1"]
+        evals = common.open_all(settings.evals, lambda config: predict, state_shapes=state, sharding=sharding,
+                                training=settings.input, num_classes=3, class_names=names)
+        return measure(evals["val"], state)["val/prec@1"]
 
     assert score(animals / "B", found.class_names) == 1.0
     assert score(animals / "B", found.class_names, labels="index") == 0.0
@@ -205,7 +206,7 @@ def test_a_head_is_kept_only_for_its_own_classes(run, animals, tmp_path, names, 
     settings["input"] = settings["input"] | dict(data=data)
     built = startup.build(check(settings), tmp_path / "new")
     with built.active_mesh():
-        state, notes = startup.begin_from(built, startup.open_init(built.cfg))
+        state, notes = fit(built, open_init(built.settings))()
     theirs = dict(flatten_with_names(weights.open_weights(run[2], "").read())[0])
     ours = dict(flatten_with_names(state.params)[0])
     assert np.array_equal(ours["head/kernel"], theirs["head/kernel"]) == kept
@@ -247,12 +248,12 @@ def test_a_checkpoint_itself_knows_its_classes(run, animals, tmp_path):
 def test_hosts_must_have_the_same_data(run, tmp_path, monkeypatch):
     settings, _, folder = run
     built = startup.build(check(settings), folder)
-    evals = startup.build_evaluators(built)
-    startup.check_hosts(built, evals)
+    evals = built.open_evaluators()
+    check_hosts(built, evals)
     seen = []
     monkeypatch.setattr("cb_vit.dist.alike", lambda text: seen.append(text) or "cat" not in seen[-1] or len(seen) < 2)
     with pytest.raises(ConfigError, match=r"^config\.evals\.val\.data: is not the same on all hosts"):
-        startup.check_hosts(built, evals)
+        check_hosts(built, evals)
     assert "fingerprint" in seen[0]
 
 

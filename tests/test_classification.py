@@ -6,11 +6,11 @@ import pytest
 from scipy.special import log_softmax
 
 from cb_vit import dist
-from cb_vit.config import ConfigError, Duration
+from cb_vit.config import ConfigError, parse
 from cb_vit.datasets.core import DataError
 from cb_vit.evaluators import common
-from cb_vit.evaluators.classification import Config, Evaluator, batch_sums
-from cb_vit.pp import builder
+from cb_vit.evaluators.classification import Evaluator, batch_sums
+from cb_vit.input_pipeline import InputConfig, Pipeline
 from cb_vit.train_state import TrainState
 
 N = 101
@@ -43,10 +43,13 @@ def evaluate(labels, logits, devices=1, batch_size=8, broken=(), **settings):
     classes = logits.shape[1]
     mesh = dist.create_mesh([("data", -1)], devices=jax.devices()[:devices])
     pp = f"onehot({classes})"
-    config = Config(type="classification", data={}, pp_fn=pp, log=Duration(1, "steps"), batch_size=batch_size,
-                    prefix="", **settings)
-    evaluator = Evaluator(predict, config=config, source=Numbered(labels, classes, broken),
-                          preprocess=builder.build(pp, "pp_fn"), sharding=dist.batch_sharding(mesh, "data"))
+    config = common.read_evaluator(
+        BLOCK | dict(pp_fn=pp, batch_size=batch_size, prefix="", num_workers=0, num_threads=2, prefetch=2) | settings,
+        "val")
+    sharding = dist.batch_sharding(mesh, "data")
+    rows = dist.local_rows(sharding, batch_size)
+    evaluator = Evaluator(predict, config=config, sharding=sharding, pipeline=Pipeline(
+        config, Numbered(labels, classes, broken), config.pp_fn, rows))
     state = TrainState(jnp.int32(0), {"logits": jnp.asarray(logits)}, (), jnp.asarray(True))
     state = jax.device_put(state, dist.replicated(mesh))
     return dict(evaluator.run(state))
@@ -147,10 +150,11 @@ BLOCK = dict(type="classification", log_steps=5, data=dict(name="fake", split="t
 
 
 def build(**changes):
-    configs = common.parse_evals({"val": BLOCK | changes})
+    configs = {"val": common.read_evaluator(BLOCK | changes, "config.evals.val")}
+    training = parse(InputConfig, dict(data=BLOCK["data"], pp="", batch_size=16, num_threads=3))
     sharding = dist.batch_sharding(dist.create_mesh([("data", 8)]), "data")
-    return common.build("val", configs["val"], predict_fn=like_training, state_shapes=None, sharding=sharding,
-                        batch_size=16, num_classes=3)
+    return common.open_all(configs, lambda config: like_training, state_shapes=None, sharding=sharding,
+                           training=training, num_classes=3)["val"]
 
 
 def like_training(state, images):
@@ -158,7 +162,8 @@ def like_training(state, images):
     return images.reshape(-1, 32 * 32 * 3)[:, :3], {}
 
 
-def test_an_evaluator_takes_batch_size_and_prefix_from_its_surroundings():
+def test_an_evaluator_takes_from_its_surroundings_what_it_does_not_say():
+    assert (build().config.num_threads, build(num_threads=1).config.num_threads) == (3, 1)
     assert (build().config.batch_size, build().config.prefix) == (16, "val/")
     assert (build(batch_size=8, prefix="").config.batch_size, build(prefix="").config.prefix) == (8, "")
 
@@ -185,4 +190,4 @@ def test_impossible_settings_are_refused_by_name(changes, message):
 
 def test_a_block_without_a_type_is_refused():
     with pytest.raises(ConfigError, match="config.evals.val.type: required: classification"):
-        common.parse_evals({"val": {"log_steps": 1}})
+        common.read_evaluator({"log_steps": 1}, "config.evals.val")

@@ -7,7 +7,7 @@ import ml_collections
 import pytest
 from ml_collections.config_dict import placeholder
 
-from cb_vit.config import ConfigError, Duration, parse, plain, prefer_overrides, suggest
+from cb_vit.config import ConfigError, Duration, as_read, lay_over, parse, plain, suggest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,24 +165,66 @@ def durations():
     return config.lock()
 
 
+def read(config):
+    """A block of `lay_over` with its texts in place, for what no schema here reads."""
+    return {key: read(value) if isinstance(value, dict) else getattr(value, "text", value)
+            for key, value in config.items()}
+
+
 def test_a_duration_on_the_command_line_replaces_the_files_whatever_its_unit():
     config = durations()
-    config.total_steps = 7
-    config.schedule.warmup_percent = 0.5
-    prefer_overrides(config, ["total_steps", "schedule.warmup_percent", "grad_steps", "steps"])
-    assert plain(config) == dict(
-        total_epochs=None, total_steps=7, ckpt_steps=5, ckpt_epochs=None, grad_steps=2,
-        schedule=dict(warmup_epochs=None, warmup_percent=0.5, ckpt_steps=3))
+    laid = lay_over(config, [("total_steps", "7"), ("schedule.warmup_percent", "0.5"), ("steps", "1")])
+    assert read(laid) == dict(
+        total_epochs=None, total_steps="7", ckpt_steps=5, ckpt_epochs=None, grad_steps=2, steps="1",
+        schedule=dict(warmup_epochs=None, warmup_percent="0.5", ckpt_steps=3))
     assert config.is_locked
 
 
 def test_two_units_on_the_command_line_contradict_each_other():
-    config = durations()
-    config.total_steps = 7
-    prefer_overrides(config, ["total_steps", "total_epochs"])
-    assert config.total_epochs == 90.0
+    laid = lay_over(durations(), [("total_steps", "7"), ("total_epochs", "2")])
     with pytest.raises(ConfigError, match="^config.total: total_steps and total_epochs are both set; keep one$"):
-        parse(Outer, GOOD | {key: config[key] for key in ("total_steps", "total_epochs")})
+        parse(Outer, GOOD | {key: laid[key] for key in ("total_steps", "total_epochs")})
+
+
+@pytest.mark.parametrize("name, text, value", [
+    ("seed", "7", 7), ("inner.rate", "1e-3", 1e-3), ("inner.rate", "2", 2.0), ("name", "7", "7"),
+    ("name", "(1, 2)", "(1, 2)"),
+    ("flag", None, True), ("flag", "1", True), ("flag", "false", False), ("kind", "linear", "linear"), ("kind", "3", 3),
+    ("layers", "(0, 2)", (0, 2)), ("layers", "3", (3,)), ("layers", "None", None), ("pair", "('b', 2)", ("b", 2.0)),
+    ("inner", "{'size': 4}", Inner(4)), ("name", "None", "x"), ("layers", "[1]", (1,))])
+def test_a_text_is_read_as_its_field_says(name, text, value):
+    laid = lay_over(GOOD, [(name, text)])
+    found = parse(Outer, laid)
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert found == value and type(found) is type(value)
+    raw = as_read(laid)
+    for part in name.split("."):
+        raw = raw[part]
+    assert raw == (dict(size=4) if name == "inner" else None if text == "None" else value)
+
+
+@pytest.mark.parametrize("name, text, error", [
+    ("seed", "x", "config.seed: expected a whole number, got 'x'"),
+    ("seed", None, "config.seed: no value given; write --"),
+    ("seed", "1.5", "config.seed: expected a whole number, got '1.5'"), ("flag", "2", "config.flag: expected True or"),
+    ("kind", "cosin", "config.kind: unknown value 'cosin'; did you mean cosine?"),
+    ("layers", "(0, 'a')", r"config.layers[1]: expected a whole number, got 'a'"),
+    ("inner", "{'size': 4, 'rat': 1}", "config.inner.rat: unknown; did you mean rate?"),
+    ("inner.rate", "-1", "config.inner.rate: must be 0 or more, got -1.0"),
+    ("seed.x", "1", "config.seed: is 1, not a block of settings; config.seed.x cannot be set"),
+    ("inner.sise", "1", "config.inner.sise: unknown; did you mean size?")])
+def test_a_text_that_cannot_be_read_is_refused_by_name(name, text, error):
+    with pytest.raises(ConfigError) as caught:
+        parse(Outer, lay_over(GOOD, [(name, text)]))
+    assert str(caught.value).startswith(error)
+
+
+def test_what_refers_to_an_overridden_setting_follows_it():
+    config = ml_collections.ConfigDict(dict(a=1.0, b=dict(c=2)))
+    config.d, config.e = config.get_ref("a"), config.b.get_oneway_ref("c") * 2
+    laid = lay_over(config, [("a", "3"), ("b.c", "5")])
+    assert (laid["a"].text, laid["d"], laid["b"]["c"].text, laid["e"]) == ("3", 3.0, "5", 10)
 
 
 def test_a_block_of_nothing_but_none_is_not_set():

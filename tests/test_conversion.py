@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import CLASSES, DEPTH, GRID, D, F, H, P, flax_shapes, hf_shapes, random, timm_shapes
 from scipy.special import erf
 
 from cb_vit.config import ConfigError
@@ -18,7 +19,6 @@ from cb_vit.weights.containers import FormatError, Tensor
 from cb_vit.weights.dialects import big_vision, huggingface, timm
 from cb_vit.weights.dialects.conversion import convert, describe
 
-D, F, H, P, GRID, DEPTH, CLASSES = 32, 64, 4, 4, 3, 2, 5
 SIZES = dict(patch_size=P, width=D, depth=DEPTH, mlp_dim=F, num_heads=H)
 
 
@@ -34,11 +34,6 @@ def read(converted):
     return {name: tensor.read() for name, tensor in converted.params.items()}
 
 
-def random(shapes, seed=0):
-    rng = np.random.default_rng(seed)
-    return {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
-
-
 def ours(seed=0, num_classes=CLASSES, grid=(GRID, GRID), **kw):
     """Random parameters of a model of ours by name, and its config."""
     config = resolve(Config(**SIZES | kw))
@@ -52,47 +47,6 @@ def assert_same(found, expected):
     for name in expected:
         assert found[name].dtype == expected[name].dtype
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
-
-
-def timm_shapes(tokens=1, depth=DEPTH, entries=None, **more):
-    entries = tokens if entries is None else entries
-    block = {"norm1.weight": (D,), "norm1.bias": (D,), "attn.qkv.weight": (3 * D, D), "attn.qkv.bias": (3 * D,),
-             "attn.proj.weight": (D, D), "attn.proj.bias": (D,), "norm2.weight": (D,), "norm2.bias": (D,),
-             "mlp.fc1.weight": (F, D), "mlp.fc1.bias": (F,), "mlp.fc2.weight": (D, F), "mlp.fc2.bias": (D,)}
-    shapes = {"pos_embed": (1, GRID**2 + entries, D), "patch_embed.proj.weight": (D, 3, P, P),
-              "patch_embed.proj.bias": (D,), "norm.weight": (D,), "norm.bias": (D,), "head.weight": (CLASSES, D),
-              "head.bias": (CLASSES,), **{f"blocks.{i}.{k}": v for i in range(depth) for k, v in block.items()}}
-    shapes |= {"cls_token": (1, 1, D)} if tokens else {}
-    if tokens == 2:
-        shapes |= {"dist_token": (1, 1, D), "head_dist.weight": (CLASSES, D), "head_dist.bias": (CLASSES,)}
-    return shapes | more
-
-
-def hf_shapes(prefix="vit.", distilled=False, head=True, **more):
-    block = {"layernorm_before": (D,), "layernorm_after": (D,), "attention.attention.query": (D, D),
-             "attention.attention.key": (D, D), "attention.attention.value": (D, D), "attention.output.dense": (D, D),
-             "intermediate.dense": (F, D), "output.dense": (D, F)}
-    modules = {"embeddings.patch_embeddings.projection": (D, 3, P, P), "layernorm": (D,),
-               **{f"encoder.layer.{i}.{k}": v for i in range(DEPTH) for k, v in block.items()}}
-    tokens = ["cls_token"] + ["distillation_token"] * distilled
-    shapes = {"embeddings.position_embeddings": (1, GRID**2 + len(tokens), D),
-              **{f"embeddings.{token}": (1, 1, D) for token in tokens},
-              **{f"{k}.weight": v for k, v in modules.items()}, **{f"{k}.bias": v[:1] for k, v in modules.items()}}
-    shapes = {prefix + k: v for k, v in shapes.items()}
-    heads = (["cls_classifier", "distillation_classifier"] if distilled else ["classifier"]) if head else []
-    return shapes | {f"{h}.weight": (CLASSES, D) for h in heads} | {f"{h}.bias": (CLASSES,) for h in heads} | more
-
-
-def flax_shapes(attention="MultiHeadDotProductAttention_0", norm="LayerNorm_1", mlp="MlpBlock_0", **more):
-    block = {"LayerNorm_0/scale": (D,), "LayerNorm_0/bias": (D,), f"{norm}/scale": (D,), f"{norm}/bias": (D,),
-             **{f"{attention}/{part}/kernel": (D, H, D // H) for part in ("query", "key", "value")},
-             **{f"{attention}/{part}/bias": (H, D // H) for part in ("query", "key", "value")},
-             f"{attention}/out/kernel": (H, D // H, D), f"{attention}/out/bias": (D,),
-             f"{mlp}/Dense_0/kernel": (D, F), f"{mlp}/Dense_0/bias": (F,),
-             f"{mlp}/Dense_1/kernel": (F, D), f"{mlp}/Dense_1/bias": (D,)}
-    return {"embedding/kernel": (P, P, 3, D), "embedding/bias": (D,), "Transformer/encoder_norm/scale": (D,),
-            "Transformer/encoder_norm/bias": (D,), "head/kernel": (D, CLASSES), "head/bias": (CLASSES,),
-            **{f"Transformer/encoderblock_{i}/{k}": v for i in range(DEPTH) for k, v in block.items()}} | more
 
 
 AUGREG = dict(attention="MultiHeadDotProductAttention_1", norm="LayerNorm_2", mlp="MlpBlock_3")

@@ -1,23 +1,21 @@
 """Weights from one form into another: nothing is lost that the target can hold, and nothing is half-written."""
 import json
 import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_same, tool
 
 import cb_vit
 from cb_vit import startup
 from cb_vit.config import ConfigError, Failure
+from cb_vit.model_init import fit, open_init
 from cb_vit.models.vit import Model
 from cb_vit.pp.normalisation import HALF, IMAGENET, Normalisation
 from cb_vit.settings import check
-from cb_vit.tree import flatten_with_names
 from cb_vit.weights import export, export_run, open_weights
 from cb_vit.weights.containers import FormatError, write_npz, write_safetensors
 from cb_vit.weights.dialects.big_vision import to_big_vision
@@ -25,7 +23,8 @@ from cb_vit.weights.dialects.conversion import UNSEEN
 from cb_vit.weights.dialects.timm import to_timm
 from configs import debug
 
-ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore:.* assumed")  # files that do not say all of their model
+
 SIZES = dict(patch_size=4, width=16, depth=2, mlp_dim=32, num_heads=2)
 MODELS = {
     "plain": dict(pool_type="tok", gelu="erf"),
@@ -63,13 +62,6 @@ def runs(tmp_path_factory):
         run, _ = convert(folder / f"{name}.npz", folder / name, unseen(model), normalisation=IMAGENET)
         made[name] = run, model, params
     return made
-
-
-def assert_same(found, expected):
-    found, expected = (dict(flatten_with_names(tree)[0]) for tree in (found, expected))
-    assert found.keys() == expected.keys()
-    for name in expected:
-        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -191,7 +183,7 @@ def test_an_exported_run_begins_another_but_is_not_gone_on_with(runs, tmp_path):
     config.input.pp = "vgg_value_range|onehot(10)|keep('image', 'labels')"
     settings = check(config)
     experiment = startup.build(settings, tmp_path / "new")
-    state, note = startup.begin_from(experiment, startup.open_init(settings.train))
+    state, note = fit(experiment, open_init(settings))()
     state = jax.device_get(state.params)
     assert state.pop("head")["bias"].shape == (10,)  # of ten classes, begun anew
     assert note["model_init"]["path"] == run
@@ -300,16 +292,9 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch, dst, names, er
 # As a user meets it.
 
 
-def program(*args, cwd=ROOT):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-m", "cb_vit.tools.convert", *map(str, args)], cwd=cwd, text=True,
-                            capture_output=True, timeout=120, env=env)
-    return result.returncode, result.stdout, result.stderr
-
-
 def test_the_program(runs, tmp_path):
     run, _, params = runs["cb_s"]
-    code, out, err = program(run, "x.safetensors", cwd=tmp_path)
+    code, out, err = tool("convert", run, "x.safetensors", cwd=tmp_path)
     assert (code, err) == (0, ""), err
     assert_same(cb_vit.load(tmp_path / "x.safetensors")[1], params)
     lines = out.splitlines()
@@ -332,7 +317,7 @@ def test_the_program(runs, tmp_path):
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_a_mistake_ends_in_one_line(tmp_path, args, error):
     write_npz(tmp_path / "a.npz", to_big_vision(make()[1]))
-    code, out, err = program(*args, cwd=tmp_path)
+    code, out, err = tool("convert", *args, cwd=tmp_path)
     assert code == 1 and err.startswith(f"error: {error}") and err.count("\n") == 1, err
     assert os.listdir(tmp_path) == ["a.npz"]
 
@@ -340,7 +325,7 @@ def test_a_mistake_ends_in_one_line(tmp_path, args, error):
 def test_flags_say_what_a_file_does_not(tmp_path):
     arrays = {name.replace("params/", "params/img/"): array for name, array in to_big_vision(make()[1]).items()}
     write_npz(tmp_path / "a.npz", arrays | {"params/t": np.zeros(1, np.float32)})
-    code, out, err = program("a.npz", "run", "--prefix=img", "--model=context=cb", "--model=context_layers=0,",
+    code, out, err = tool("convert", "a.npz", "run", "--prefix=img", "--model=context=cb", "--model=context_layers=0,",
                              "--mean=0.5", "--std=.25", cwd=tmp_path)
     assert (code, err) == (0, "") and "note      1 of the file's" in out
     found = open_weights(tmp_path / "run", "")
@@ -349,7 +334,7 @@ def test_flags_say_what_a_file_does_not(tmp_path):
 
 
 def test_help_shows_the_program_and_its_flags():
-    code, out, err = program("--help")
+    code, out, err = tool("convert", "--help")
     assert code == 0 and not err and out.startswith("Weights from one form into another")
     for flag in ("--[no]ema", "--key", "--prefix", "--model", "--names", "--mean", "--std", "--[no]fold",
                  "--[no]overwrite"):

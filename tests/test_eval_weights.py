@@ -1,14 +1,11 @@
 """`eval_only --weights`: any trained model on the evaluators of any config."""
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import ROOT, tool
 
 import cb_vit
 from cb_vit import sharding
@@ -19,7 +16,6 @@ from cb_vit.weights.dialects.timm import to_timm
 from cb_vit.weights.export import export
 from configs import debug
 
-ROOT = pathlib.Path(__file__).parents[1]
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NOTE = "are brought to the model's own mean and std"
 # No training data; the same pixels in two normalisations.
@@ -39,13 +35,6 @@ def get_config():
     config.sharding_rules = [("act_batch", ("replica", "data"))]
     return config
 """
-
-
-def evaluate(*args, cwd=ROOT, **env):
-    result = subprocess.run(
-        [sys.executable, "-m", "cb_vit.tools.eval_only", *map(str, args)], cwd=cwd, text=True, capture_output=True,
-        timeout=120, env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | env)
-    return result.returncode, result.stdout, result.stderr
 
 
 def metrics(out):
@@ -70,7 +59,8 @@ def trained(tmp_path_factory):
     (["run"], ""), (["run", "--ema"], "ema/"), (["timm.safetensors"], ""), (["bv.npz", "--model=context=cb"], "")])
 def test_a_run_and_its_files_score_what_training_found(trained, args, which):
     folder, found = trained
-    code, out, err = evaluate(f"--config={ROOT}/configs/debug.py", f"--weights={args[0]}", *args[1:], cwd=folder)
+    code, out, err = tool("eval_only", f"--config={ROOT}/configs/debug.py", f"--weights={args[0]}", *args[1:],
+                          cwd=folder)
     assert code == 0 and not err, err
     assert metrics(out) == {name: pytest.approx(found[which + name], abs=6e-5)
                             for name in ("val/loss", "val/prec@1", "val/prec@5")}
@@ -80,7 +70,8 @@ def test_a_run_and_its_files_score_what_training_found(trained, args, which):
 def test_without_training_data_on_eight_devices_and_in_any_normalisation(trained, tmp_path):
     folder, found = trained
     (tmp_path / "mine.py").write_text(CONFIG)
-    code, out, err = evaluate(
+    code, out, err = tool(
+        "eval_only",
         "--config=mine.py", f"--weights={folder / 'timm.safetensors'}", cwd=tmp_path,
         JAX_NUM_CPU_DEVICES="8")
     assert code == 0 and not err, err
@@ -107,9 +98,9 @@ def test_what_cannot_be_scored_ends_in_one_line(trained, tmp_path):
             ([f"--weights={folder}/run", f"--workdir={folder}/run"], "--weights: takes the place of --workdir"),
             ([f"--workdir={folder}/run", "--ema"],
              "--weights: not given, and --ema, --key, --prefix and --model are about it")):
-        code, _, err = evaluate(config, *args)
+        code, _, err = tool("eval_only", config, *args)
         assert code == 1 and err.startswith(f"error: {error}") and err.count("\n") == 1, err
-    code, _, err = evaluate("--config=configs/debug.py:size=20", f"--weights={folder}/run")
+    code, _, err = tool("eval_only", "--config=configs/debug.py:size=20", f"--weights={folder}/run")
     assert code == 1 and err.startswith("error: config.evals.val.pp_fn: the model cannot take its images, (20, 20, 3)")
 
 

@@ -2,14 +2,13 @@
 import contextlib
 import json
 import logging
-import re
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from helpers import named, saved, timeless
 
 from cb_vit import startup
 from cb_vit.checkpoint import Checkpointer
@@ -18,12 +17,9 @@ from cb_vit.models.common import to_loop
 from cb_vit.models.resample import resample_posemb
 from cb_vit.settings import check
 from cb_vit.train import train_and_evaluate
-from cb_vit.tree import flatten_with_names
 
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")  # of reading a checkpoint as it is
 FSDP = ((".*", "fsdp(axis='data', min_size_to_shard_mb=0)"),)
 FROZEN = (("embedding/.*|pos_embedding|Transformer/.*/Dense_0/.*", None), (".*", dict(decay_type="constant")))
-TIMES = re.compile(r"uptime|core_hours|img/sec.*|mfu|z/secs/.*|.*_gib")
 SIZES = dict(patch_size=4, width=16, depth=1, mlp_dim=16, num_heads=2, context="cb")
 
 
@@ -60,27 +56,12 @@ def stored(folder, kind="raw", step=None):
     return named(params)
 
 
-def saved(folder, step):
-    """Parameters and optimiser state of a checkpoint, read past our own code."""
-    with ocp.PyTreeCheckpointer() as reader:
-        return named({item: reader.restore(folder / "checkpoints" / str(step) / item) for item in ("params", "opt")})
-
-
-def named(tree):
-    return {name: np.asarray(leaf) for name, leaf in flatten_with_names(tree)[0]}
-
-
 def begin(settings, folder):
     """The state before the first step, and the experiment."""
     run = startup.build(check(settings), folder)
     with run.active_mesh(), contextlib.closing(startup.open_checkpoints(run, folder)) as checkpointer:
         state, _ = startup.restore_or_create(run, folder, checkpointer)
     return state, run
-
-
-def timeless(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not TIMES.fullmatch(k)} for line in lines]
 
 
 def snapshot(folder):

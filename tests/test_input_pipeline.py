@@ -17,10 +17,9 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from cb_vit import datasets, dist
-from cb_vit.config import ConfigError
+from cb_vit.config import ConfigError, parse
 from cb_vit.datasets.core import DataError
 from cb_vit.input_pipeline import InputConfig, Pipeline, check_workers, to_device
-from cb_vit.pp import builder
 
 N = 37  # examples; prime, so that no batch size divides an epoch. Each has a class of its own: its label names it.
 BATCH = 8
@@ -33,9 +32,9 @@ def pipeline(pp=RANDOM, rows=None, batch_size=BATCH, examples=N, broken=(), **se
     encoded = pp.startswith("decode")
     data = dict(name="fake", split="train", num_examples=examples, image_size=16 if encoded else 2,
                 num_classes=examples, encoded=encoded, broken=broken)
-    config = InputConfig(data=data, batch_size=batch_size, pp=pp, **{"num_threads": 1, **settings})
+    config = parse(InputConfig, dict(data=data, batch_size=batch_size, pp=pp) | {"num_threads": 1} | settings)
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-    return Pipeline(config, datasets.open_source(data, "data"), builder.build(pp, "pp"), rows)
+    return Pipeline(config, datasets.open_source(config.data, "data"), config.pp, rows)
 
 
 def assert_same(got, expected, rows=slice(None)):
@@ -123,7 +122,7 @@ def test_a_worker_that_is_killed_is_told_in_one_line():
 def test_workers_that_shared_memory_cannot_hold_are_refused(monkeypatch, workers, prefetch, free, enough):
     """A batch is 8 × 64 × 16 bytes and two pages, and 19 of them and 1 MiB are what two workers need."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=free))
-    config = InputConfig(data={}, batch_size=8, pp="", num_workers=workers, prefetch=prefetch)
+    config = pipeline(num_workers=workers, prefetch=prefetch).config
     spec = {"image": ((64, 16, 3), np.dtype(np.uint8)), "label": ((), np.dtype(np.int32))}
     refused = pytest.raises(ConfigError, match=rf"^config\.input\.num_workers: {workers} processes pass batches "
                                                r"through /dev/shm and need .* MiB there, of which .* are free; ")
@@ -221,7 +220,7 @@ def test_nothing_but_broken_examples_is_an_error():
 
 @pytest.mark.parametrize("field, value", [("batch_size", 0), ("num_workers", -1), ("num_threads", 0), ("prefetch", 0)])
 def test_impossible_settings_are_refused_by_name(field, value):
-    with pytest.raises(ConfigError, match=f"^{field}: must be at least {value + 1}, got {value}$"):
+    with pytest.raises(ConfigError, match=rf"^config\.{field}: must be at least {value + 1}, got {value}$"):
         pipeline(**{field: value})
 
 
@@ -264,14 +263,14 @@ SCRIPT = """
     import multiprocessing, time
     import numpy as np
     from cb_vit import datasets
+    from cb_vit.config import parse
     from cb_vit.input_pipeline import InputConfig, Pipeline
-    from cb_vit.pp import builder
 
     if __name__ == "__main__":
         data = dict(name="fake", split="train", image_size=61)
-        config = InputConfig(data=data, batch_size=7, pp="flip_lr", num_workers=2, num_threads=2)
-        source, pp = datasets.open_source(data, "data"), builder.build("flip_lr", "pp")
-        batches = Pipeline(config, source, pp, np.arange(7)).train(0, 0, 10**6)
+        config = parse(InputConfig, dict(data=data, batch_size=7, pp="flip_lr", num_workers=2, num_threads=2))
+        source = datasets.open_source(config.data, "data")
+        batches = Pipeline(config, source, config.pp, np.arange(7)).train(0, 0, 10**6)
         assert [next(batches)["image"].shape for _ in range(4)] == [(7, 61, 61, 3)] * 4
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
         time.sleep(60)

@@ -9,16 +9,16 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = {name: number for number, names in enumerate((
     "config order retry texts",
-    "registry tree dist io augment schedules",
+    "registry tree dist io schedules",
     "models pp datasets losses updates sharding records damage",
-    "optax train_state input_pipeline checkpoint_arrays workdir monitor",
+    "optax train_state input_pipeline checkpoint_arrays workdir monitor augment",
     "train_step skip_errors checkpoint_reading analysis",
     "checkpoint evaluators",
     "weights",
     "distillation prediction",
     "settings",
     "experiment",
-    "model_init",
+    "model_init stream",
     "startup",
     "train tools",
 )) for name in names.split()}

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_same
 
 import cb_vit
 from cb_vit import experiment, model_init, startup, weights
 from cb_vit.config import ConfigError
+from cb_vit.model_init import fit, open_init
 from cb_vit.pp import builder
 from cb_vit.pp.normalisation import HALF, IMAGENET
 from cb_vit.settings import check
@@ -22,6 +24,8 @@ from cb_vit.weights.containers import FormatError, write_npz, write_safetensors
 from cb_vit.weights.dialects.big_vision import to_big_vision
 from cb_vit.weights.dialects.conversion import describe
 from cb_vit.weights.dialects.timm import to_timm
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* assumed")  # files that do not say all of their model
 
 CLASSES = 5
 PP = f"value_range(-1, 1)|onehot({CLASSES})"
@@ -71,13 +75,6 @@ def logits(model, params, images):
 def normalised(images, normalisation):
     mean, std = (jnp.asarray(values).reshape(1, 1, 1, 3) for values in normalisation)
     return (images / 255.0 - mean) / std
-
-
-def assert_same(got, expected):
-    (a, _), (b, _) = flatten_with_names(got), flatten_with_names(expected)
-    assert [name for name, _ in a] == [name for name, _ in b]
-    for (name, x), (_, y) in zip(a, b, strict=True):
-        np.testing.assert_array_equal(x, y, err_msg=name)
 
 
 def test_files_of_ours_come_back_bit_for_bit(files, model, params, images):
@@ -148,8 +145,8 @@ def test_fine_tuning_from_a_file_begins_as_the_same_function(files, tmp_path, pa
     settings = check(config(model_init=str(files / "timm.safetensors"), input=dict(data=DATA, batch_size=8, pp=pp)))
     run = startup.build(settings, tmp_path)
     with run.active_mesh():
-        state, notes = startup.begin_from(run, startup.open_init(settings.train))
-    shown = settings.preprocess.device({"image": images, "label": jnp.zeros(3, jnp.int32)})["image"]
+        state, notes = fit(run, open_init(settings))()
+    shown = settings.input.pp.device({"image": images, "label": jnp.zeros(3, jnp.int32)})["image"]
     np.testing.assert_allclose(run.predict(state, shown)[0], logits(model, params, normalised(images, HALF)),
                                rtol=1e-4, atol=1e-5)
     folded = any("folded" in line for line in notes["model_init"]["report"])
@@ -177,7 +174,7 @@ def test_settings_that_change_the_function_but_no_shape_are_said(files, tmp_path
     settings = check(config(model_init=str(path), model=SIZES | dict(context="cb") | change))
     run = startup.build(settings, tmp_path)
     with run.active_mesh():
-        _, notes = startup.begin_from(run, startup.open_init(settings.train))
+        _, notes = fit(run, open_init(settings))()
     assert [said for said in notes["model_init"]["report"] if "trained with" in said] == [line]
     _, report = cb_vit.merge(tree, path, settings.model)
     assert line in report.lines

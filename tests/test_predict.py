@@ -4,16 +4,14 @@ import dataclasses
 import io
 import json
 import os
-import pathlib
 import re
-import subprocess
-import sys
 import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import tool as run_tool
 from PIL import Image
 
 from cb_vit import Model
@@ -29,7 +27,6 @@ from cb_vit.weights.containers import write_safetensors
 from cb_vit.weights.dialects.conversion import describe
 from cb_vit.weights.dialects.timm import to_timm
 
-ROOT = pathlib.Path(__file__).parents[1]
 NAMES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
 MEAN, STD = np.array(IMAGENET)
 
@@ -308,12 +305,6 @@ def test_a_folder_for_pictures_that_cannot_be_made(deit, folder):
 # As a user runs it.
 
 
-def command(*args):
-    result = subprocess.run([sys.executable, "-m", "cb_vit.tools.predict", *map(str, args)], cwd=ROOT, text=True,
-                            capture_output=True, timeout=120, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    return result.returncode, result.stdout, result.stderr
-
-
 def save_run(folder, weights):
     """What training leaves of such a model that prediction needs."""
     pp = "decode|resize(16)|vgg_value_range|onehot(7)|keep('image', 'labels')"
@@ -327,7 +318,7 @@ def save_run(folder, weights):
 def test_a_run_of_this_project(deit, folder, tmp_path):
     save_run(tmp_path / "run", deit)
     args = [f"--weights={tmp_path}/run", "--format=json", "--top=3", f"--attention={tmp_path}/looks"]
-    code, out, err = command(f"{folder}/a.png", f"{folder}/b/broken.jpg", f"{folder}/c.jpeg", *args)
+    code, out, err = run_tool("predict", f"{folder}/a.png", f"{folder}/b/broken.jpg", f"{folder}/c.jpeg", *args)
     assert code == 1 and err.splitlines()[-1] == "error: 1 of 3 images could not be read"
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["path"] for line in lines] == [f"{folder}/a.png", f"{folder}/c.jpeg"]
@@ -340,7 +331,7 @@ def test_a_run_of_this_project(deit, folder, tmp_path):
     (["images"], "--weights: not given; for example --weights=runs/digits"),
     ([], "arguments: this program takes IMAGE…; --help says more")])
 def test_a_command_line_that_lacks_something(args, error):
-    code, out, err = command(*args)
+    code, out, err = run_tool("predict", *args)
     assert (code, out, err) == (1, "", f"error: {error}\n")
 
 

@@ -1,7 +1,7 @@
 """What stands in front of names: what all share is taken off and told, and `prefix` settles the rest."""
 import numpy as np
 import pytest
-from test_conversion import H, flax_shapes, hf_shapes, random, timm_shapes
+from helpers import H, flax_shapes, hf_shapes, random, timm_shapes
 
 from cb_vit.weights import open_weights
 from cb_vit.weights.containers import FormatError, Tensor, write_npz, write_safetensors

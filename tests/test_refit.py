@@ -12,10 +12,10 @@ import cb_vit
 from cb_vit import dist, sharding
 from cb_vit.config import ConfigError
 from cb_vit.experiment import build
+from cb_vit.model_init import fit, open_init
 from cb_vit.models.resample import adapt_channels
 from cb_vit.pp.normalisation import HALF, IMAGENET
 from cb_vit.settings import check
-from cb_vit.startup import begin_from, open_init
 from cb_vit.tree import flatten_with_names
 from cb_vit.weights import open_weights, refit
 from cb_vit.weights.containers import write_npz, write_safetensors
@@ -23,6 +23,8 @@ from cb_vit.weights.dialects.big_vision import to_big_vision
 from cb_vit.weights.dialects.conversion import describe
 from cb_vit.weights.dialects.timm import to_timm
 from cb_vit.weights.export import export
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* assumed")  # files that do not say all of their model
 
 CLASSES = 5
 SIZES = dict(patch_size=4, width=16, depth=1, mlp_dim=32, num_heads=2, pool_type="tok", gelu="erf", distilled=True)
@@ -187,7 +189,7 @@ def test_fine_tuning_on_grey_images_begins_as_the_same_function(tmp_path, params
                           model_init=str(tmp_path / "x"), model_load=dict(prefix="net"), plot=False))
     run = build(settings)
     with run.active_mesh(), caplog.at_level(logging.INFO, "cb_vit"):
-        state, notes = begin_from(run, open_init(settings.train))
+        state, notes = fit(run, open_init(settings))()
     np.testing.assert_allclose(stem(state.params, GREY, ((0.5,), (0.5,))), stem(params, RGB, IMAGENET),
                                rtol=1e-4, atol=1e-5)
     assert_rest_is_the_same(state.params, params)

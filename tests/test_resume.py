@@ -1,5 +1,4 @@
 """Runs of `main.py` in processes of their own: killed, stopped, spread over two processes, and gone on with."""
-import json
 import os
 import random
 import re
@@ -9,18 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from helpers import ROOT, assert_same, saved, saved_steps, timeless
 
-from cb_vit import workdir
-
-ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")  # of reading a checkpoint as it is
-TIMES = re.compile(r"uptime|core_hours|img/sec.*|mfu|z/secs/.*|.*_gib")
 STEPS = 60
 RUN = (f"--config.total_steps={STEPS}", "--config.ckpt_steps=3", "--config.log_training_steps=2",
        "--config.evals.val.log_steps=7", "--config.model.dropout=0.1")
@@ -46,12 +38,10 @@ epath.gpath.PosixGPath.read_bytes = read_bytes
 class Run:
     """`python main.py --config=configs/debug.py --workdir=FOLDER …`, under way."""
 
-    def __init__(self, folder, cache, *overrides, devices=1, **environment):
+    def __init__(self, folder, *overrides, devices=1, **environment):
         command = [sys.executable, "main.py", "--config=configs/debug.py", f"--workdir={folder}",
                    "--config.plot=False", "--config.keep_last=1", *overrides]
-        # Compiling is most of what so short a run spends.
-        environment |= dict(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(devices),
-                            JAX_COMPILATION_CACHE_DIR=str(cache), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1")
+        environment |= dict(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(devices))
         self.folder, self.output = folder, folder.parent / f"{folder.name}-{time.monotonic_ns()}.txt"
         with open(self.output, "w") as file:
             self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=file, stderr=file)
@@ -78,16 +68,10 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Compiled functions, so that only the first run of a kind compiles them."""
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, cache):
+def whole(tmp_path_factory):
     """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    run = Run(folder, cache, *RUN)
+    run = Run(folder, *RUN)
     assert run.wait() == 0, run.said()
     return folder
 
@@ -97,40 +81,19 @@ def lines(folder):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def timeless(folder):
-    """All records, in the order of the file, without what a clock or the machine put in."""
-    return [{name: value for name, value in json.loads(line).items() if not TIMES.fullmatch(name)}
-            for line in lines(folder)]
-
-
 def checkpoints(folder):
     """Names in the folder of checkpoints: steps, and what is half-written."""
     path = folder / "checkpoints"
     return sorted(os.listdir(path)) if path.exists() else []
 
 
-def saved_steps(folder):
-    return sorted(int(name) for name in checkpoints(folder) if name.isdigit())
-
-
 def half_written(folder):
     return [name for name in checkpoints(folder) if "tmp" in name]
 
 
-def saved(folder, step):
-    """Parameters and optimiser state of a checkpoint, read past our own code; leaves by name."""
-    place = (folder / "checkpoints" / str(step)).resolve()
-    with ocp.PyTreeCheckpointer() as reader:
-        trees = {item: reader.restore(place / item) for item in ("params", "opt")}
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
-
-
 def assert_as_if_never_stopped(folder, whole):
     assert timeless(folder) == timeless(whole)
-    one, other = saved(folder, STEPS), saved(whole, STEPS)
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+    assert_same(saved(folder, STEPS), saved(whole, STEPS))
 
 
 def free_port():
@@ -139,10 +102,10 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def two_processes(folder, cache, *overrides, **environment):
+def two_processes(folder, *overrides, **environment):
     """The same run on two processes of two devices each."""
     port = free_port()
-    return [Run(folder, cache, *overrides, devices=2, JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+    return [Run(folder, *overrides, devices=2, JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
                 JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(process), **environment) for process in (0, 1)]
 
 
@@ -153,12 +116,12 @@ def test_the_uninterrupted_run_is_complete(whole):
     assert saved_steps(whole) == [STEPS]
 
 
-def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(whole, tmp_path, cache):
+def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(whole, tmp_path):
     """kill -9 during start-up, while a checkpoint is half-written, right after one, and at a record; then again."""
     folder, dice = tmp_path / "run", random.Random()
 
     def kill(condition, delay=0.0):
-        run = Run(folder, cache, *RUN)
+        run = Run(folder, *RUN)
         assert run.until(condition), run.said()
         time.sleep(delay)
         run.process.kill()
@@ -183,33 +146,29 @@ def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(whole, tmp_path, cac
             with open(folder / "metrics.jsonl", "a") as file:
                 file.write('{"step": 61, "training_lo')  # a line torn by the kill
     assert mid_save, "no kill came while a checkpoint was being written"
-    run = Run(folder, cache, *RUN)
+    run = Run(folder, *RUN)
     assert run.wait() == 0, run.said()
     assert re.search(r"resumed from step \d+ ", run.said()) and f"done at step {STEPS}" in run.said()
     assert_as_if_never_stopped(folder, whole)
     assert checkpoints(folder) == [str(STEPS)]
 
 
-def test_sigterm_saves_the_step_and_exits_with_0(whole, tmp_path, cache):
+def test_sigterm_saves_the_step_and_exits_with_0(whole, tmp_path):
     folder = tmp_path / "run"
-    run = Run(folder, cache, *RUN)
+    run = Run(folder, *RUN)
     assert run.until(lambda: len(lines(folder)) >= 5)
     run.process.send_signal(signal.SIGTERM)
     assert run.wait() == 0, run.said()
     step = int(re.search(r"told to stop: saved at step (\d+)", run.said())[1])
     assert saved_steps(folder) == [step] and step < STEPS
-    with workdir.lock(folder):
-        refused = Run(folder, cache, *RUN)
-        assert refused.wait() == 1
-    assert refused.said().strip().splitlines()[-1].startswith("error: workdir: another run is in")
-    run = Run(folder, cache, *RUN)
+    run = Run(folder, *RUN)
     assert run.wait() == 0 and f"resumed from step {step} " in run.said()
     assert_as_if_never_stopped(folder, whole)
 
 
-def test_a_disk_that_fills_ends_in_one_line_without_the_noise_of_threads(tmp_path, cache):
+def test_a_disk_that_fills_ends_in_one_line_without_the_noise_of_threads(tmp_path):
     folder = tmp_path / "run"
-    run = Run(folder, cache, *RUN)
+    run = Run(folder, *RUN)
     assert run.until(lambda: saved_steps(folder)), run.said()
     resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (20000, 20000))  # as if it could hold no more
     assert run.wait() == 1
@@ -220,24 +179,24 @@ def test_a_disk_that_fills_ends_in_one_line_without_the_noise_of_threads(tmp_pat
                     f"again; the last good checkpoint is step {saved_steps(folder)[-1]} in {place}"]
 
 
-def test_two_processes_train_as_one_and_one_goes_on_from_two(tmp_path, cache):
+def test_two_processes_train_as_one_and_one_goes_on_from_two(tmp_path):
     settings = (*OPEN_END, "--config.evals.val.log_steps=3", "--config.ckpt_steps=3")
     one, two = tmp_path / "one", tmp_path / "two"
-    single = Run(one, cache, *settings, "--config.total_steps=12", devices=4)
+    single = Run(one, *settings, "--config.total_steps=12", devices=4)
     assert single.wait() == 0, single.said()
-    pair = two_processes(two, cache, *settings, "--config.total_steps=6")
+    pair = two_processes(two, *settings, "--config.total_steps=6")
     assert [run.wait() for run in pair] == [0, 0], "\n".join(run.said() for run in pair)
     assert saved_steps(two) == [6] and [r["step"] for r in timeless(two)] == [1, 2, 3, 3, 4, 5, 6, 6]
     # What one of them cannot read stops both, and changes nothing.
     (tmp_path / "sitecustomize.py").write_text(UNREADABLE)
     before = {path: path.stat().st_mtime_ns for path in two.rglob("*")}
-    pair = two_processes(two, cache, *settings, "--config.total_steps=12", PYTHONPATH=str(tmp_path))
+    pair = two_processes(two, *settings, "--config.total_steps=12", PYTHONPATH=str(tmp_path))
     assert [run.wait() for run in pair] == [1, 1], "\n".join(run.said() for run in pair)
     for run, reason in zip(pair, ("another process says why", r".Errno 13. Permission denied"), strict=True):
         told = rf"^error: checkpoint 6 in {two}/checkpoints cannot be read \({reason}.*\); nothing is changed$"
         assert re.search(told, run.said(), re.MULTILINE), run.said()
     assert before == {path: path.stat().st_mtime_ns for path in two.rglob("*")}
-    on = Run(two, cache, *settings, "--config.total_steps=12", devices=4)
+    on = Run(two, *settings, "--config.total_steps=12", devices=4)
     assert on.wait() == 0 and "resumed from step 6 " in on.said(), on.said()
     # Equal but for the order in which processes add up.
     for ours, theirs in zip(timeless(two), timeless(one), strict=True):
@@ -248,10 +207,10 @@ def test_two_processes_train_as_one_and_one_goes_on_from_two(tmp_path, cache):
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_a_hang_up_of_one_of_two_processes_stops_both_at_the_same_step(tmp_path, cache):
+def test_a_hang_up_of_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
     """SIGHUP becomes SIGTERM, which is what Orbax waits for."""
     folder = tmp_path / "run"
-    pair = two_processes(folder, cache, *OPEN_END, "--config.evals.val.log_steps=100000",
+    pair = two_processes(folder, *OPEN_END, "--config.evals.val.log_steps=100000",
                          "--config.ckpt_steps=100000", "--config.total_steps=100000")
     assert pair[0].until(lambda: len(lines(folder)) >= 5), pair[0].said()
     pair[1].process.send_signal(signal.SIGHUP)

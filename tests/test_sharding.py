@@ -16,9 +16,13 @@ MESH = dist.create_mesh([("data", -1), ("model", 2)])  # 4 × 2
 EVERYTHING = "fsdp(axis='data', min_size_to_shard_mb=0)"
 
 
+def infer(tree, strategy, mesh=None):
+    return sharding.infer(tree, sharding.parse_strategy(strategy, "config.sharding_strategy"), mesh or MESH)
+
+
 def spec(shape, rules, mesh=MESH, dtype=jnp.float32):
     tree = {"w": jax.ShapeDtypeStruct(shape, dtype)}
-    return sharding.infer(tree, [("w", rules)], mesh)["w"].spec
+    return infer(tree, [("w", rules)], mesh)["w"].spec
 
 
 @pytest.mark.parametrize("shape, rules, expected", [
@@ -91,7 +95,7 @@ TREE = {name: jax.ShapeDtypeStruct((8, 8), jnp.float32) for name in ("head", "bo
 
 def test_the_first_regex_that_matches_decides_and_the_rest_is_replicated():
     strategy = [("head", "replicate"), ("head|body", EVERYTHING), ("body", "shard_dim('model', 0)")]
-    placed = sharding.infer(TREE, strategy, MESH)
+    placed = infer(TREE, strategy)
     assert {name: leaf.spec for name, leaf in placed.items()} == {"head": P(), "body": P("data"), "neck": P()}
     assert all(leaf.mesh is MESH for leaf in placed.values())
 
@@ -100,7 +104,7 @@ def test_a_regex_that_matches_nothing():
     for strategy in ([(".*", "replicate"), ("haed", "replicate")], [("head", "replicate"), ("hea", EVERYTHING)]):
         with pytest.raises(ConfigError, match=r"^config.sharding_strategy\[1\]: 'h\w+' matches no parameter; names "
                                               "look like body, head, neck$"):
-            sharding.infer(TREE, strategy, MESH)
+            infer(TREE, strategy)
 
 
 # A ViT whose every array but the scalars has an axis that 8 divides.
@@ -115,6 +119,7 @@ def init(key):
 def placements(strategy, devices, axes=(("data", -1),)):
     """Shapes of the state, and where `strategy` puts each leaf on that many devices."""
     shapes = state_shapes(init, TX)
+    strategy = sharding.parse_strategy(strategy, "config.sharding_strategy")
     return shapes, state_shardings(shapes, strategy, dist.create_mesh(axes, devices=jax.devices()[:devices]))
 
 

@@ -9,7 +9,6 @@ from cb_vit.config import ConfigError, parse
 from cb_vit.datasets.core import DataError
 from cb_vit.evaluators.common import EvaluatorConfig
 from cb_vit.input_pipeline import InputConfig, Pipeline, error_share
-from cb_vit.pp import builder
 from cb_vit.skip_errors import Judge
 
 
@@ -21,8 +20,8 @@ def judge(examples, batch_size, share, seed=0, **state):
 def pipeline(examples, batch_size, share, rows, **settings):
     data = dict(name="fake", split="train", num_examples=examples, image_size=8, encoded=True,
                 broken=tuple(range(0, rows and examples, 3)))
-    config = InputConfig(data=data, batch_size=batch_size, pp="", skip_errors=share, **settings)
-    return Pipeline(config, datasets.open_source(data, "data"), builder.build("decode", "pp"), np.arange(rows))
+    config = parse(InputConfig, dict(data=data, batch_size=batch_size, pp="decode", skip_errors=share) | settings)
+    return Pipeline(config, datasets.open_source(config.data, "data"), config.pp, np.arange(rows))
 
 
 def stops_at(one, failures):
@@ -96,15 +95,18 @@ def test_it_names_counts_an_example_and_the_setting(seed, repeats):
             one.add(step, 21)
 
 
+DATA = dict(name="fake", split="train")
+
+
 @pytest.mark.parametrize("value, share", [(True, 0.01), (False, 0), (0, 0), (0.5, 0.5)])
 def test_the_setting_is_a_share_or_a_word(value, share):
-    block = dict(data=dict(name="fake"), batch_size=8, pp="", skip_errors=value)
+    block = dict(data=DATA, batch_size=8, pp="flip_lr", skip_errors=value)
     assert error_share(parse(InputConfig, block).skip_errors) == share
 
 
 @pytest.mark.parametrize("value", [1, 1.0, -0.1, 5])
 def test_what_is_no_share_is_refused(value):
-    for schema, rest in ((InputConfig, dict(batch_size=8, pp="")),
-                         (EvaluatorConfig, dict(type="classification", pp_fn="", log_steps=1))):
+    for schema, rest in ((InputConfig, dict(batch_size=8, pp="flip_lr")),
+                         (EvaluatorConfig, dict(type="classification", pp_fn="flip_lr", log_steps=1))):
         with pytest.raises(ConfigError, match=r"^config\.skip_errors: is a share in \[0, 1\), or True for 1 %, got"):
-            parse(schema, dict(data={}, skip_errors=value, **rest))
+            parse(schema, dict(data=DATA, skip_errors=value, **rest))

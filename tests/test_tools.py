@@ -1,24 +1,13 @@
 """The tools, each run as a user runs it."""
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
+from helpers import tool
 
 from cb_vit import train_and_evaluate
 from cb_vit.config import ConfigError
 from cb_vit.tools import source
 from configs import debug
-
-ROOT = pathlib.Path(__file__).parents[1]
-
-
-def tool(name, *args, **env):
-    result = subprocess.run([sys.executable, "-m", f"cb_vit.tools.{name}", *map(str, args)], cwd=ROOT, text=True,
-                            capture_output=True, timeout=120, env=os.environ | {"JAX_PLATFORMS": "cpu"} | env)
-    return result.returncode, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from cb_vit.models.layers import MAPHead, drop_path, posemb_sincos_2d, softmax
 from cb_vit.models.vit import Model
 from cb_vit.tree import names
 
-SMALL = dict(patch_size=4, width=32, depth=3, mlp_dim=64, num_heads=2)
+SMALL = dict(patch_size=4, width=32, depth=2, mlp_dim=64, num_heads=2)
 IMAGES = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 12, 3)), jnp.float32)
 
 
@@ -119,7 +119,7 @@ def test_without_context_it_is_the_plain_vit(pool_type, gelu, scan):
 
 
 @pytest.mark.parametrize("kw", [
-    dict(context="cb"), dict(context="cb_s", layer_scale=0.1), dict(context="cb", context_layers=[0, 2]),
+    dict(context="cb"), dict(context="cb_s", layer_scale=0.1), dict(context="cb", context_layers=[1]),
     dict(context="none", drop_path=0.3, dropout=0.2), dict(context="cb", drop_path=0.4, drop_path_schedule="constant"),
     dict(context="cb", remat_policy="nothing_saveable", drop_path=0.2)])
 def test_loop_and_scan_are_the_same_function(kw):
@@ -176,7 +176,7 @@ def test_cb_s_begins_as_cb():
     params = model.init(jax.random.key(0), IMAGES)["params"]
     got = model.apply({"params": params}, IMAGES)[0]
     plain = jax.tree_util.tree_map_with_path(lambda path, leaf: leaf, params)
-    for block in range(3):
+    for block in range(2):
         del plain["Transformer"][f"encoderblock_{block}"]["MlpBlock_0"]["context_scale"]
     np.testing.assert_array_equal(got, logits(plain, context="cb"))
 
@@ -185,10 +185,10 @@ def test_attention_appears_when_asked_for_and_costs_nothing_else():
     model = Model(7, **SMALL, pool_type="tok")
     params = init(model)
     _, out = model.apply({"params": params}, IMAGES, attention=True)
-    maps = out["encoder"]["block02"]["attention"]
+    maps = out["encoder"]["block01"]["attention"]
     assert maps.shape == (2, 2, 7, 7) and maps.dtype == jnp.float32
     np.testing.assert_allclose(maps.sum(-1), 1, rtol=1e-5)
-    assert "attention" not in model.apply({"params": params}, IMAGES)[1]["encoder"]["block02"]
+    assert "attention" not in model.apply({"params": params}, IMAGES)[1]["encoder"]["block01"]
     flops = [jax.jit(lambda p, a=a: model.apply({"params": p}, IMAGES, attention=a)[0]).lower(params).compile()
              .cost_analysis()["flops"] for a in (False, True)]
     assert flops[0] == flops[1]
@@ -265,7 +265,7 @@ def test_bfloat16_matmuls_stay_near_float32_and_parameters_stay_float32():
     assert half.dtype == jnp.float32
     scaled = Model(7, **SMALL, context="cb", dtype_mm="bfloat16", layer_scale=0.1, pool_type="tok", drop_path=0.1)
     out = scaled.apply({"params": init(scaled)}, IMAGES, train=True, rngs={"dropout": jax.random.key(0)})[1]
-    assert out["encoder"]["block02"]["+mlp"].dtype == jnp.bfloat16  # and so is what is moved through memory
+    assert out["encoder"]["block01"]["+mlp"].dtype == jnp.bfloat16  # and so is what is moved through memory
     assert float(jnp.linalg.norm(half - full) / jnp.linalg.norm(full)) < 0.03
     stored = jax.eval_shape(Model(7, **SMALL, dtype_mm="bfloat16").init, jax.random.key(0), IMAGES)["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(stored)} == {jnp.dtype("float32")}
@@ -373,7 +373,7 @@ def test_intermediates_are_what_they_are_in_big_vision(kw, scan):
     assert "logits_2d" not in Model(None, **SMALL, **kw).apply({"params": params}, IMAGES)[1]
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
     pre_ln, encoded = np.asarray(out["encoder"]["pre_ln"]), np.asarray(out["encoded"])
-    close(pre_ln, out["encoder"]["block02"]["+mlp"])
+    close(pre_ln, out["encoder"]["block01"]["+mlp"])
     params = jax.tree.map(np.asarray, params)
     norm = params["Transformer"]["encoder_norm"]
     scaled = (pre_ln - pre_ln.mean(-1, keepdims=True)) / np.sqrt(pre_ln.var(-1, keepdims=True) + 1e-6)

@@ -1,15 +1,12 @@
 """docs/weights.md as a reader runs it, on small stand-ins of the files it names; what needs a network is left out."""
 import importlib.util
-import os
-import pathlib
 import re
 import shlex
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import ROOT, program
 from PIL import Image
 
 import cb_vit
@@ -19,7 +16,8 @@ from cb_vit.weights.dialects.big_vision import to_big_vision
 from cb_vit.weights.dialects.timm import to_timm
 from cb_vit.weights.export import export
 
-ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore:.* assumed")  # files that do not say all of their model
+
 PAGE = (ROOT / "docs" / "weights.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = re.findall(r"^python -m .*$", PAGE, re.MULTILINE)
@@ -88,14 +86,13 @@ def test_a_snippet(files, monkeypatch, number):
     command for command in COMMANDS if not online(command) and ("predict" not in command or "--attention" in command)])
 def test_a_command(files, command):
     _, *args = shlex.split(command.replace("configs/digits.py", f"{ROOT}/configs/debug.py:size={SIZE}"))
-    result = subprocess.run([sys.executable, *args], cwd=files, text=True, capture_output=True, timeout=120,
-                            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)})
-    assert result.returncode == 0, result.stderr
+    code, out, err = program(*args, cwd=files)
+    assert code == 0, err
     if "predict" in command:  # one of them; `test_predict.py` has the flags of the others
-        assert "scans/a.png" in result.stdout and (files / "looks" / "a.png").exists()
+        assert "scans/a.png" in out and (files / "looks" / "a.png").exists()
         return
-    assert result.stderr == ""
-    assert "val/prec@1" in result.stdout or "wrote     " in result.stdout
+    assert err == ""
+    assert "val/prec@1" in out or "wrote     " in out
 
 
 def test_the_page_is_read():

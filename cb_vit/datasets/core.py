@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, runtime_ch
 
 import ml_collections
 
-from cb_vit.config import ConfigError, plain
+from cb_vit.config import ConfigError, convert, plain
 from cb_vit.datasets.contents import DataError
 from cb_vit.datasets.relabel import by_index
 from cb_vit.registry import suggest
@@ -93,29 +93,31 @@ def check_source(block: Block, path: str) -> Any:
     Raises:
         ConfigError: a key is unknown, a value of the wrong type, or the split cannot be read.
     """
-    return _kind(block, path).check(plain(block), path)
+    block = plain(block)
+    if not isinstance(block, dict):
+        raise ConfigError(path, f"expected a block of settings, got {block!r}")
+    name = None if block.get("name") is None else convert(block["name"], str, f"{path}.name")
+    return _kind(name, path).check(block, path)
 
 
-def open_source(block: Block, path: str) -> Source:
-    """Check the block of a data source and open it.
+def open_source(block: SourceConfig | Block, path: str) -> Source:
+    """Open a data source.
 
     Args:
-        block: the config's block, see `check_source`.
-        path: where the block stands, for errors, e.g. "config.input.data".
+        block: its settings, or a block of them, to be checked as by `check_source`.
+        path: where they stand, for errors.
 
     Raises:
         ConfigError: a setting is wrong: the data is not prepared, there is no such split, or it selects nothing.
         DataError: the stored data is damaged.
     """
-    config = check_source(block, path)
-    source = _kind(block, path).open_source(config, path)
+    config = block if isinstance(block, SourceConfig) else check_source(block, path)
+    source = _kind(config.name, path).open_source(config, path)
     return by_index(source, path) if config.labels == "index" else source
 
 
-def _kind(block: Block, path: str) -> ModuleType:
-    block = plain(block)
-    name = block.get("name") if isinstance(block, dict) else None
-    if not isinstance(name, str) or not name:
+def _kind(name: str | None, path: str) -> ModuleType:
+    if not name:
         raise ConfigError(f"{path}.name", f"required: {', '.join(KINDS)}, or a dataset of TFDS; got {name!r}")
     near = difflib.get_close_matches(name, KINDS, n=1, cutoff=0.7)
     if name not in KINDS and near:

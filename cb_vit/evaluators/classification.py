@@ -11,11 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from cb_vit import dist
-from cb_vit.datasets.core import Source
 from cb_vit.evaluators.common import EvaluatorConfig, PredictFn
-from cb_vit.input_pipeline import InputConfig, Pipeline, to_device
+from cb_vit.input_pipeline import Pipeline, to_device
 from cb_vit.losses import LOSSES
-from cb_vit.pp.builder import Preprocess
 from cb_vit.skip_errors import Judge
 from cb_vit.train_state import TrainState
 
@@ -27,7 +25,7 @@ class Config(EvaluatorConfig):
     """Settings of a classification evaluator.
 
     Attributes:
-        loss_name: the loss that is averaged.
+        loss_name: name of the loss that is averaged.
     """
 
     loss_name: str = "softmax_xent"
@@ -44,17 +42,13 @@ class Evaluator:
     ReaL works), and an example without any label is left out of numerator and denominator.
     """
 
-    def __init__(self, predict_fn: PredictFn, *, config: Config, source: Source, preprocess: Preprocess,
-                 sharding: NamedSharding):
-        self.config, self.source, self._sharding = config, source, sharding
-        self._rows = dist.local_rows(sharding, config.batch_size)
-        settings = InputConfig(data=config.data, batch_size=config.batch_size, pp=config.pp_fn,
-                               skip_errors=config.skip_errors)
-        self._pipeline = Pipeline(settings, source, preprocess, self._rows)
+    def __init__(self, predict_fn: PredictFn, *, config: Config, pipeline: Pipeline, sharding: NamedSharding):
+        self.config, self.source = config, pipeline.source
+        self._pipeline, self._sharding = pipeline, sharding
         loss = LOSSES[config.loss_name]
 
         def sums(state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            batch = preprocess.device(batch)
+            batch = pipeline.preprocess.device(batch)
             logits, _ = predict_fn(state, batch["image"])
             found = batch_sums(logits, batch["labels"], batch["_mask"], loss(logits, batch["labels"]))
             return {**found, "masked": jnp.sum(~batch["_mask"], dtype=jnp.int32)}
@@ -67,9 +61,10 @@ class Evaluator:
         `prec@5` is left out where there are no more than five classes.
 
         Raises:
-            DataError: more of them cannot be read than `skip_errors` allows.
+            DataError: more examples cannot be read than `skip_errors` allows.
         """
-        batches = to_device(self._pipeline.evaluate(), self._rows, self._sharding, self.config.batch_size)
+        batches = to_device(
+            self._pipeline.evaluate(), self._pipeline.rows, self._sharding, self.config.batch_size)
         judge = Judge(self._pipeline, f"skip_errors of the evaluator {self.config.prefix!r}")
         total: dict[str, float] = {}
         with contextlib.closing(batches):
@@ -86,10 +81,10 @@ def batch_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array, losses: ja
     """Sums over a batch, to be divided by "seen".
 
     Args:
-        logits: [b c].
-        labels: [b c], positive where a class is right; a row without any is not counted.
-        mask: bool [b], False where a row is padding.
-        losses: [b].
+        logits: logits of the classes, [b c].
+        labels: labels [b c], positive where a class is right; a row without any is not counted.
+        mask: booleans [b], False where a row is padding.
+        losses: loss of each row, [b].
     """
     mask = mask & jnp.any(labels > 0, axis=1)
     ranked = jax.lax.top_k(logits, min(5, logits.shape[1]))[1]

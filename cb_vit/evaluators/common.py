@@ -2,7 +2,7 @@
 
 An evaluator is a module of this room with a `Config` and an `Evaluator`:
 
-    Evaluator(predict_fn, *, config, source, preprocess, sharding), with `config` and `source` as attributes
+    Evaluator(predict_fn, *, config, pipeline, sharding), with `config` and `source` as attributes
     Evaluator.run(train_state) -> yields (metric name, value)
 
 `predict_fn(train_state, images)` → (logits, out) is pure; evaluators jit it with their own arithmetic.
@@ -14,17 +14,18 @@ import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from cb_vit import datasets
-from cb_vit.config import ConfigError, Duration, parse
+from cb_vit import datasets, dist
+from cb_vit.config import ConfigError, Duration, Read, convert, parse, plain
 from cb_vit.datasets.contents import describe
-from cb_vit.input_pipeline import check_example, error_share, example_spec
+from cb_vit.input_pipeline import LoaderConfig, Pipeline, check_example
 from cb_vit.pp import builder
+from cb_vit.pp.builder import Preprocess
 from cb_vit.registry import Registry
 from cb_vit.train_state import TrainState
 
@@ -35,95 +36,97 @@ PredictFn = Callable[[TrainState, jax.Array], tuple[jax.Array, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluatorConfig:
+class EvaluatorConfig(LoaderConfig):
     """What every block of `config.evals` may say; an evaluator's own `Config` adds to it.
 
-    One with a `__post_init__` of its own calls `super().__post_init__()`.
+    How its examples are loaded is said as in `config.input`; what is None is as there. `skip_errors` is the share of
+    the split that may be unreadable, and is left out. A `__post_init__` of a `Config` calls that of this class.
 
     Attributes:
-        type: which evaluator, e.g. "classification".
-        data: the source, as in `config.input.data`.
-        pp_fn: preprocessing, as in `config.input.pp`.
-        log: how often, e.g. `log_epochs=1`; also always at the last step.
-        batch_size: examples in a global batch; None: that of training.
-        prefix: put before its metrics' names; None: the block's name and "/".
-        skip_errors: the share of the split that may be unreadable, and is left out; see `InputConfig`.
+        type: kind of the evaluator, e.g. "classification".
+        pp_fn: preprocessing of an example, as in `config.input.pp`.
+        log: the time between two evaluations, e.g. `log_epochs=1`; there is always one at the last step.
+        prefix: beginning of the names of its metrics; None: the block's name and "/".
     """
 
     type: str
-    data: dict[str, Any]
-    pp_fn: str
+    pp_fn: Annotated[Preprocess, Read(str, builder.build)]
     log: Duration
     batch_size: int | None = None
+    num_workers: int | None = None
+    num_threads: int | None = None
+    prefetch: int | None = None
     prefix: str | None = None
-    skip_errors: bool | float = False
 
     def __post_init__(self):
-        error_share(self.skip_errors)
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError("batch_size", f"must be at least 1, got {self.batch_size}")
+        super().__post_init__()
         if self.log.value == 0:
             raise ConfigError(f"log_{self.log.unit}", "must be more than 0; an evaluator also runs at the last step")
 
 
-def parse_evals(evals: Mapping[str, Mapping[str, Any]], path: str = "config.evals") -> dict[str, EvaluatorConfig]:
-    """The checked settings of every evaluator, by name.
+def read_evaluator(block: Any, path: str) -> EvaluatorConfig:
+    """The checked settings of one evaluator, whose `type` says which keys there are.
 
     Raises:
-        ConfigError: names the block and field that cannot work.
+        ConfigError: a setting cannot work; raised under `path`.
     """
-    configs = {}
-    for name, block in evals.items():
-        where = f"{path}.{name}"
-        if not isinstance(block, Mapping) or not isinstance(block.get("type"), str):
-            raise ConfigError(f"{where}.type", f"required: {', '.join(EVALUATORS)}")
-        config = parse(_module(block["type"], f"{where}.type").Config, block, where)
-        datasets.check_source(config.data, f"{where}.data")
-        builder.build(config.pp_fn, f"{where}.pp_fn")
-        configs[name] = config
-    return configs
+    kind = plain(block).get("type") if isinstance(block, Mapping) else None
+    if kind is None:
+        raise ConfigError(f"{path}.type", f"required: {', '.join(EVALUATORS)}")
+    return parse(_module(convert(kind, str, f"{path}.type"), f"{path}.type").Config, block, path)
 
 
-def build(
-    name: str, config: EvaluatorConfig, *, predict_fn: PredictFn, state_shapes: Any, sharding: NamedSharding,
-    batch_size: int, num_classes: int, class_names: Sequence[str] | None = None, path: str = "config.evals",
-) -> Any:
-    """One evaluator, its data opened.
+def open_all(
+    evals: Mapping[str, EvaluatorConfig], predict_fn: Callable[[EvaluatorConfig], PredictFn], *, state_shapes: Any,
+    sharding: NamedSharding, training: LoaderConfig, num_classes: int, class_names: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Evaluators by name, their data opened.
 
     Args:
-        name: its name in `config.evals`.
-        config: its settings.
-        predict_fn: (train_state, images) → (logits, out).
-        state_shapes: of the train state, to try `predict_fn` on.
-        sharding: of a batch.
-        batch_size: of training, for evaluators that name none of their own.
-        num_classes: of the model.
-        class_names: of the model, by which the labels of the data are brought to its numbers; None: not known.
-        path: where the evaluators stand in the config, for errors.
+        evals: settings of each evaluator, by its name.
+        predict_fn: function from an evaluator's settings to its function from (train_state, images) to (logits, out).
+        state_shapes: shapes of the train state, to try `predict_fn` on.
+        sharding: sharding of a global batch.
+        training: the block `config.input`, for what an evaluator does not say of its own loading.
+        num_classes: width of the model's head.
+        class_names: names of the model's classes, by which the labels of the data are brought to its numbers; None: not
+            known.
 
     Raises:
-        ConfigError: its data is not there, or is not what the model takes.
+        ConfigError: the data of an evaluator is not there, or not what the model takes; or two have one prefix.
     """
-    config = dataclasses.replace(config, batch_size=config.batch_size or batch_size,
-                                 prefix=f"{name}/" if config.prefix is None else config.prefix)
-    where = f"{path}.{name}"
-    preprocess = builder.build(config.pp_fn, f"{where}.pp_fn")
+    opened = {name: _open(name, config, predict_fn(config), state_shapes, sharding, training, num_classes, class_names)
+              for name, config in evals.items()}
+    owners: dict[str, str] = {}
+    for name, evaluator in opened.items():
+        if (other := owners.setdefault(evaluator.config.prefix, name)) != name:
+            raise ConfigError(f"config.evals.{name}.prefix", f"{evaluator.config.prefix!r} is that of {other} too: "
+                                                             "their metrics would have the same names")
+    return opened
+
+
+def _open(name: str, config: EvaluatorConfig, predict_fn: PredictFn, state_shapes: Any, sharding: NamedSharding,
+          training: LoaderConfig, num_classes: int, class_names: Sequence[str] | None) -> Any:
+    path, preprocess = f"config.evals.{name}", config.pp_fn
+    unsaid = {key: getattr(training, key) for key in ("batch_size", "num_workers", "num_threads", "prefetch")
+              if getattr(config, key) is None}
+    prefix = f"{name}/" if config.prefix is None else config.prefix
+    config = dataclasses.replace(config, prefix=prefix, **unsaid)
     if preprocess.num_classes not in (None, num_classes):
-        raise ConfigError(f"{where}.pp_fn", f"onehot has {preprocess.num_classes} classes, the model {num_classes}; "
-                                            f"make it onehot({num_classes})")
-    data = f"{where}.data"
+        raise ConfigError(f"{path}.pp_fn", f"onehot has {preprocess.num_classes} classes, the model {num_classes}; "
+                                           f"make it onehot({num_classes})")
+    data = f"{path}.data"
     source = datasets.align(datasets.open_source(config.data, data), class_names, num_classes, data)
     for line in describe(data, source):
         logger.info("%s", line)
-    spec = example_spec(source, preprocess, config.skip_errors)
-    shape = check_example(preprocess, spec, num_classes, f"{where}.pp_fn")
+    pipeline = Pipeline(config, source, preprocess, dist.local_rows(sharding, config.batch_size))
+    shape = check_example(preprocess, pipeline.spec, num_classes, f"{path}.pp_fn")
     try:
         jax.eval_shape(predict_fn, state_shapes, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
     except Exception as error:  # whatever the model says to images it was not made for
-        raise ConfigError(f"{where}.pp_fn", f"the model cannot take its images, {shape}: they are not like those it "
-                                            f"was trained on ({str(error).splitlines()[0][:120]})") from None
-    return _module(config.type, where).Evaluator(
-        predict_fn, config=config, source=source, preprocess=preprocess, sharding=sharding)
+        raise ConfigError(f"{path}.pp_fn", f"the model cannot take its images, {shape}: they are not like those it "
+                                           f"was trained on ({str(error).splitlines()[0][:120]})") from None
+    return _module(config.type, path).Evaluator(predict_fn, config=config, pipeline=pipeline, sharding=sharding)
 
 
 def measure(evaluator: Any, state: TrainState) -> dict[str, float]:

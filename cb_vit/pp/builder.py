@@ -99,8 +99,8 @@ class Preprocess:
             batch = op(batch)
         return batch
 
-    def normalisation(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """(mean, std), one value a channel each: the device makes (v - mean) / std of a pixel v from 0 to 1.
+    def normalisation(self, channels: int) -> Normalisation:
+        """What the device makes of pixels.
 
         Args:
             channels: number of channels of the images.
@@ -112,8 +112,9 @@ class Preprocess:
             if isinstance(op, ValueRange | VggValueRange):
                 batch = op(batch)
         low, high = np.asarray(batch["image"], np.float64).reshape(2, channels)
-        std = 1 / (high - low)
-        return Normalisation(tuple((-low * std).tolist()), tuple(std.tolist()))
+        with np.errstate(all="ignore"):  # what is no number is refused by who needs one
+            std = 1 / (high - low)
+            return Normalisation(tuple((-low * std).tolist()), tuple(std.tolist()))
 
     def _refuse_encoded(self, features: Features) -> None:
         if is_encoded(features.get("image")):

@@ -16,11 +16,9 @@ from typing import Any, TextIO
 import ml_collections
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
 
-from cb_vit import config as config_lib
 from cb_vit import io
-from cb_vit.config import ConfigError, Failure
+from cb_vit.config import ConfigError, Failure, lay_over
 from cb_vit.registry import UNPARSED, suggest
 from cb_vit.texts import printable
 
@@ -28,45 +26,49 @@ FLAGS = flags.FLAGS
 CONFIG_HELP = (
     "The experiment: a file with get_config(), e.g. configs/digits.py. It is Python, and is executed: run none of "
     "strangers. Arguments of the file follow a colon, "
-    "configs/vit_i1k.py:variant=S/16,context=cb. Any key it declares can be overridden: --config.lr=3e-4, "
-    "--config.input.batch_size=512, --config.total_steps=1000. --config=list lists the files.")
+    "configs/vit_i1k.py:variant=S/16,context=cb. Any setting can be overridden, whether the file has it or not: "
+    "--config.lr=3e-4, --config.input.batch_size=512, --config.total_steps=1000. --config=list lists the files.")
 
 
 def define(workdir: str | None = None) -> None:
-    """Define the flags of a program; `workdir` is the help of `--workdir`, None where it has none."""
-    config_flags.DEFINE_config_file("config", None, CONFIG_HELP, lock_config=True)
+    """Define the flags of a program; `workdir` is the help of its flag `--workdir`, None where it has no such flag."""
+    flags.DEFINE_string("config", None, CONFIG_HELP)
     if workdir:
         flags.DEFINE_string("workdir", None, workdir)
     for name in ("config", "workdir")[:2 if workdir else 1]:
         FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])  # --help shows the flags of the program
 
 
-def run(main: Callable[[ml_collections.ConfigDict], None], usage: str) -> None:
+def run(main: Callable[[dict[str, Any]], None], usage: str) -> None:
     """Parse the command line and call `main(config)`; what the user can mend ends in one line and status 1.
 
     Args:
-        main: the program.
-        usage: its docstring, shown by `--help`.
+        main: function that is the program; its config is the file's, with what the command line says laid over.
+        usage: docstring of the program, shown by `--help`.
     """
+    argv, overrides = split_overrides(sys.argv)
+
     def with_config(argv: Sequence[str]) -> None:
         if len(argv) > 1:
             raise ConfigError(argv[1], "not an argument of this program; settings are written --config.key=value")
         if FLAGS.config is None:
-            raise _no_config()
-        overridden = list(config_flags.get_override_values(FLAGS["config"]))
-        config_lib.prefer_overrides(FLAGS.config, overridden)
-        main(FLAGS.config)
+            raise ConfigError("--config", "not given; for example --config=configs/digits.py, or --config=list")
+        if FLAGS.config == "list":
+            show(*list_configs(_configs()).split("\n"))
+            return
+        sys.path.insert(0, os.getcwd())  # `configs.common`, for a config file of the user's own folder too
+        main(lay_over(load_config(FLAGS.config), overrides))
 
-    _start(with_config, functools.partial(_parse_config, usage=usage), news=sys.stdout)
+    _start(with_config, usage, argv, news=sys.stdout)
 
 
 def run_plain(main: Callable[..., None], usage: str, *arguments: str) -> None:
     """The same for a program without a config: `main(*arguments)`.
 
     Args:
-        main: the program.
-        usage: its docstring, shown by `--help`.
-        *arguments: names of what it takes beside flags, all required; of a last "NAME…", one or more.
+        main: function that is the program.
+        usage: docstring of the program, shown by `--help`.
+        *arguments: names of what the program takes beside flags, all required; a last "NAME…" takes one or more.
     """
     def with_arguments(argv: Sequence[str]) -> None:
         _, *given = argv
@@ -75,10 +77,10 @@ def run_plain(main: Callable[..., None], usage: str, *arguments: str) -> None:
             raise ConfigError("arguments", f"this program takes {' '.join(arguments)}{listed}; --help says more")
         main(*given)
 
-    _start(with_arguments, functools.partial(_parse, usage=usage), news=sys.stderr)  # stdout is for what was asked
+    _start(with_arguments, usage, sys.argv, news=sys.stderr)  # stdout is for what was asked
 
 
-def _start(program: Callable[..., None], parse: Callable[..., list[str]], news: TextIO) -> None:
+def _start(program: Callable[..., None], usage: str, argv: list[str], news: TextIO) -> None:
     def guarded(argv: Sequence[str]) -> None:
         # absl has put its own handler in place by now; Orbax and JAX tell their news through it.
         logging.basicConfig(level=logging.INFO, stream=news, force=True)
@@ -103,7 +105,7 @@ def _start(program: Callable[..., None], parse: Callable[..., list[str]], news: 
         except KeyboardInterrupt:
             _fail("interrupted", status=130)
 
-    app.run(guarded, flags_parser=parse)
+    app.run(guarded, argv=argv, flags_parser=functools.partial(_parse, usage=usage))
 
 
 class _Log(logging.Formatter):
@@ -136,75 +138,55 @@ def require_workdir() -> str:
     """The value of `--workdir`.
 
     Raises:
-        ConfigError: it was not given.
+        ConfigError: the flag was not given.
     """
     if not FLAGS.workdir:
         raise ConfigError("--workdir", "not given; for example --workdir=runs/digits")
     return FLAGS.workdir
 
 
-def _parse(argv: list[str], usage: str, explain: Callable[[Exception], Exception] = lambda error: error) -> list[str]:
-    """absl's parsing, with its errors, `explain`ed, in one line, and its help cut down to the program's own flags."""
+def _parse(argv: list[str], usage: str) -> list[str]:
+    """absl's parsing, with its errors in one line, and its help cut down to the program's own flags."""
     if {"--help", "-h", "--helpshort"}.intersection(argv):
         print(f"{usage.rstrip()}\n{FLAGS.main_module_help()}")
         sys.exit(0)
-    absl_logging.set_verbosity(absl_logging.ERROR)  # what ml_collections would warn of is told in the error
+    absl_logging.set_verbosity(absl_logging.ERROR)
     try:
         return FLAGS(argv)
-    except Exception as error:
-        _fail(explain(error))
+    except flags.Error as error:
+        _fail(error)
 
 
-def _parse_config(argv: list[str], usage: str) -> list[str]:
-    given, overrides = _given(argv)
-    if given == "list":
-        show(*list_configs(_configs()).split("\n"))
-        sys.exit(0)
-    sys.path.insert(0, os.getcwd())  # `configs.common`, for a config file of the user's own folder too
-    explain = functools.partial(_explain, given=given, overrides=overrides)
-    rest = _parse(argv, usage, explain)
-    if given is not None and not isinstance(FLAGS.config, ml_collections.ConfigDict):
-        # a file that cannot be read comes back as an object
-        _fail(explain(TypeError(f"--config={given} is not a config")))
-    return rest
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
+    """Arguments without those that override settings, and those: the name and the text of each, None without one.
 
-
-def _given(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str | None]]]:
-    """The value of `--config`, and the `(key, value)` of each `--config.key=value`, None where it has no "="."""
-    given, overrides = None, []
-    for arg, following in zip(argv, [*argv[1:], None], strict=True):
-        if match := re.fullmatch(r"--?(?:no)?config(?:\.([^=]+))?(?:=(.*))?", arg, re.DOTALL):
-            key, value = match.groups()
-            if key:
-                overrides.append((key, value))
-            else:
-                given = following if value is None else value
-    return given, overrides
-
-
-def _explain(error: Exception, given: str | None, overrides: list[tuple[str, str | None]]) -> Exception:
-    """The error to show for `error`, which came up while flags were parsed.
-
-    absl and ml_collections wrap what a config file raises, and what is wrong with an override, each in its own
-    way; so look again, at the file and at each override in turn. Where they are well, absl's words will do.
+    `--config.lr=3e-4`, `--config.lr 3e-4`, `--config.plot` for True and `--noconfig.plot` for False, as flags are.
     """
-    try:
-        if given is not None:
-            config = load_config(given)
-            for key, value in overrides:
-                check_override(config, given.partition(":")[0], key, value)
-        elif overrides:
-            raise _no_config()
-    except ConfigError as found:
-        return found
-    return error
+    rest, overrides, waiting = [], [], list(argv)
+    while waiting:
+        match = re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", arg := waiting.pop(0), re.DOTALL)
+        if not match:
+            rest.append(arg)
+            continue
+        no, name, text = match.groups()
+        if text is None and not no and waiting and not waiting[0].startswith("--"):
+            text = waiting.pop(0)
+        overrides.append((name, "False" if no else text))
+    return rest, overrides
+
+
+def config_arguments() -> list[str]:
+    """The arguments that say which config this program has been given, to give them to another."""
+    _, overrides = split_overrides(sys.argv[1:])
+    return [f"--config={FLAGS.config}", *(f"--config.{name}" + ("" if text is None else f"={text}")
+                                         for name, text in overrides)]
 
 
 def load_config(given: str) -> ml_collections.ConfigDict:
     """The config that `--config=given` names, `given` being a file with or without ":arguments".
 
     Raises:
-        ConfigError: it cannot be loaded; names the line of the file.
+        ConfigError: the config cannot be loaded; the message names the line of the file.
     """
     path, colon, arg = given.partition(":")
     if not os.path.isfile(path):
@@ -223,41 +205,6 @@ def load_config(given: str) -> ml_collections.ConfigDict:
         found = f"get_config() returns {config!r:.40}" if get_config else "there is no get_config()"
         raise ConfigError(path, f"{found}; a config file has get_config(), which returns a ConfigDict")
     return config
-
-
-def check_override(config: ml_collections.ConfigDict, path: str, key: str, value: str | None) -> None:
-    """Refuse an override that the config of the file `path` does not take.
-
-    Args:
-        config: the config as the file makes it.
-        path: the file.
-        key: dotted name of the setting.
-        value: the text it is given; None: not known.
-
-    Raises:
-        ConfigError: names the key and what it takes.
-    """
-    block, field = config, "config"
-    for part in key.split("."):
-        if not isinstance(block, ml_collections.ConfigDict):
-            raise ConfigError(field, f"is {block!r} in {path}, not a block of settings; config.{key} cannot be set")
-        field += f".{part}"
-        if part not in block:
-            near = suggest(part, block)
-            listed = f": {', '.join(block)}" if near == ";" else ""
-            raise ConfigError(field, f"unknown{near} Only what {path} declares can be set here{listed}")
-        kind, block = block.get_type(part), block[part]
-    flag = FLAGS[field] if field in FLAGS else None
-    if flag is None or value is None:
-        # ml_collections knows no way to write a list, or to tell what None may become.
-        if kind in (list, type(None)):
-            raise ConfigError(field, f"is {block!r} in {path}, which the command line cannot change; change it there")
-        return
-    try:
-        flag.parser.parse(value)
-    except (TypeError, ValueError):
-        kind = dict if issubclass(kind, ml_collections.ConfigDict) else kind
-        raise ConfigError(field, f"expected {config_lib.describe(kind)}, got {value!r}") from None
 
 
 def _configs() -> Path:
@@ -279,10 +226,6 @@ def list_configs(folder: Path) -> str:
         if any(isinstance(node, ast.FunctionDef) and node.name == "get_config" for node in tree.body):
             lines.append(f"{str(path):<28}{(ast.get_docstring(tree) or '—').splitlines()[0]}")
     return "\n".join(lines) or f"no config files in {folder}"
-
-
-def _no_config() -> ConfigError:
-    return ConfigError("--config", "not given; for example --config=configs/digits.py, or --config=list")
 
 
 def _fail(message: object, status: int = 1) -> None:

@@ -57,7 +57,7 @@ def describe(weights: Weights) -> Iterator[str]:
 
 
 def _normalisation(weights: Weights) -> Normalisation | None:
-    """What `--mean` and `--std` say."""
+    """The normalisation that `--mean` and `--std` give; None: they are not given."""
     if MEAN.value is None and STD.value is None:
         return None
     if MEAN.value is None or STD.value is None:

@@ -16,14 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from absl import flags
 
 from cb_vit import dist, experiment, io, sharding, startup
 from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import ConfigError, under
-from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, measure
-from cb_vit.pp import builder
+from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, measure, open_all
 from cb_vit.settings import Settings, check
 from cb_vit.tools import cli, source
 from cb_vit.train_state import TrainState
@@ -34,7 +32,7 @@ WEIGHTS = flags.DEFINE_string("weights", None, "In place of --workdir: a run, a 
 flags.adopt_module_key_flags(source)  # for --help
 
 
-def main(config: ml_collections.ConfigDict) -> None:
+def main(config: dict[str, Any]) -> None:
     """Print every metric of every evaluator."""
     settings = check(config)
     if not settings.evals:
@@ -64,7 +62,7 @@ def _evaluate_run(settings: Settings, workdir: str) -> None:
             raise ConfigError("--workdir", f"{directory} holds no checkpoint; give the workdir of a run that has one")
         state, _ = restored
         _tell(f"step {int(state.step)} of {directory}")
-        _measure(startup.build_evaluators(run, known), state)
+        _measure(run.open_evaluators(known), state)
 
 
 def _evaluate_weights(settings: Settings) -> None:
@@ -73,22 +71,23 @@ def _evaluate_weights(settings: Settings) -> None:
         raise ConfigError("--weights", f"{weights} has no head, and so no classes to score")
     dist.initialize()
     mesh, batch_sharding = experiment.lay_out(settings)
-    shapes = sharding.place(weights.shapes, settings.train.sharding_strategy, mesh)
+    shapes = sharding.place(weights.shapes, settings.sharding_strategy, mesh)
     state = TrainState(jnp.int32(weights.step or 0), shapes, (), jnp.bool_(True))
-    with sharding.active_mesh(mesh, settings.train.sharding_rules):
-        evaluators = startup.open_evaluators(settings, functools.partial(_predictor, weights), state, batch_sharding,
-                                             weights.model.num_classes, weights.class_names)
+    with sharding.active_mesh(mesh, settings.sharding_rules):
+        evaluators = open_all(
+            settings.evals, functools.partial(_predictor, weights), state_shapes=state, sharding=batch_sharding,
+            training=settings.input, num_classes=weights.model.num_classes, class_names=weights.class_names)
         _tell(f"{weights}: {weights.format}", *weights.notes)
         _measure(evaluators, state.replace(params=weights.read(shapes)))
 
 
 def _predictor(weights: Weights, config: EvaluatorConfig) -> PredictFn:
-    """What an evaluator gets, its images brought to the model's normalisation."""
-    preprocess = builder.build(config.pp_fn, "pp_fn")
+    """The function that an evaluator measures: it brings images to the model's normalisation first."""
+    preprocess = config.pp_fn
     with under("--weights"):
         adapt = weights.adapter(preprocess)
     if not weights.normalisation.same(preprocess.normalisation(len(weights.normalisation.mean))):
-        _tell(f"normalised pixels of {config.pp_fn} are brought to the model's own mean and std")
+        _tell(f"normalised pixels of {preprocess.text} are brought to the model's own mean and std")
 
     def predict(state: TrainState, images: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         return weights.model.apply({"params": state.params}, adapt(images), train=False)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
-import ml_collections
 from absl import flags
 
 from cb_vit import datasets, experiment
@@ -28,7 +28,7 @@ COMPILE = flags.DEFINE_bool("compile", False, "Compile the train step too, for X
 MIB = 2**20
 
 
-def main(config: ml_collections.ConfigDict) -> None:
+def main(config: dict[str, Any]) -> None:
     """Print the report."""
     settings = check(config)
     run = experiment.build(settings, source=_source(settings))
@@ -39,19 +39,19 @@ def main(config: ml_collections.ConfigDict) -> None:
 
 
 def _source(settings: Settings) -> Source | None:
-    """A stand-in for training data that is not here, if `--examples` says how long it is."""
+    """The training data; a stand-in for it, if `--examples` says how long it is."""
     if EXAMPLES.value is None:
         try:
-            return datasets.open_source(settings.train.input.data, "config.input.data")
+            return datasets.open_source(settings.input.data, "config.input.data")
         except ConfigError as error:
             raise ConfigError(error.path, f"{error.message}. To go on without the data, give its length: "
                                           "--examples=1281167") from None
-    preprocess = settings.preprocess
+    preprocess = settings.input.pp
     if preprocess.image_size is None:
         raise ConfigError("config.input.pp", "does not fix the image's size, so the data itself is needed")
     return datasets.open_source(dict(
         name="fake", split="train", num_examples=EXAMPLES.value, image_size=max(preprocess.image_size), encoded=True,
-        num_classes=settings.train.num_classes or preprocess.num_classes), "--examples")
+        num_classes=settings.num_classes or preprocess.num_classes), "--examples")
 
 
 def _config(settings: Settings) -> Iterator[str]:
@@ -61,7 +61,7 @@ def _config(settings: Settings) -> Iterator[str]:
 
 def _parameters(run: Experiment) -> Iterator[str]:
     """A line for each parameter: what the optimiser does to it, and where it lives."""
-    rules = {rule.name: rule for rule in cb_optax.describe(run.cfg, run.shapes.params)}
+    rules = {rule.name: rule for rule in cb_optax.describe(run.settings, run.shapes.params)}
     leaves = flatten_with_names(run.shapes.params)[0]
     width = max(len(name) for name, _ in leaves) + 2
     yield f"{'name':<{width}}{'shape':<20}{'count':>12}  {'lr ×':>12}{'decay ×':>9}  sharding"
@@ -74,7 +74,7 @@ def _parameters(run: Experiment) -> Iterator[str]:
 
 
 def _run(run: Experiment) -> Iterator[str]:
-    cfg, batch = run.cfg, run.cfg.input.batch_size
+    cfg, batch = run.settings, run.settings.input.batch_size
     devices = run.mesh.devices.ravel()
     share = run.batch_sharding.shard_shape((batch,))[0]
     examples = run.pipeline.examples_per_epoch
@@ -109,7 +109,7 @@ def _memory(run: Experiment) -> Iterator[str]:
     memory = compiled.memory_analysis()
     yield f"{'XLA: arguments':<24}{memory.argument_size_in_bytes / MIB:,.1f} MiB"
     yield f"{'XLA: temporaries':<24}{memory.temp_size_in_bytes / MIB:,.1f} MiB (gradients and activations)"
-    yield f"{'XLA: FLOPs':<24}{run.flops_per_step() / run.cfg.input.batch_size / 1e9:.2f} GFLOP an image"
+    yield f"{'XLA: FLOPs':<24}{run.flops_per_step() / run.settings.input.batch_size / 1e9:.2f} GFLOP an image"
 
 
 if __name__ == "__main__":

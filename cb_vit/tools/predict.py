@@ -39,7 +39,7 @@ QUIET = 10.0  # seconds before the first word on progress, and between two
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The flags of the same names; see `define`."""
+    """Values of the flags of the same names; see `define`."""
 
     top: int = 5
     format: str = "table"
@@ -81,8 +81,8 @@ def predict(files: Sequence[str], weights: Weights, options: Options) -> None:
     """Print what the model says of each file, and draw where it looks.
 
     Raises:
-        ConfigError: options that cannot work, before parameters are read.
-        Failure: at the end, where some files could not be read.
+        ConfigError: the options cannot work; raised before parameters are read.
+        Failure: some files could not be read; raised at the end.
     """
     preprocess = preprocessing(weights, options.pp)
     pictures = _pictures(files, options)
@@ -115,7 +115,8 @@ def find_images(paths: Sequence[str]) -> list[str]:
     name of an image is left out, with a warning.
 
     Raises:
-        ConfigError: at "arguments": a path that does not exist or is neither file nor folder, or no image at all.
+        ConfigError: a path does not exist or is neither file nor folder, or there is no image at all; raised at
+            "arguments".
     """
     found: list[str] = []
     for path in paths:
@@ -160,12 +161,12 @@ def read_names(path: str, num_classes: int) -> list[str]:
     """The names of the classes, in their order.
 
     Args:
-        path: of a file with one name a line, or JSON: a list, {"0": name, …} or {name: 0, …}; where an entry is a list,
-            as in Keras' index of ImageNet, its last part is the name.
-        num_classes: how many there must be.
+        path: path of a file with one name a line, or JSON: a list, {"0": name, …} or {name: 0, …}; where an entry is a
+            list, as in Keras' index of ImageNet, its last part is the name.
+        num_classes: number of names that there must be.
 
     Raises:
-        ConfigError: at "--classes".
+        ConfigError: the file cannot be read, or holds other than so many names; raised at "--classes".
     """
     try:
         with io.open_regular(path) as file:
@@ -194,10 +195,14 @@ def _label(names: Sequence[str | None], number: int) -> str:
 
 
 def pick_layers(text: str, depth: int) -> tuple[int, ...]:
-    """The blocks that `--layers` names, of a model with so many.
+    """The numbers of the blocks that `--layers` names.
+
+    Args:
+        text: value of the flag.
+        depth: number of the model's blocks.
 
     Raises:
-        ConfigError: at "--layers".
+        ConfigError: the text names no blocks of the model; raised at "--layers".
     """
     if text in ("last", "all"):
         return tuple(range(depth)) if text == "all" else (depth - 1,)

@@ -20,20 +20,20 @@ OWN = {"key": "--key", "prefix": "--prefix", "params": "--ema", "path": "--weigh
 
 
 def given() -> bool:
-    """Whether any of them was given."""
+    """Whether any of the flags of this module was given."""
     return bool(EMA.value or KEY.value or PREFIX.value or MODEL.value)
 
 
 def open_source(path: str, field: str) -> Weights:
-    """Look into a file or run, with what those flags say.
+    """Look into a file or run, with what the flags of this module say.
 
     Args:
-        path: as for `cb_vit.load`.
-        field: the flag or argument that names it, for errors.
+        path: path of the file or run, as for `cb_vit.load`.
+        field: flag or argument that names the path, for errors.
 
     Raises:
-        ConfigError: what is missing or cannot be read of a run, or a flag that does not fit.
-        FormatError: a file that cannot be read.
+        ConfigError: part of a run is missing or cannot be read, or a flag does not fit.
+        FormatError: a file cannot be read.
     """
     return open_weights(path, field, params="ema" if EMA.value else "raw", key=KEY.value, prefix=PREFIX.value,
                         **_keywords(MODEL.value))

@@ -38,21 +38,21 @@ def export(
     """Write a model in another form, whole or not at all.
 
     Args:
-        weights: as `open_weights` gives them.
-        dst: NAME.safetensors for PyTorch, NAME.npz for big_vision; any other name, without a suffix or with a slash at
-            its end, is the folder of a run, which holds parameters and no optimiser.
-        names: of a .safetensors file, one of `NAMES`.
+        weights: the model, from `open_weights`.
+        dst: path to write: NAME.safetensors for PyTorch, NAME.npz for big_vision; any other name, without a suffix or
+            with a slash at its end, is the folder of a run, which holds parameters and no optimiser.
+        names: kind of names in a .safetensors file, one of `NAMES`.
         normalisation: (mean, std) of pixels from 0 to 1 that the model was trained with, each [c], in place of what
             `weights` say.
-        fold: change the patch embedding so that the model takes pixels from -1 to 1.
-        overwrite: replace what is there; never a run that was trained, and of a link never what it leads to.
+        fold: whether the patch embedding is changed so that the model takes pixels from -1 to 1.
+        overwrite: whether what is there is replaced; a run that was trained never is, nor what a link leads to.
 
     Returns:
         Lines to print: what `dst` cannot say of the model, and the Python that loads it elsewhere.
 
     Raises:
-        ConfigError: what cannot be done, or expressed there.
-        FormatError: a file that cannot be read or written.
+        ConfigError: the model cannot be expressed in that form, or an argument cannot work.
+        FormatError: a file cannot be read or written.
     """
     write = _writer(dst, names)
     check_target(dst, overwrite)
@@ -75,7 +75,7 @@ def check_target(dst: str, overwrite: bool) -> None:
     """Refuse what is there already, and above all a run with more in it than was ever exported.
 
     Raises:
-        ConfigError: at "DST".
+        ConfigError: `dst` may not be written; raised at "DST".
     """
     if dst.startswith("hf://"):
         raise ConfigError("DST", f"{dst}: nothing is put on the hub from here; write it to this machine")
@@ -105,8 +105,8 @@ def write_timm(dst: str, weights: Weights, params: Tree, overwrite: bool) -> lis
     Args:
         dst: path of the file.
         weights: the model.
-        params: its parameters, on the host.
-        overwrite: replace what is there.
+        params: parameters of the model, on the host.
+        overwrite: whether a file that is there is replaced.
 
     Raises:
         ConfigError: timm cannot express the model.

@@ -21,14 +21,14 @@ from cb_vit.weights.dialects.images import evaluation
 from cb_vit.weights.loading import Weights
 from cb_vit.workdir import run_notes, write_notes
 
-RANGES = ("value_range", "vgg_value_range")  # of a preprocessing string, what normalises
+RANGES = ("value_range", "vgg_value_range")  # ops of a preprocessing string that normalise
 
 
 def image_size(weights: Weights) -> tuple[int, int]:
     """(height, width) in pixels of the images that the positions are for.
 
     Raises:
-        ConfigError: they are for any.
+        ConfigError: the positions are for images of any size.
     """
     if weights.grid is None:
         raise ConfigError("model", f"{weights} has no positions of its own, and DST must say for how many patches it "
@@ -40,10 +40,10 @@ def write_run(dst: str, weights: Weights, params: Any, overwrite: bool) -> list[
     """Write `run.json` and one checkpoint.
 
     Args:
-        dst: the folder.
+        dst: folder of the run.
         weights: the model.
-        params: its parameters, on the host.
-        overwrite: replace what is there.
+        params: parameters of the model, on the host.
+        overwrite: whether a folder that is there is replaced.
 
     Raises:
         ConfigError: it is not known how pixels were normalised, or for what size of images the model is; or the folder

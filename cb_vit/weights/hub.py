@@ -27,10 +27,10 @@ def resolve(path: str) -> tuple[str, dict[str, Any]]:
     """The local file or folder of `path`, fetched if it is on the hub, and the cards beside it as one dict.
 
     Args:
-        path: a path, or `hf://ORG/NAME[@REVISION][/FILE]`.
+        path: local path, or `hf://ORG/NAME[@REVISION][/FILE]`.
 
     Raises:
-        FormatError: a path that is no such address, or what is not there or not allowed.
+        FormatError: the address is not of this form, or names what is not there or not allowed.
     """
     if not path.startswith("hf://"):
         local = os.path.expanduser(path)
@@ -74,7 +74,7 @@ def _unreachable(path: str, repo: str, revision: str | None, name: str) -> str |
         return None  # it answers; what it says comes up again with the download
     except errors.OfflineModeIsEnabled:
         return "HF_HUB_OFFLINE forbids to ask the hub"
-    except Exception as error:  # of the library, or of that which it happens to be built on
+    except Exception as error:  # the library's, or one of what it happens to be built on
         reason = (str(error) or repr(error)).splitlines()[0][:200]
         return f"{library.constants.ENDPOINT} cannot be reached ({reason}; HF_HUB_OFFLINE=1 spares the try)"
     return None
@@ -92,7 +92,7 @@ def _download(path: str, repo: str, revision: str | None, cached: bool, name: st
         raise FormatError(f"{path}: asks for its terms to be accepted; do so on its page and set HF_TOKEN") from None
     except errors.RepositoryNotFoundError:
         raise FormatError(f"{path}: no such repository, or a private one; for that set HF_TOKEN") from None
-    except Exception as error:  # of the library, and of that which it happens to be built on
+    except Exception as error:  # the library's, or one of what it happens to be built on
         raise FormatError(f"{path}: {(str(error) or repr(error)).splitlines()[0][:200]}") from None
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from cb_vit import dist, io, models, retry, workdir
 from cb_vit.checkpoint import Checkpointer, Params
-from cb_vit.config import ConfigError
+from cb_vit.config import ConfigError, at
 from cb_vit.models.common import Report
 from cb_vit.models.resample import METHODS
 from cb_vit.pp import builder
@@ -38,7 +38,7 @@ from cb_vit.weights.refit import with_channels, with_classes
 
 logger = logging.getLogger(__name__)
 Tree = Any
-LABEL_OPS = ("onehot", "keep", "drop", "copy")  # of a preprocessing string, what is not about pixels
+LABEL_OPS = ("onehot", "keep", "drop", "copy")  # ops of a preprocessing string that are not about pixels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +46,12 @@ class LoadConfig:
     """The block `config.model_load`: how the parameters of `config.model_init` are taken.
 
     Attributes:
-        params: "raw", or "ema": their moving average, where that run kept one.
-        dont_load: regexes of names; those of the model begin anew, those of the file are left there.
-        posemb_resize: how position embeddings are brought to another resolution: "bicubic_antialias" as timm does,
-            "bicubic" as DeiT did, "linear" as big_vision does.
-        key: of a PyTorch file: the entry that holds the weights; see `load`.
-        prefix: take only the arrays under it; see `load`.
+        params: kind of a run's parameters: "raw", or "ema", their moving average, where that run kept one.
+        dont_load: regexes of names of arrays; those of the model begin anew, those of the file are left there.
+        posemb_resize: method by which position embeddings are brought to another resolution: "bicubic_antialias" as
+            timm does, "bicubic" as DeiT did, "linear" as big_vision does.
+        key: entry of a PyTorch file that holds the weights; see `load`.
+        prefix: beginning of the names of the arrays to take; see `load`.
     """
 
     params: Params = "raw"
@@ -69,18 +69,18 @@ class Weights:
     """A trained model whose parameters have not been read yet.
 
     Attributes:
-        path: the file or the run's folder, as given.
-        format: "run", "timm", "deit", "huggingface", "big_vision" or "augreg".
-        step: of a run's checkpoint; None for a file.
+        path: path of the file or of the run's folder, as given.
+        format: kind of the file: "run", "timm", "deit", "huggingface", "big_vision" or "augreg".
+        step: step of a run's checkpoint; None for a file.
         model: the Linen module, its blocks in loop layout.
-        shapes: shapes and dtypes of its parameters.
+        shapes: shapes and dtypes of the model's parameters.
         grid: rows and columns of patches that the positions are for; None: they are fixed, for any.
-        normalisation: (mean, std), each [c], of pixels from 0 to 1, that the model was trained with; None: not known.
-        pp: preprocessing for evaluation, from a file's bytes to the model's images; None: not known.
-        class_names: None: not known.
-        doubts: what was assumed in reading, or asked for although the file says otherwise, one line each.
-        notes: the doubts, and what was folded or cannot be known, one line each.
-        fetch: reads the parameters, each leaf where the given shapes with shardings put it.
+        normalisation: mean and std, each [c], of pixels from 0 to 1, that the model was trained with; None: not known.
+        pp: preprocessing string for evaluation, from a file's bytes to the model's images; None: not known.
+        class_names: names of the head's classes, in their order; None: not known.
+        doubts: lines on what was assumed in reading, or asked for although the file says otherwise.
+        notes: the doubts, and lines on what was folded or cannot be known.
+        fetch: function that reads the parameters, each leaf to where the given shapes with shardings put it.
     """
 
     path: str
@@ -108,7 +108,7 @@ class Weights:
         """The parameters, float32, each leaf straight onto its devices.
 
         Args:
-            like: `shapes` with shardings; None: all on the first device.
+            like: the attribute `shapes` with shardings; None: all leaves go to the first device.
         """
         if like is None:
             here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -119,7 +119,7 @@ class Weights:
         """How the model's pixels were normalised.
 
         Raises:
-            ConfigError: that is not known.
+            ConfigError: the normalisation is not known.
         """
         if self.normalisation is None:
             raise ConfigError("normalisation", f"{self.path} does not say how its pixels were normalised; write that "
@@ -127,7 +127,7 @@ class Weights:
         return self.normalisation
 
     def adapter(self, preprocess: Preprocess) -> Callable[[Float[Array, "b y x c"]], Float[Array, "b y x c"]]:
-        """From images as `preprocess` normalises them to images as the model knows them.
+        """A function from images as `preprocess` normalises them to images as the model knows them.
 
         Raises:
             ConfigError: it is not known how the model's images were normalised.
@@ -148,28 +148,29 @@ def load(
     """A model and its parameters, ready for `model.apply({"params": params}, images)`.
 
     Args:
-        path: a run's workdir (`WORKDIR@STEP`: that checkpoint), a `.safetensors`, `.pth`, `.bin` or `.npz` file of
-            timm, DeiT, Hugging Face, big_vision or AugReg (`FILE.npz:PART`: part of it), a folder of Hugging Face's, or
-            `hf://ORG/NAME[@REVISION][/FILE]`.
-        params: of a run: the parameters, or their moving average.
-        key: of a PyTorch file: the entry that holds the weights, e.g. "model_ema".
-        prefix: of a file: take only the arrays whose names begin so, e.g. "visual.trunk"; None: all of them, without
-            what stands in front of every name.
-        num_classes: 0 leaves the head (or heads) in the file; None: the file's own.
-        channels: of your images; those of a model of three are adapted by timm's rule, and what was trained on RGB
-            takes grey pixels (channels=1) as it took them three times over. None: the file's own.
-        normalisation: (mean, std) of pixels from 0 to 1 that your images have: what the model was trained with is
-            folded into its patch embedding. None: images must be normalised as in training.
-        place: shapes of the parameters → the same with shardings, to read them straight into shards.
+        path: path of a run's workdir (`WORKDIR@STEP`: that checkpoint), of a `.safetensors`, `.pth`, `.bin` or `.npz`
+            file of timm, DeiT, Hugging Face, big_vision or AugReg (`FILE.npz:PART`: part of it), or of a folder of
+            Hugging Face's, or `hf://ORG/NAME[@REVISION][/FILE]`.
+        params: kind of a run's parameters: themselves ("raw"), or their moving average ("ema").
+        key: entry of a PyTorch file that holds the weights, e.g. "model_ema".
+        prefix: beginning of the names of the arrays to take from a file, e.g. "visual.trunk"; None: all are taken,
+            without what stands in front of every name.
+        num_classes: width of the head; 0 leaves the head (or heads) in the file; None: the file's own.
+        channels: number of channels of your images; a model of three is adapted by timm's rule, and what was trained on
+            RGB takes grey pixels (channels=1) as it took them three times over. None: the file's own.
+        normalisation: (mean, std) of pixels from 0 to 1 that your images have: the difference to what the model was
+            trained with is folded into its patch embedding. None: images must be normalised as in training.
+        place: function from the shapes of the parameters to the same with shardings, to read them straight into shards;
+            None: all go to the first device.
         **model: keywords of `Model`, for what a file does not say, such as `context="cb"` or `num_heads=4`.
 
     Raises:
-        ConfigError: a folder that holds no run, or a keyword that fits no model.
-        FormatError: a file that cannot be read, is of another architecture, contradicts `model`, or does not say what
-            only `model` can.
+        ConfigError: the folder holds no run, or a keyword fits no model.
+        FormatError: the file cannot be read, is of another architecture, contradicts `model`, or does not say what only
+            `model` can.
 
     Warns:
-        UserWarning: of what is assumed, as all published models of that kind agree, and of what `model` contradicts.
+        UserWarning: something is assumed, as all published models of that kind agree, or `model` contradicts the file.
     """
     weights = open_weights(path, "path", params=params, key=key, prefix=prefix, num_classes=num_classes,
                            channels=channels, **model)
@@ -196,20 +197,20 @@ def merge(
 
     Args:
         init_params: initial parameters, in the model's own layout.
-        path: as for `load`.
-        config: the model's, `model.config`.
-        dont_load: regexes of names that keep their initial value, or that are left in the file.
-        posemb_resize: one of `models.resample.METHODS`.
-        image_size: (height, width) in pixels that the model is for; None: square.
-        key, prefix: as for `load`.
-        channels: of the model's images, as for `load`; None: as many as `init_params` have.
+        path: path of the file or run, as for `load`.
+        config: settings of the model, its `model.config`.
+        dont_load: regexes of names of arrays that keep their initial value, or that are left in the file.
+        posemb_resize: method of resizing position embeddings, one of `models.resample.METHODS`.
+        image_size: (height, width) in pixels of the images that the model is for; None: they are square.
+        key, prefix: choice of what to take from the file, as for `load`.
+        channels: number of channels of the model's images; None: as many as `init_params` have.
 
     Returns:
         Parameters like `init_params`, and the report, whose `lines` say what became of every array.
 
     Raises:
         ConfigError: the file is of another model.
-        FormatError: a file that cannot be read.
+        FormatError: the file cannot be read.
     """
     if channels is None:
         channels = init_params["embedding"]["kernel"].shape[2]
@@ -232,14 +233,14 @@ def open_weights(
     """Look into a file or the folder of a run; its parameters are read later.
 
     Args:
-        path: as for `load`; of a run also the folder of checkpoints in it.
-        field: the setting that names it, for errors.
-        params, key, prefix, num_classes, channels: as for `load`.
+        path: path of the file or run, as for `load`, or of the folder of checkpoints in a run.
+        field: setting that names the path, for errors.
+        params, key, prefix, num_classes, channels: choice of what is taken, as for `load`.
         **model: keywords of `Model`, for what a file does not say.
 
     Raises:
-        ConfigError: at `field`, what is missing or cannot be read of a run.
-        FormatError: a file that cannot be read.
+        ConfigError: part of a run is missing or cannot be read; raised at `field`.
+        FormatError: the file cannot be read.
     """
     path = os.fspath(path)
     if not path.startswith("hf://"):
@@ -285,20 +286,15 @@ def _open_run(folder: str, step: int | None, field: str, params: Params) -> Weig
             raise ConfigError(field, f"{notes_file} does not exist")
         return found
 
-    try:
+    with at(field):
         notes = dist.together(read)
-    except ConfigError as error:
-        raise ConfigError(field, error.message) from None
     try:
         model, grid, normalisation, pp = _told_by_run(notes)
         names = workdir.class_names(notes, folder)
     except retry.PARSING as error:
         raise ConfigError(field, f"{notes_file} does not describe a model: {error!r:.300}") from None
-    try:
-        with contextlib.closing(_checkpoints(folder)) as checkpointer:
-            found, shapes = checkpointer.params_shapes(step, params)
-    except ConfigError as error:
-        raise ConfigError(field, error.message) from None
+    with at(field), contextlib.closing(_checkpoints(folder)) as checkpointer:
+        found, shapes = checkpointer.params_shapes(step, params)
 
     def fetch(like: Tree) -> Tree:
         with contextlib.closing(_checkpoints(folder)) as checkpointer:

@@ -25,7 +25,7 @@ def with_classes(weights: W, num_classes: int) -> W:
     """The same model; without its heads, if no classes are asked for.
 
     Raises:
-        ConfigError: at "num_classes", for any other number than its own.
+        ConfigError: the number is neither 0 nor the model's own; raised at "num_classes".
     """
     own = weights.model.num_classes or 0
     if num_classes == own:
@@ -54,7 +54,8 @@ def with_channels(weights: W, channels: int) -> W:
     std for each are folded into the patch embedding first: one channel gives exactly what grey RGB gave.
 
     Raises:
-        ConfigError: at "channels", where the model is not of RGB images.
+        ConfigError: the number is not the model's own, and the model is not of RGB images or the number is not at
+            least 1; raised at "channels".
     """
     kernel = weights.shapes["embedding"]["kernel"]
     own = weights.channels
@@ -86,7 +87,7 @@ def with_channels(weights: W, channels: int) -> W:
 def _normalisation(
     trained: Normalisation | None, channels: int
 ) -> tuple[Normalisation | None, Normalisation | None, str]:
-    """That of the adapted model, the one of three channels to be folded in before, if any, and a note."""
+    """The normalisation of the adapted model, the one of three channels to be folded in before, if any, and a note."""
     if channels > 1:
         note = f"three channels are spread over {channels} (timm's rule): a beginning, and not the same function"
         cycle = lambda values: tuple(itertools.islice(itertools.cycle(values), channels))  # noqa: E731

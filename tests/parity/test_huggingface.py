@@ -10,6 +10,7 @@ from PIL import Image
 
 import cb_vit
 from cb_vit.pp import builder
+from cb_vit.pp.normalisation import Normalisation  # noqa: E402
 from cb_vit.weights import open_weights
 from cb_vit.weights.containers import FormatError
 from cb_vit.weights.dialects import cards, images
@@ -30,6 +31,8 @@ from transformers import (  # noqa: E402
     ViTModel,
 )
 from transformers.processing_utils import ImagesKwargs  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* assumed")  # files that do not say all of their model
 
 SIZES = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=6, intermediate_size=80, image_size=12,
              patch_size=4, num_labels=5)
@@ -162,8 +165,7 @@ def test_what_a_processor_does(processor, options, sparse):
     card = json.loads(theirs.to_json_string())
     if sparse:
         card = {"image_processor_type": processor.__name__, **options}
-    mean, std = images.normalisation(card)
-    normalisation = tuple(tuple(np.broadcast_to(values, 3).tolist()) for values in (mean, std))
+    normalisation = Normalisation.of(images.normalisation(card), 3)
     pp, note = images.evaluation(card, normalisation, None, (16, 16))
     assert note is None
     one = 1 / 255 / min(normalisation[1])

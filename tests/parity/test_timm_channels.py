@@ -11,6 +11,8 @@ timm = pytest.importorskip("timm")
 from timm.models import adapt_input_conv  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* assumed")  # files that do not say all of their model
+
 SIZES = dict(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2, num_classes=7)
 
 

@@ -17,6 +17,8 @@ from cb_vit.config import parse
 from cb_vit.optax import OptimiserConfig, describe, make
 from cb_vit.tree import names
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* assumed")  # files that do not say all of their model
+
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 timm_loss, timm_optim, timm_utils = map(pytest.importorskip, ("timm.loss", "timm.optim", "timm.utils"))

@@ -3,4 +3,4 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("timm")
-from test_weights_docs import files, test_a_snippet  # noqa: E402, F401
+from test_weights_docs import files, pytestmark, test_a_snippet  # noqa: E402, F401

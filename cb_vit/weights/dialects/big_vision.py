@@ -28,15 +28,15 @@ def recognise(names: Iterable[str]) -> bool:
 
 
 def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config: Mapping[str, Any]) -> Reading:
-    """Our names, and the loop layout where big_vision scanned its blocks.
+    """A file under our names, and in loop layout where big_vision scanned its blocks.
 
     Args:
-        tensors: of the file, without the prefix "params/".
-        path: of the file, for errors.
-        num_heads, config: not needed, the file says it all; they are here because all readers are called alike.
+        tensors: tensors of the file by name, without the prefix "params/".
+        path: path of the file, for errors.
+        num_heads, config: not used, as the file says it all; they are here because all readers are called alike.
 
     Raises:
-        FormatError: scanned blocks that are not equally many in all arrays, or absurdly many.
+        FormatError: the scanned blocks are not equally many in all arrays, or absurdly many.
     """
     renamed = [(_OLD_NAMES.sub(lambda match: _OLD[match[0]], name), name) for name in tensors]
     old = any(ours != name for ours, name in renamed)
@@ -68,6 +68,6 @@ def to_big_vision(params: Any) -> dict[str, np.ndarray]:
     own names, or is not in a file of parameters at all: such a file is for `cb_vit`.
 
     Args:
-        params: ours, nested or flat, in loop layout.
+        params: parameters under our names, nested or flat, in loop layout.
     """
     return {f"params/{name}": np.asarray(leaf) for name, leaf in flatten_with_names(params)[0]}

@@ -24,9 +24,9 @@ class Tells:
     """A key that becomes a keyword of `Model`.
 
     Attributes:
-        keyword: which.
-        read: from the key's value; raises TypeError, ValueError or KeyError for one that is none.
-        choices: the values there are; empty: not a list.
+        keyword: name of the keyword of `Model`.
+        read: function from the key's value to the keyword's; raises TypeError, ValueError or KeyError for a wrong one.
+        choices: values that the key may have, for errors; empty: they cannot be listed.
     """
 
     keyword: str
@@ -36,7 +36,7 @@ class Tells:
 
 @dataclasses.dataclass(frozen=True)
 class Only:
-    """A key whose other values make a model that is none of ours."""
+    """A key with these values only: any other makes a model that is none of ours."""
 
     values: tuple[Any, ...]
 
@@ -142,14 +142,15 @@ class Said:
     """What a `config.json` says.
 
     Attributes:
-        model: keywords of `Model`.
+        model: keywords of `Model` that it decides, with their values.
         image_size: (height, width) in pixels of the images that the positions are for; None: not said.
         no_embed_class: whether positions lack entries of class tokens; None: not said.
-        class_names: in the order of their numbers; None: not said.
-        known: whether it names an architecture that is known here.
-        widths: of models with that name, where only the name says how wide it is and how many heads it has; None:
-            something else does.
-        guessable: what it does not say may be what all published models have: it names nothing that is unknown here.
+        class_names: names of the classes, in the order of their numbers; None: not said.
+        known: whether the file names an architecture that is known here.
+        widths: widths of the models with that name, where only the name says how wide it is and how many heads it has;
+            None: something else does.
+        guessable: whether what the file does not say may be taken from what all published models have, as it names
+            nothing that is unknown here.
     """
 
     model: dict[str, Any]
@@ -165,7 +166,7 @@ def timm(card: Mapping[str, Any], path: str) -> Said:
     """What timm's `config.json` says.
 
     Raises:
-        FormatError: a key, or a value of one, that makes another model.
+        FormatError: a key, or a value of one, makes another model than ours.
     """
     arguments, nested = _block(card, "model_args", path), _block(card, "pretrained_cfg", path)
     pretrained = nested or ({key: value for key, value in card.items() if key in PRETRAINED} if "architecture" in card
@@ -197,7 +198,7 @@ def huggingface(card: Mapping[str, Any], path: str) -> Said:
     """What Hugging Face's `config.json` says, the defaults of transformers included.
 
     Raises:
-        FormatError: a key, or a value of one, that makes another model.
+        FormatError: a key, or a value of one, makes another model than ours.
     """
     if not card.keys() & CONFIG.keys():
         return Said({})

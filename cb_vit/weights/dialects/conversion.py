@@ -42,16 +42,16 @@ class Converted:
     """A file, understood.
 
     Attributes:
-        format: "timm", "deit" (DeiT-III's own names), "huggingface", "big_vision" or "augreg".
-        params: our name → tensor, float32 and lazy, in loop layout.
-        model: keywords of `Model`, sizes spelt out.
+        format: name of the format: "timm", "deit" (DeiT-III's own names), "huggingface", "big_vision" or "augreg".
+        params: tensors by our names, float32 and lazy, in loop layout.
+        model: keywords of `Model`, with the sizes that a variant stands for spelt out.
         num_classes: width of the head; None: no head.
         grid: rows and columns of patches that the positions are for; None: they are fixed, for any.
-        normalisation: (mean, std) of pixels from 0 to 1 that the model was trained with; None: not known.
-        class_names: None: not known.
-        doubts: what is assumed, as all published models of this kind agree, or asked for although the file says
-            otherwise; one line each.
-        notes: what was folded, or cannot be known; one line each.
+        normalisation: mean and std of pixels from 0 to 1 that the model was trained with; None: not known.
+        class_names: names of the head's classes, in their order; None: not known.
+        doubts: lines on what is assumed, as all published models of this kind agree, or asked for although the file
+            says otherwise.
+        notes: lines on what was folded, or cannot be known.
     """
 
     format: str
@@ -73,17 +73,17 @@ def convert(
     """Understand a file.
 
     Args:
-        tensors: by name, as `files.parameters` gives them.
-        path: of the file, for errors.
-        config: the `config.json` beside a file from the Hugging Face hub.
-        metadata: of a `.safetensors` file; what `describe` wrote there is used.
+        tensors: tensors by name, from `files.parameters`.
+        path: path of the file, for errors.
+        config: content of the `config.json` beside a file from the Hugging Face hub; None: there is none.
+        metadata: metadata of a `.safetensors` file, of which what `describe` wrote is used; None: there are none.
         grid: rows and columns of patches; needed where they are no square.
-        prefix: take only the arrays under it, e.g. "visual.trunk"; None: everything.
+        prefix: beginning of the names of the arrays to take, e.g. "visual.trunk"; None: all are taken.
         **overrides: keywords of `Model`, for what a file does not say (`context="cb"`, `num_heads=4`), or as a check.
 
     Raises:
-        FormatError: it is no ViT of ours, something is missing or left over, or an override contradicts it.
-        ConfigError: an override that `Model` does not take.
+        FormatError: the file holds no ViT like ours, something is missing or left over, or an override contradicts it.
+        ConfigError: an override is not a keyword of `Model`.
     """
     described = _described(metadata or {}, path)
     asked = spell_out(overrides)
@@ -126,10 +126,10 @@ def describe(
     """Metadata of an exported `.safetensors` file that lets `convert` know what parameters do not say.
 
     Args:
-        config: of the model; resolved.
-        normalisation: (mean, std) of pixels from 0 to 1.
-        grid: rows and columns of patches that the positions are for.
-        class_names: one a class.
+        config: resolved settings of the model.
+        normalisation: mean and std of pixels from 0 to 1 that the model was trained with; None: not known.
+        grid: rows and columns of patches that the positions are for; None: not said.
+        class_names: names of the head's classes, in their order; None: not known.
     """
     model = {name: getattr(config, name) for name in UNSEEN if getattr(config, name) is not None}
     said = {"model": model, "normalisation": normalisation, "grid": grid, "class_names": class_names}
@@ -183,7 +183,7 @@ def _read(
     """What the reader of its format makes of a file, or of what is under `prefix` in it.
 
     Raises:
-        FormatError: there is none, or the file is of another family.
+        FormatError: no reader knows the file, or it is of another family.
     """
     family = name_family(tensors)
     reader = next((module for module in _READERS if module.recognise(tensors)), None)

@@ -59,16 +59,16 @@ def recognise(names: Iterable[str]) -> bool:
 
 
 def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config: Mapping[str, Any]) -> Reading:
-    """Our names and layout for Hugging Face's.
+    """A file under our names and in our layout, in place of Hugging Face's.
 
     Args:
-        tensors: of the file.
-        path: of the file, for errors.
-        num_heads: None: the config's, or what all published models of its sizes have.
-        config: the file's `config.json`, and what of `preprocessor_config.json` was put to it; or {}.
+        tensors: tensors of the file by name.
+        path: path of the file, for errors.
+        num_heads: number of heads; None: the config's, or what all published models of the file's sizes have.
+        config: content of the `config.json` beside the file, with that of other cards there; {}: there are none.
 
     Raises:
-        FormatError: an impossible shape, or a config that makes another model.
+        FormatError: a shape is impossible, or the config makes another model.
     """
     spelt = {_bare(name): name for name in tensors}
     tensors = unique(((_bare(name), tensor) for name, tensor in tensors.items()), path)
@@ -96,8 +96,8 @@ def to_huggingface(
     """Parameters as transformers names them; `config_json` gives the file to put beside them, and says for which class.
 
     Args:
-        params: ours, nested or flat, in loop layout.
-        config: of the model; resolved.
+        params: parameters under our names, nested or flat, in loop layout.
+        config: resolved settings of the model.
         grid: rows and columns of patches; needed for posemb="sincos2d" only.
 
     Raises:
@@ -118,10 +118,10 @@ def config_json(
     """The content of `config.json` for an exported file.
 
     Args:
-        config: resolved.
+        config: resolved settings of the model.
         num_classes: width of the head; None or 0: no head.
-        image_size: (height, width) in pixels.
-        class_names: one a class; None: LABEL_0, LABEL_1, … as transformers calls them.
+        image_size: (height, width) of the model's images in pixels.
+        class_names: names of the head's classes, in their order; None: LABEL_0, LABEL_1, … as transformers calls them.
 
     Raises:
         ConfigError: transformers cannot express the model.

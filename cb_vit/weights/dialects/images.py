@@ -60,13 +60,14 @@ def evaluation(
     """Preprocessing for evaluation as the cards say, else at the size of the positions, cropped as DeiT does (0.875).
 
     Args:
-        card: the cards as one dict; {}: there are none.
-        normalisation: (mean, std) of pixels from 0 to 1; None: not known.
+        card: content of the cards as one dict; {}: there are none.
+        normalisation: mean and std of pixels from 0 to 1 in training; None: not known.
         grid: rows and columns of patches that the positions are for; None: not known.
         patch: height and width of a patch in pixels.
 
     Returns:
-        A string for `pp.builder`, None where not enough is known; and a note on what is assumed, or cannot be done.
+        A preprocessing string for `pp.builder`, None where not enough is known; and a note on what is assumed, or
+        cannot be done.
     """
     if normalisation is None:
         return None, None
@@ -94,8 +95,8 @@ def preprocessor(pp: str, normalisation: Normalisation) -> tuple[dict[str, Any],
     """The content of a `preprocessor_config.json`, and the ops of `pp` that it has no words for.
 
     Args:
-        pp: preprocessing for evaluation.
-        normalisation: (mean, std) of pixels from 0 to 1.
+        pp: preprocessing string for evaluation.
+        normalisation: mean and std of pixels from 0 to 1.
     """
     mean, std = normalisation
     card = {"image_processor_type": "ViTImageProcessor", "do_resize": False, "do_center_crop": False,
@@ -120,13 +121,13 @@ def preprocessor(pp: str, normalisation: Normalisation) -> tuple[dict[str, Any],
 
 
 def _timm(card: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Where timm says it: in a block of its own, or in older files at the top."""
+    """The block in which timm describes its images: one of its own, or in older files the whole card."""
     block = card.get("pretrained_cfg") or (card if "architecture" in card else None)
     return block if isinstance(block, Mapping) else None
 
 
 def _processor(card: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What transformers' image processor works with."""
+    """The settings of transformers' image processor, its defaults included; None: no card has any."""
     known = {key: value for key, value in card.items() if key in PROCESSOR and value is not None}
     if not known:
         return None
@@ -136,7 +137,7 @@ def _processor(card: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _timm_steps(block: Mapping[str, Any], size: tuple[int, int] | None) -> list[str]:
-    """As `timm.data.create_transform` does for evaluation."""
+    """Ops that do what `timm.data.create_transform` does for evaluation."""
     size = pair(block["input_size"][1:]) if block.get("input_size") else size
     mode, method = block.get("crop_mode") or "center", block.get("interpolation") or "bicubic"
     if size is None:
@@ -150,7 +151,7 @@ def _timm_steps(block: Mapping[str, Any], size: tuple[int, int] | None) -> list[
 
 
 def _processor_steps(processor: Mapping[str, Any]) -> list[str]:
-    """As transformers' image processors do."""
+    """Ops that do what transformers' image processors do."""
     steps = []
     if "default_to_square" not in processor:
         raise ValueError(f"image_processor_type={processor['named']!r}")
@@ -182,7 +183,7 @@ def _size(size: int | tuple[int, int]) -> dict[str, int]:
 
 
 def _divide(values: Any, factor: Any) -> Any:
-    """In units of pixels from 0 to 1, where pixels are multiplied by `factor` first; None: that is no number."""
+    """Values in units of pixels from 0 to 1, where pixels are multiplied by `factor` first; None: that is no number."""
     try:
         if math.isclose(255 * factor, 1, rel_tol=1e-6):
             return values

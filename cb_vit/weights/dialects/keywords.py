@@ -45,17 +45,17 @@ def settle(
     """All keywords, each from the first that knows: the arrays, the caller, our metadata, the card, what is usual.
 
     Args:
-        params: of the file, under our names.
-        reading: of the file.
-        described: by its metadata.
-        asked: by the caller.
-        path: of the file, for errors.
+        params: tensors of the file by our names.
+        reading: result of the file's reader.
+        described: keywords that the file's metadata give.
+        asked: keywords that the caller gives.
+        path: path of the file, for errors.
 
     Returns:
-        The keywords; those of them that are guessed; and words on those asked for against what the file says.
+        The keywords; those of them that are guessed; and lines on those asked for against what the file says.
 
     Raises:
-        FormatError: two contradict each other, or nobody knows.
+        FormatError: two of these contradict each other, or none knows a keyword that is needed.
     """
     for name in described.keys() & reading.model.keys() - asked.keys():
         if described[name] != reading.model[name]:
@@ -78,21 +78,21 @@ def settle(
 
 
 def spelt(keywords: Mapping[str, Any]) -> str:
-    """As they are given in a call."""
+    """Keywords as they are written in a call, for errors."""
     return ", ".join(f"{name}={value!r}" for name, value in keywords.items())
 
 
 def agree(seen: dict[str, Any], told: Mapping[str, Any], path: str, who: str = "{} is asked for") -> dict[str, Any]:
-    """Both together.
+    """The keywords of both sources, which must not contradict each other.
 
     Args:
-        seen: in the file.
-        told: by others.
-        path: of the file, for errors.
-        who: in words, with a place for what is told.
+        seen: keywords that the file's arrays show.
+        told: keywords that someone else gives.
+        path: path of the file, for errors.
+        who: beginning of the error, with a place {} for the keyword that is told.
 
     Raises:
-        FormatError: something told that the file contradicts.
+        FormatError: the file contradicts something that is told.
     """
     if told.get("rep_size") is True:
         told = {**told, "rep_size": seen["width"]}

@@ -64,7 +64,7 @@ class Names:
     """A table of modules, `theirs: (ours, kind)`, and one of single leaves, `theirs: ours`; see the head of this file.
 
     Attributes:
-        format: whose names they are, for errors.
+        format: name of the format whose names these are, for errors.
     """
 
     def __init__(self, format: str, modules: Mapping[str, tuple[str, Kind]], leaves: Mapping[str, str]):
@@ -87,7 +87,7 @@ class Names:
         """The tensors under our names and in our layout, still lazy, and the names that the table lacks.
 
         Raises:
-            FormatError: a shape that is impossible for what the name says.
+            FormatError: a shape is impossible for what the name says.
         """
         params, unknown = {}, []
         for name, tensor in tensors.items():
@@ -106,7 +106,7 @@ class Names:
         """Our arrays under their names and in their layout.
 
         Raises:
-            ConfigError: an array that has no place there.
+            ConfigError: an array has no name in the table.
         """
         homeless = [name for name in params if self.theirs(name) is None]
         if homeless:
@@ -125,7 +125,7 @@ def unique(tensors: Iterable[tuple[str, Tensor]], path: str) -> dict[str, Tensor
     """Renamed tensors by name.
 
     Raises:
-        FormatError: two have become one.
+        FormatError: two tensors have got the same name.
     """
     found = {}
     for name, tensor in tensors:
@@ -173,15 +173,16 @@ def pick_heads(
     """How many heads a model has, as PyTorch's files do not say; 1 where nobody knows.
 
     Args:
-        tensors: under their own names.
-        norm, mlp: how they end for the scale of a block's first norm, and for the kernel of its MLP's first layer.
-        path: of the file, for errors.
-        told: what others say, if they do.
-        guess: where it is put down if it is what all published models of the same sizes have, or None: nobody knows.
-        may: whether it may be guessed.
+        tensors: tensors by the file's own names.
+        norm, mlp: ends of the names of the scale of a block's first norm, and of the kernel of its MLP's first layer.
+        path: path of the file, for errors.
+        told: number of heads that someone else says; None: nobody does.
+        guess: dict in which "num_heads" is put down where nobody says: what all published models of the same sizes
+            have, or None.
+        may: whether the number may be guessed.
 
     Raises:
-        FormatError: it cannot be as told.
+        FormatError: there are no blocks, or the model cannot have as many heads as told.
     """
     norms = [math.prod(tensor.shape) for name, tensor in tensors.items() if name.endswith(norm)]
     if not norms:
@@ -201,7 +202,7 @@ def flat(params: Any, config: Config, grid: tuple[int, int] | None) -> dict[str,
     """Parameters, nested or flat, by name; a fixed position embedding is written out as if it were learned.
 
     Raises:
-        ConfigError: that embedding needs the `grid`, rows and columns of patches.
+        ConfigError: `grid`, the rows and columns of patches, is not given, and a fixed embedding needs it.
     """
     arrays = {name: np.asarray(leaf) for name, leaf in flatten_with_names(params)[0]}
     if config.posemb == "learn":
@@ -221,19 +222,19 @@ class Reading:
     """What the reader of one format makes of a file.
 
     Attributes:
-        format: its name.
+        format: name of the format.
         params: tensors under our names and in our layout; positions may still have entries of class tokens.
         unknown: names in the file that mean nothing to the reader.
-        spell: our name → the file's, for errors.
+        spell: function from our name to the file's, for errors.
         model: keywords of `Model` that a config file decides.
         usual: keywords that the format's own code decides; files of others in this format may have others.
         guess: keywords of `Model` that nothing says, but on which all published files of this kind agree.
-        entries: how many positions are those of tokens; None: the file does not say.
+        entries: number of positions that are those of tokens; None: the file does not say.
         image_size: (height, width) of the images that the positions are for, where a config file says so.
-        normalisation: (mean, std) of pixels from 0 to 1, where known; not yet checked.
-        usual_normalisation: what all published files of this kind have; None: they do not agree.
-        class_names: where a config file has them.
-        notes: what was assumed, in words.
+        normalisation: (mean, std) of pixels from 0 to 1, not yet checked; None: not known.
+        usual_normalisation: normalisation that all published files of this kind have; None: they do not agree.
+        class_names: names of the head's classes, in their order; None: no config file has them.
+        notes: lines on what was assumed.
     """
 
     format: str

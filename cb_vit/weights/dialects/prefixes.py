@@ -25,13 +25,13 @@ def take_off(
     Of what all names share, as much is taken off as makes them known; if nothing does, they stay as they are.
 
     Args:
-        tensors: of the file.
-        prefix: take only what is under it; None: everything.
-        known: whether these are the names of a model that can be read.
-        path: of the file, for errors.
+        tensors: tensors of the file by name.
+        prefix: beginning of the names of the arrays to take; None: all are taken.
+        known: function that says whether names are those of a model that can be read.
+        path: path of the file, for errors.
 
     Raises:
-        FormatError: nothing is under `prefix`, or two names become one.
+        FormatError: nothing is under `prefix`, or two names have become one.
     """
     found, notes = dict(tensors), []
     if wrappers := sorted({match[0] for name in found for match in _WRAPPER.finditer(name)}):

@@ -85,16 +85,16 @@ def recognise(names: Iterable[str]) -> bool:
 
 
 def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config: Mapping[str, Any]) -> Reading:
-    """Our names and layout for timm's.
+    """A file under our names and in our layout, in place of timm's.
 
     Args:
-        tensors: of the file.
-        path: of the file, for errors.
-        num_heads: None: the config's, or what all published models of its sizes have.
-        config: a `config.json` from the Hugging Face hub, read as `cards` has it; or {}.
+        tensors: tensors of the file by name.
+        path: path of the file, for errors.
+        num_heads: number of heads; None: the config's, or what all published models of the file's sizes have.
+        config: content of a `config.json` from the Hugging Face hub, read as `cards` has it; {}: there is none.
 
     Raises:
-        FormatError: an impossible shape, or a config that makes another model.
+        FormatError: a shape is impossible, or the config makes another model.
     """
     said, guess = cards.timm(config, path), {}
     deit = any(".gamma_" in name for name in tensors)  # DeiT-III's own files
@@ -137,8 +137,8 @@ def to_timm(
     zeros. With LayerScale and a class token there are none, as in timm's DeiT-III.
 
     Args:
-        params: ours, nested or flat, in loop layout.
-        config: of the model; resolved.
+        params: parameters under our names, nested or flat, in loop layout.
+        config: resolved settings of the model.
         grid: rows and columns of patches; needed for posemb="sincos2d" only, which timm has to learn.
         no_embed_class: whether the model is made with timm's option of that name; None: as said above.
 
@@ -159,9 +159,9 @@ def arguments(config: Config, num_classes: int | None, image_size: tuple[int, in
     `norm_layer`, which a model with another `layer_norm_eps` needs, is a class of PyTorch: `snippet` has it.
 
     Args:
-        config: resolved.
+        config: resolved settings of the model.
         num_classes: width of the head; None or 0: no head.
-        image_size: (height, width) in pixels.
+        image_size: (height, width) of the model's images in pixels.
 
     Raises:
         ConfigError: timm cannot express the model.
@@ -189,7 +189,7 @@ def snippet(config: Config, num_classes: int | None, image_size: tuple[int, int]
     """Python that makes the timm model `model` of an exported file, with its context.
 
     Args:
-        config, num_classes, image_size: as for `arguments`.
+        config, num_classes, image_size: description of the model, as for `arguments`.
         file: path of the `.safetensors` file.
 
     Raises:

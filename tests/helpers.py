@@ -1,0 +1,111 @@
+"""What several files of tests share."""
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from cb_vit.tree import flatten_with_names
+
+ROOT = pathlib.Path(__file__).parents[1]
+TIMES = re.compile(r"uptime|core_hours|img/sec.*|mfu|z/secs/.*|.*_gib")
+
+
+def program(*args, cwd=ROOT, **env):
+    """(exit status, stdout, stderr) of `python ARGS`."""
+    result = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, text=True, capture_output=True, timeout=120,
+                            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | env)
+    return result.returncode, result.stdout, result.stderr
+
+
+def tool(name, *args, **kw):
+    return program("-m", f"cb_vit.tools.{name}", *args, **kw)
+
+
+def records(folder):
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def timeless(folder):
+    """All records, in the order of the file, without what a clock or the machine put in."""
+    return [{name: value for name, value in record.items() if not TIMES.fullmatch(name)} for record in records(folder)]
+
+
+def saved_steps(folder):
+    path = folder / "checkpoints"
+    return sorted(int(name) for name in os.listdir(path) if name.isdigit()) if path.exists() else []
+
+
+def named(tree):
+    return {name: np.asarray(leaf) for name, leaf in flatten_with_names(tree)[0]}
+
+
+def saved(folder, step):
+    """Parameters and optimiser state of a checkpoint, read past our own code; leaves by name."""
+    place = (folder / "checkpoints" / str(step)).resolve()
+    with ocp.PyTreeCheckpointer() as reader:
+        return named({item: reader.restore(place / item) for item in ("params", "opt")})
+
+
+def assert_same(found, expected):
+    """Two trees have the same leaves, bit for bit."""
+    found, expected = named(found), named(expected)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+# Weights of other codebases.
+
+D, F, H, P, GRID, DEPTH, CLASSES = 32, 64, 4, 4, 3, 2, 5
+
+
+def random(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def timm_shapes(tokens=1, depth=DEPTH, entries=None, **more):
+    entries = tokens if entries is None else entries
+    block = {"norm1.weight": (D,), "norm1.bias": (D,), "attn.qkv.weight": (3 * D, D), "attn.qkv.bias": (3 * D,),
+             "attn.proj.weight": (D, D), "attn.proj.bias": (D,), "norm2.weight": (D,), "norm2.bias": (D,),
+             "mlp.fc1.weight": (F, D), "mlp.fc1.bias": (F,), "mlp.fc2.weight": (D, F), "mlp.fc2.bias": (D,)}
+    shapes = {"pos_embed": (1, GRID**2 + entries, D), "patch_embed.proj.weight": (D, 3, P, P),
+              "patch_embed.proj.bias": (D,), "norm.weight": (D,), "norm.bias": (D,), "head.weight": (CLASSES, D),
+              "head.bias": (CLASSES,), **{f"blocks.{i}.{k}": v for i in range(depth) for k, v in block.items()}}
+    shapes |= {"cls_token": (1, 1, D)} if tokens else {}
+    if tokens == 2:
+        shapes |= {"dist_token": (1, 1, D), "head_dist.weight": (CLASSES, D), "head_dist.bias": (CLASSES,)}
+    return shapes | more
+
+
+def hf_shapes(prefix="vit.", distilled=False, head=True, **more):
+    block = {"layernorm_before": (D,), "layernorm_after": (D,), "attention.attention.query": (D, D),
+             "attention.attention.key": (D, D), "attention.attention.value": (D, D), "attention.output.dense": (D, D),
+             "intermediate.dense": (F, D), "output.dense": (D, F)}
+    modules = {"embeddings.patch_embeddings.projection": (D, 3, P, P), "layernorm": (D,),
+               **{f"encoder.layer.{i}.{k}": v for i in range(DEPTH) for k, v in block.items()}}
+    tokens = ["cls_token"] + ["distillation_token"] * distilled
+    shapes = {"embeddings.position_embeddings": (1, GRID**2 + len(tokens), D),
+              **{f"embeddings.{token}": (1, 1, D) for token in tokens},
+              **{f"{k}.weight": v for k, v in modules.items()}, **{f"{k}.bias": v[:1] for k, v in modules.items()}}
+    shapes = {prefix + k: v for k, v in shapes.items()}
+    heads = (["cls_classifier", "distillation_classifier"] if distilled else ["classifier"]) if head else []
+    return shapes | {f"{h}.weight": (CLASSES, D) for h in heads} | {f"{h}.bias": (CLASSES,) for h in heads} | more
+
+
+def flax_shapes(attention="MultiHeadDotProductAttention_0", norm="LayerNorm_1", mlp="MlpBlock_0", **more):
+    block = {"LayerNorm_0/scale": (D,), "LayerNorm_0/bias": (D,), f"{norm}/scale": (D,), f"{norm}/bias": (D,),
+             **{f"{attention}/{part}/kernel": (D, H, D // H) for part in ("query", "key", "value")},
+             **{f"{attention}/{part}/bias": (H, D // H) for part in ("query", "key", "value")},
+             f"{attention}/out/kernel": (H, D // H, D), f"{attention}/out/bias": (D,),
+             f"{mlp}/Dense_0/kernel": (D, F), f"{mlp}/Dense_0/bias": (F,),
+             f"{mlp}/Dense_1/kernel": (F, D), f"{mlp}/Dense_1/bias": (D,)}
+    return {"embedding/kernel": (P, P, 3, D), "embedding/bias": (D,), "Transformer/encoder_norm/scale": (D,),
+            "Transformer/encoder_norm/bias": (D,), "head/kernel": (D, CLASSES), "head/bias": (CLASSES,),
+            **{f"Transformer/encoderblock_{i}/{k}": v for i in range(DEPTH) for k, v in block.items()}} | more
