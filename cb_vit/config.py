@@ -1,9 +1,9 @@
 """From a config file to frozen, checked dataclasses: the one door through which settings come in.
 
-A config file builds an `ml_collections.ConfigDict` with big_vision's flat keys, and `lay_over` lays what the command
-line says over it. Each room declares the schema of its block as a frozen dataclass; `parse` turns the block into it
-once, and from then on nobody reads a raw config. So whatever the schema has can be set, wherever it comes from. A
-wrong key, type or value ends in one line that names the field, the value and the fix.
+A config file builds an `ml_collections.ConfigDict` with big_vision's flat keys, and `overrides.lay_over` lays what the
+command line says over it. Each room declares the schema of its block as a frozen dataclass; `parse` turns the block
+into it once, and from then on nobody reads a raw config. So whatever the schema has can be set, wherever it comes from.
+A wrong key, type or value ends in one line that names the field, the value and the fix.
 
 Rules of a schema: a value of None means "not set" and takes the default, so a field that may be None
 defaults to None. A field of type `Duration` called `ckpt` is written `ckpt_steps`, `ckpt_epochs`,
@@ -22,7 +22,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import ml_collections
@@ -183,57 +183,6 @@ def _literal(text: str) -> Any:
     return text
 
 
-def lay_over(
-    config: ml_collections.ConfigDict | Mapping[str, Any], overrides: Iterable[tuple[str, str | None]]
-) -> dict[str, Any]:
-    """The config with what the command line says in place of what the file does; the schema checks it all.
-
-    A duration in one unit replaces the file's in any other. Settings of the file that refer to an overridden one
-    (`ConfigDict.get_ref`) follow it.
-
-    Args:
-        config: the file's config; its references are set, it is otherwise left as it is.
-        overrides: pairs (dotted name, text or None for a bare flag), of which the last one of a name counts.
-
-    Raises:
-        ConfigError: a dotted name leads through a setting that is not a block.
-    """
-    overrides = dict(overrides)
-    for name, text in overrides.items():
-        _set_reference(config, name.split("."), text)
-    laid = plain(config)
-    for name, text in overrides.items():
-        *parents, key = name.split(".")
-        block, path = laid, "config"
-        for parent in parents:
-            path = f"{path}.{parent}"
-            if block.get(parent) is None:
-                block[parent] = {}
-            block = block[parent]
-            if not isinstance(block, dict):
-                raise ConfigError(path, f"is {block!r}, not a block of settings; config.{name} cannot be set")
-        block[key] = Text(text)
-        stem, _, unit = key.rpartition("_")
-        for other in _duration_keys(stem) if unit in UNITS else ():
-            if other in block and ".".join([*parents, other]) not in overrides:
-                block[other] = None
-    return laid
-
-
-def _set_reference(block: Any, names: Sequence[str], text: str | None) -> None:
-    """Set the reference that a name leads to, if there is one, for those settings of the file that follow it."""
-    *parents, key = names
-    for parent in parents:
-        if not isinstance(block, ml_collections.ConfigDict) or parent not in block:
-            return
-        block = block[parent]
-    if isinstance(block, ml_collections.ConfigDict):
-        held = dict(block.items(preserve_field_references=True)).get(key)
-        if isinstance(held, ml_collections.FieldReference):
-            with contextlib.suppress(ConfigError):  # a wrong type: the schema refuses it by its full name
-                held.set(Text(text).read(held.get_type() | None, key), type_safe=False)
-
-
 def parse(schema: type[T], block: Any, path: str = "config") -> T:
     """Check `block` against the dataclass `schema` and build it.
 
@@ -253,7 +202,7 @@ def parse(schema: type[T], block: Any, path: str = "config") -> T:
     hints = typing.get_type_hints(schema, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(schema) if f.init and f.metadata != NO_SETTING}
     durations = {name for name in fields if Duration in (hints[name], *typing.get_args(hints[name]))}
-    known = [key for name in fields for key in (_duration_keys(name) if name in durations else [name])]
+    known = [key for name in fields for key in (duration_keys(name) if name in durations else [name])]
     for key in block:
         if key not in known:
             near = suggest(key, known)
@@ -267,7 +216,7 @@ def parse(schema: type[T], block: Any, path: str = "config") -> T:
         if not (_is_unset(value) if optional or isinstance(value, Text) else value is None):
             values[name] = value if name in durations else convert(value, hints[name], f"{path}.{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            wanted = " or ".join(_duration_keys(name)[:3]) if name in durations else name
+            wanted = " or ".join(duration_keys(name)[:3]) if name in durations else name
             raise ConfigError(f"{path}.{name}", f"required and not set; give {wanted}")
     try:
         return schema(**values)
@@ -276,7 +225,7 @@ def parse(schema: type[T], block: Any, path: str = "config") -> T:
 
 
 def as_read(value: Any) -> Any:
-    """A block of `lay_over` once it is parsed, with every text of the command line as the schema has read it."""
+    """A block of `overrides.lay_over` once it is parsed, with every text as the schema has read it."""
     if isinstance(value, Mapping):
         return {key: as_read(item) for key, item in value.items()}
     return plain(value.value) if isinstance(value, Text) else value
@@ -380,7 +329,8 @@ def describe(hint: Any) -> str:
     return "None" if hint is type(None) else " or ".join(describe(a) for a in args) if args else str(hint)
 
 
-def _duration_keys(name: str) -> list[str]:
+def duration_keys(name: str) -> list[str]:
+    """The keys in which a duration can be written."""
     return [f"{name}_{unit}" for unit in UNITS]
 
 

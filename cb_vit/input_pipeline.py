@@ -14,14 +14,8 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import math
-import mmap
 import os
 import re
-import shutil
-import signal
-import threading
-import time
 from collections.abc import Generator
 from typing import Annotated, Any, ClassVar
 
@@ -37,12 +31,12 @@ from cb_vit.datasets.core import SourceConfig
 from cb_vit.order import Reordered, RepeatedOrder, Rows
 from cb_vit.pp.builder import Preprocess, build
 from cb_vit.texts import printable
+from cb_vit.workers import LiveWithParent, allow_unparsed_flags, why_ended
 
 logger = logging.getLogger(__name__)
 Example = dict[str, np.ndarray]
 Spec = dict[str, tuple[tuple[int, ...], np.dtype]]  # shape and dtype of each array of an example
 Batches = Generator[Example, None, None]  # closing one ends the threads and processes that work for it
-SHARED = "/dev/shm"  # where Linux keeps shared memory
 PADDING = -1  # position in the source of a row that only fills up a batch
 
 
@@ -273,51 +267,17 @@ class Pipeline:
         ahead = max(cfg.prefetch, cfg.num_threads)
         ds = batches.to_iter_dataset(grain.ReadOptions(num_threads=cfg.num_threads, prefetch_buffer_size=ahead))
         if cfg.num_workers:
-            _allow_unparsed_flags()
+            allow_unparsed_flags()
             workers = min(cfg.num_workers, len(batches))
             options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=cfg.prefetch)
-            ds = ds.mp_prefetch(options, worker_init_fn=_LiveWithParent(os.getpid()))
+            ds = ds.mp_prefetch(options, worker_init_fn=LiveWithParent(os.getpid()))
         with contextlib.closing(iter(ds)) as loaded:
             try:
                 yield from loaded
             except RuntimeError as error:
-                if died := re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error)):
-                    raise _died(int(died[1])) from None
+                if ended := re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error)):
+                    raise why_ended(int(ended[1])) from None
                 raise
-
-
-def check_workers(config: InputConfig, spec: Spec, rows: int) -> None:
-    """Refuse more worker processes than the machine's shared memory can pass batches of.
-
-    Args:
-        config: the block `config.input`.
-        spec: shape and dtype of each array of an example.
-        rows: number of rows of a batch that this process loads.
-
-    Raises:
-        ConfigError: the shared memory is too small; the message says how much is needed, and how much there is.
-    """
-    if not config.num_workers or not os.path.isdir(SHARED):
-        return
-    arrays = [rows, *(rows * math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in spec.values())]
-    batch = sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in arrays)
-    # Counted in runs: queues on both sides of a worker and what changes hands, what waits for the devices; semaphores.
-    workers, ahead = config.num_workers, config.prefetch
-    needed = ((2 * workers + 1) * ahead + 2 * workers + 5) * batch + 2**20
-    free = shutil.disk_usage(SHARED).free
-    if needed > free:
-        raise ConfigError("config.input.num_workers", f"{config.num_workers} processes pass batches through {SHARED} "
-                          f"and need {needed / 2**20:,.1f} MiB there, of which {free / 2**20:,.1f} are free; make it "
-                          "larger (docker run --shm-size=…), or take fewer workers or a smaller prefetch; 0 needs none")
-
-
-def _died(status: int) -> DataError:
-    """Why a worker process has ended, as far as its exit status tells."""
-    reasons = {-signal.SIGBUS: f"{SHARED} is full: make it larger (docker run --shm-size=…), or lower "
-                               "config.input.num_workers or prefetch",
-               -signal.SIGKILL: "killed, as the system does when memory runs out; lower config.input.num_workers"}
-    return DataError(f"a process that loads data has ended (exit status {status}): "
-                     + reasons.get(status, "what it said stands above; config.input.num_workers=0 loads without it"))
 
 
 def to_device(batches: Batches, rows: np.ndarray, sharding: NamedSharding, batch_size: int,
@@ -348,36 +308,6 @@ class _PadAfter:
 
     def __call__(self, index: int) -> int:
         return index if index < self.length else PADDING
-
-
-@dataclasses.dataclass(frozen=True)
-class _LiveWithParent:
-    """Makes a worker live just as long as its parent.
-
-    Grain's own workers outlive a parent that was killed; and they would die of a signal that schedulers
-    and terminals send to every process of a job, while the parent still needs batches up to a good step to stop.
-    """
-
-    parent: int
-
-    def __call__(self, worker: int, workers: int) -> None:
-        logging.basicConfig(level=logging.WARNING)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        while os.getppid() == self.parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-
-def _allow_unparsed_flags() -> None:
-    """Grain hands its absl flags to its workers, parsed or not: in a notebook nobody has parsed them."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 def _fold(seed: int, stream: str) -> int:

@@ -19,11 +19,11 @@ from cb_vit.config import ConfigError
 from cb_vit.damage import Damaged
 from cb_vit.datasets.contents import describe
 from cb_vit.experiment import Experiment
-from cb_vit.input_pipeline import check_workers
 from cb_vit.model_init import fit, open_init
 from cb_vit.settings import Settings, check_addresses
 from cb_vit.stream import check_stream
 from cb_vit.train_state import TrainState
+from cb_vit.workers import check_workers
 
 logger = logging.getLogger(__name__)
 # The settings that make up the arrays of a train state.
@@ -49,7 +49,7 @@ def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
         weights = open_init(settings) if settings.model_init else None
         known = weights and weights.class_names
     run = experiment.build(settings, known_classes=known)
-    check_workers(settings.input, run.example_spec, len(run.pipeline.rows))
+    check_workers(settings.input.num_workers, settings.input.prefetch, run.example_spec, len(run.pipeline.rows))
     for line in describe("config.input.data", run.pipeline.source):
         logger.info("%s", line)
     return dataclasses.replace(run, begin=fit(run, weights)) if weights else run

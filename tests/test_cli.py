@@ -11,7 +11,7 @@ import time
 import pytest
 
 from cb_vit import config as config_lib
-from cb_vit import experiment
+from cb_vit import experiment, overrides
 from cb_vit.config import ConfigError
 from cb_vit.settings import check
 from cb_vit.tools import cli
@@ -91,14 +91,14 @@ def test_a_config_file_that_cannot_be_loaded(text, error, tmp_path):
 
 
 def test_any_setting_can_be_overridden_whether_the_file_has_it_or_not():
-    _, overrides = cli.split_overrides([
+    _, given = overrides.split([
         "main.py", "--config.mesh=(('data', 2), ('model', -1))", "--config.lr_mults=(('head.*', 0.1),)",
         "--config.resume=x",
         "--config.random_erasing.area_max=0.2", "--config.schedule.timescale_steps=5000", "--config.optax.b2", "0.95",
         "--config.schedule.decay_type=rsqrt", "--config.model.context=cb_s", "--config.input.pp=value_range|onehot(10)",
         "--config.evals.val.pp_fn=value_range(-1, 1)|onehot(10)", "--config.evals.val.num_threads=3", "--noconfig.plot",
         "--config.sharding_strategy=(('.*', 'fsdp'),)", "--config.input.data.num_examples=64", "--config.tensorboard"])
-    settings = check(config_lib.lay_over(debug.get_config(), overrides))
+    settings = check(overrides.lay_over(debug.get_config(), given))
     assert settings.mesh == (("data", 2), ("model", -1)) and settings.resume == "x"
     assert settings.lr_mults == (("head.*", 0.1),) and settings.random_erasing.area_max == 0.2
     assert settings.schedule.timescale.value == 5000 and settings.optax == {"b2": 0.95} and not settings.plot

@@ -7,7 +7,8 @@ import ml_collections
 import pytest
 from ml_collections.config_dict import placeholder
 
-from cb_vit.config import ConfigError, Duration, as_read, lay_over, parse, plain, suggest
+from cb_vit.config import ConfigError, Duration, as_read, parse, plain, suggest
+from cb_vit.overrides import lay_over
 
 
 @dataclasses.dataclass(frozen=True)

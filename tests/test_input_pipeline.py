@@ -19,7 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from cb_vit import datasets, dist
 from cb_vit.config import ConfigError, parse
 from cb_vit.datasets.core import DataError
-from cb_vit.input_pipeline import InputConfig, Pipeline, check_workers, to_device
+from cb_vit.input_pipeline import InputConfig, Pipeline, to_device
+from cb_vit.workers import check_workers
 
 N = 37  # examples; prime, so that no batch size divides an epoch. Each has a class of its own: its label names it.
 BATCH = 8
@@ -127,7 +128,7 @@ def test_workers_that_shared_memory_cannot_hold_are_refused(monkeypatch, workers
     refused = pytest.raises(ConfigError, match=rf"^config\.input\.num_workers: {workers} processes pass batches "
                                                r"through /dev/shm and need .* MiB there, of which .* are free; ")
     with contextlib.nullcontext() if enough else refused:
-        check_workers(config, spec, rows=8)
+        check_workers(config.num_workers, config.prefetch, spec, rows=8)
 
 
 # --- Order ------------------------------------------------------------------------------------------------------

@@ -9,12 +9,12 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = {name: number for number, names in enumerate((
     "config order retry texts",
-    "registry tree dist io schedules",
+    "registry tree dist io schedules overrides",
     "models pp datasets losses updates sharding records damage",
-    "optax train_state input_pipeline checkpoint_arrays workdir monitor augment",
-    "train_step skip_errors checkpoint_reading analysis",
-    "checkpoint evaluators",
-    "weights",
+    "optax train_state workers checkpoint_arrays workdir monitor augment",
+    "train_step input_pipeline checkpoint_reading analysis",
+    "checkpoint skip_errors",
+    "evaluators weights",
     "distillation prediction",
     "settings",
     "experiment",
@@ -24,7 +24,7 @@ LAYERS = {name: number for number, names in enumerate((
 )) for name in names.split()}
 # `cb_vit/__init__` and `main.py` stand above; both import on first use only.
 FORBIDDEN = {"tensorflow", "torch", "pickle", "cloudpickle", "dill"}
-FLAGS_ALLOWED = {"input_pipeline"}  # Grain's workers want absl's flags parsed
+FLAGS_ALLOWED = {"workers"}  # Grain's workers want absl's flags parsed
 
 
 def modules(folder):

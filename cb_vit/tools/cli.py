@@ -5,7 +5,6 @@ import ast
 import functools
 import logging
 import os
-import re
 import runpy
 import sys
 import traceback
@@ -18,7 +17,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from cb_vit import io
-from cb_vit.config import ConfigError, Failure, lay_over
+from cb_vit.config import ConfigError, Failure
+from cb_vit.overrides import lay_over, split
 from cb_vit.registry import UNPARSED, suggest
 from cb_vit.texts import printable
 
@@ -46,7 +46,7 @@ def run(main: Callable[[dict[str, Any]], None], usage: str) -> None:
         main: function that is the program; its config is the file's, with what the command line says laid over.
         usage: docstring of the program, shown by `--help`.
     """
-    argv, overrides = split_overrides(sys.argv)
+    argv, overrides = split(sys.argv)
 
     def with_config(argv: Sequence[str]) -> None:
         if len(argv) > 1:
@@ -157,27 +157,9 @@ def _parse(argv: list[str], usage: str) -> list[str]:
         _fail(error)
 
 
-def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
-    """Arguments without those that override settings, and those: the name and the text of each, None without one.
-
-    `--config.lr=3e-4`, `--config.lr 3e-4`, `--config.plot` for True and `--noconfig.plot` for False, as flags are.
-    """
-    rest, overrides, waiting = [], [], list(argv)
-    while waiting:
-        match = re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", arg := waiting.pop(0), re.DOTALL)
-        if not match:
-            rest.append(arg)
-            continue
-        no, name, text = match.groups()
-        if text is None and not no and waiting and not waiting[0].startswith("--"):
-            text = waiting.pop(0)
-        overrides.append((name, "False" if no else text))
-    return rest, overrides
-
-
 def config_arguments() -> list[str]:
     """The arguments that say which config this program has been given, to give them to another."""
-    _, overrides = split_overrides(sys.argv[1:])
+    _, overrides = split(sys.argv[1:])
     return [f"--config={FLAGS.config}", *(f"--config.{name}" + ("" if text is None else f"={text}")
                                          for name, text in overrides)]
 
