@@ -22,7 +22,7 @@ DEBUG = "--config=configs/debug.py"
 
 
 def run(*args, cwd=ROOT, **env):
-    clean = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "TFDS_DATA_DIR")}
+    clean = {name: value for name, value in os.environ.items() if name != "TFDS_DATA_DIR"}
     return subprocess.run([sys.executable, str(ROOT / "main.py"), *map(str, args)], cwd=cwd, capture_output=True,
                           text=True, timeout=120, env=clean | {"JAX_PLATFORMS": "cpu"} | env)
 
@@ -43,30 +43,45 @@ def refused(*args, workdir=None, **kw):
 
 
 @pytest.mark.parametrize("args, error", [
-    ([DEBUG, "--config.grad_clip_nrom=1"], r"config\.grad_clip_nrom: unknown; did you mean grad_clip_norm\?"),
-    ([DEBUG, "--config.inptu.batch_size=8"], r"config\.inptu: unknown; did you mean input\?"),
-    ([DEBUG, "--config.zzz=1"], r"config\.zzz: unknown; config takes .*seed, total_steps, "),
-    ([DEBUG, "--config.total_epochs=abc"], r"config\.total_epochs: expected a number, got 'abc'$"),
     ([DEBUG, "--config.lr=1e-3", "--config.input.batch_size=many"],
      r"config\.input\.batch_size: expected a whole number, got 'many'$"),
-    ([DEBUG, "--config.plot=maybe"], r"config\.plot: expected True or False, got 'maybe'$"),
-    ([DEBUG, "--config.schedule=3"], r"config\.schedule: expected .* or a block of ScheduleConfig settings, got '3'$"),
-    ([DEBUG, "--config.lr.x=3"], r"config\.lr: is 0\.001, not a block of settings"),
-    ([DEBUG, "--config.lr"], r"config\.lr: no value given; write --config\.lr=VALUE, a number$"),
-    (["--config=configs/debgu.py"],
+    (["--config=configs/debgu.py", "--config.lr=1"],
      r"--config: no such file: 'configs/debgu\.py'; did you mean configs/debug\.py\? --config=list lists them$"),
-    (["--config=configs/debgu.py", "--config.lr=1"], r"--config: no such file: 'configs/debgu\.py'; did you mean"),
     (["--config=configs/digits.py:variatn=x"],
      r"configs/digits\.py, line \d+: argument 'variatn' in :variatn=x: this file takes variant, context$"),
-    (["--config=configs/debug.py:size=big"], r"configs/debug\.py, line \d+: argument size=big: expected int$"),
-    (["--config=configs/common.py"], r"configs/common\.py: there is no get_config\(\); a config file has"),
-    ([], "--config: not given; for example --config=configs/digits.py, or --config=list$"),
-    (["--config.lr=1"], "--config: not given; for example"),
+    (["--config.lr=1"], "--config: not given; for example --config=configs/digits.py, or --config=list$"),
     ([DEBUG, "stray"], "stray: not an argument of this program; settings are written --config.key=value$"),
     ([DEBUG, "--wrokdir=x"], "Unknown command line flag 'wrokdir'. Did you mean: workdir"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_the_command_line(args, error, tmp_path):
     assert re.match(error, refused(*args, workdir=tmp_path / "run"))
+
+
+@pytest.mark.parametrize("arg, error", [
+    ("--config.grad_clip_nrom=1", r"config\.grad_clip_nrom: unknown; did you mean grad_clip_norm\?"),
+    ("--config.inptu.batch_size=8", r"config\.inptu: unknown; did you mean input\?"),
+    ("--config.zzz=1", r"config\.zzz: unknown; config takes .*seed, total_steps, "),
+    ("--config.total_epochs=abc", r"config\.total_epochs: expected a number, got 'abc'$"),
+    ("--config.plot=maybe", r"config\.plot: expected True or False, got 'maybe'$"),
+    ("--config.schedule=3", r"config\.schedule: expected .* or a block of ScheduleConfig settings, got '3'$"),
+    ("--config.lr.x=3", r"config\.lr: is 0\.001, not a block of settings"),
+    ("--config.lr", r"config\.lr: no value given; write --config\.lr=VALUE, a number$"),
+])
+def test_an_override_that_cannot_work(arg, error):
+    _, given = overrides.split(["main.py", arg])
+    with pytest.raises(ConfigError) as caught:
+        check(overrides.lay_over(debug.get_config(), given))
+    assert re.match(error, str(caught.value)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given, error", [
+    ("configs/debug.py:size=big", r"configs/debug\.py, line \d+: argument size=big: expected int$"),
+    ("configs/common.py", r"configs/common\.py: there is no get_config\(\); a config file has"),
+])
+def test_a_config_that_cannot_be_loaded(given, error, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=error):
+        cli.load_config(given)
 
 
 def test_a_missing_workdir():
@@ -84,10 +99,12 @@ def test_a_missing_workdir():
     ("def get_config():\n    pass\n", r"get_config\(\) returns None; a config file has get_config\(\), which "),
     ("def get_config():\n    return {'lr': 1}\n", r"get_config\(\) returns \{'lr': 1\}; a config file"),
 ])
-def test_a_config_file_that_cannot_be_loaded(text, error, tmp_path):
+def test_a_config_file_that_is_wrong(text, error, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(text)
-    assert re.match(rf"{path}(, |: ){error}", refused(f"--config={path}", workdir=tmp_path / "run"))
+    with pytest.raises(ConfigError) as caught:
+        cli.load_config(str(path))
+    assert re.match(rf"{path}(, |: ){error}", " ".join(str(caught.value).split()))
 
 
 def test_any_setting_can_be_overridden_whether_the_file_has_it_or_not():
@@ -266,12 +283,12 @@ def test_a_length_on_the_command_line_replaces_the_files(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("import configs.debug as base\n\ndef get_config():\n    config = base.get_config()\n"
                     "    config.total_steps, config.total_epochs = None, 100.0\n    return config\n")
-    result = run("--config=mine.py", "--workdir=run", "--config.total_steps=7", "--config.input.batch_size", "16",
+    result = run("--config=mine.py", "--workdir=run", "--config.total_steps=3", "--config.input.batch_size", "16",
                  "--noconfig.plot", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "done at step 7" in result.stdout
+    assert "done at step 3" in result.stdout
     written = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert [written[key] for key in ("total_steps", "total_epochs", "plot")] == [7, None, False]
+    assert [written[key] for key in ("total_steps", "total_epochs", "plot")] == [3, None, False]
     assert written["input"]["batch_size"] == 16
 
 

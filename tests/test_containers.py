@@ -554,8 +554,8 @@ def test_mutants_of_safetensors(tmp_path):
     write_safetensors(tmp_path / "x", FEW, {"format": "np"})
     content = (tmp_path / "x").read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
-    survived = try_mutants(tmp_path / "y", content, lambda rng: rng.randrange(start), FEW, 1000)
-    assert 5 < survived < 500  # names and metadata may change, hardly anything else
+    survived = try_mutants(tmp_path / "y", content, lambda rng: rng.randrange(start), FEW, 400)
+    assert 2 < survived < 200  # names and metadata may change, hardly anything else
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -563,5 +563,5 @@ def test_mutants_of_npz(tmp_path, save):
     with open(tmp_path / "x", "wb") as file:
         save(file, **FEW)
     content = (tmp_path / "x").read_bytes()
-    survived = try_mutants(tmp_path / "y", content, lambda rng: rng.randrange(len(content)), FEW, 500)
-    assert 0 < survived < 250  # dates and the like
+    survived = try_mutants(tmp_path / "y", content, lambda rng: rng.randrange(len(content)), FEW, 250)
+    assert 0 < survived < 125  # dates and the like
