@@ -14,7 +14,7 @@ train: $(VENV)/installed
 	@$(RUN) main.py --config=configs/digits.py --workdir=runs/digits
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -q -n 2
+	$(RUN) -m pytest -q -n 2 --dist worksteal
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

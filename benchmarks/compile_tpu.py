@@ -19,23 +19,27 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax  # noqa: E402
-from absl import flags  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from cb_vit import datasets, experiment  # noqa: E402
 from cb_vit.settings import check  # noqa: E402
 from cb_vit.tools import cli  # noqa: E402
 
-TOPOLOGY = flags.DEFINE_string("topology", "v4:2x2x1", "The slice, e.g. v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4.")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-def main(config):
+def arguments(parser):
+    """What the program takes."""
+    parser.add_config()
+    parser.add_argument("--topology", default="v4:2x2x1", help="The slice, e.g. v4:2x2x1, v5e:4x4, v5p:2x2x1, v6e:4x4.")
+
+
+def main(args):
     """Compile and report."""
-    settings = check(config)
+    settings = check(cli.config_of(args))
     fake = dict(name="fake", split="train", num_examples=1_281_167, image_size=max(settings.input.pp.image_size),
                 num_classes=settings.input.pp.num_classes, encoded=True)
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY.value).devices
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
     run = experiment.build(settings, devices=devices, source=datasets.open_source(fake, "fake"))
     start = time.monotonic()
     with run.active_mesh():
@@ -45,7 +49,7 @@ def main(config):
     images = settings.input.batch_size / run.mesh.size
     found = Counter(re.findall(rf"\b({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled.as_text()))
     print(json.dumps({
-        "topology": TOPOLOGY.value, "chips": run.mesh.size, "model": settings.model.variant,
+        "topology": args.topology, "chips": run.mesh.size, "model": settings.model.variant,
         "context": settings.model.context, "batch": settings.input.batch_size, "jax": jax.__version__,
         "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 3),
         "temporaries_gib": round(memory.temp_size_in_bytes / 2**30, 3),
@@ -55,5 +59,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    cli.define()
-    cli.run(main, __doc__)
+    cli.run(sys.modules[__name__])

@@ -183,13 +183,17 @@ class Experiment:
         return jax.jit(step, donate_argnums=0, in_shardings=(shardings, self.batch_sharding, teacher),
                        out_shardings=(shardings, dist.replicated(self.mesh)))
 
-    def flops_per_step(self) -> float:
+    def flops_per_step(self, more_blocks: int = 0) -> float:
         """FLOPs of the model in one training step of the whole batch, forward and backward, as XLA counts them.
 
         Counted on a looped model without recomputation: XLA counts the body of a loop once, and what is
         computed twice is no use to anyone.
+
+        Args:
+            more_blocks: number of blocks that are counted beside the model's own.
         """
         config = dataclasses.replace(self.settings.model, scan=False, remat_policy="none")
+        config = dataclasses.replace(config, depth=config.depth + more_blocks)
         model = models.get(self.settings.model_name).Model(self.num_classes, **dataclasses.asdict(config))
         shape, _ = self.example_spec["image"]
         params = jax.eval_shape(functools.partial(init_params, model, shape), jax.random.key(0))

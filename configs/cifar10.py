@@ -1,7 +1,7 @@
 """CIFAR-10 from scratch, with DeiT's augmentation at the size of its images.
 
-    python main.py --config=configs/cifar10.py --workdir=runs/cifar10
-    python main.py --config=configs/cifar10.py:context=none,root=/data/cifar10 --workdir=runs/cifar10_plain
+    cb-vit train --config=cifar10 --workdir=runs/cifar10
+    cb-vit train --config=cifar10:context=none,root=/data/cifar10 --workdir=runs/cifar10_plain
 
 Accuracy and hours: unverified.
 """

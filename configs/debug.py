@@ -1,6 +1,6 @@
 """Fake data and a tiny model: does everything run here? Seconds.
 
-    python main.py --config=configs/debug.py --workdir=runs/debug
+    cb-vit train --config=debug --workdir=runs/debug
 
 The images are made up (`cb_vit/datasets/fake.py`), so the numbers mean nothing. All of the recipe is on.
 """

@@ -1,6 +1,6 @@
 """DeiT-III on ImageNet-1k, 800 epochs: the recipe of arXiv 2204.07118, with or without context.
 
-    python main.py --config=configs/deit3_i1k.py:variant=B/16,context=cb --workdir=gs://BUCKET/deit3_b16_cb
+    cb-vit train --config=deit3_i1k:variant=B/16,context=cb --workdir=gs://BUCKET/deit3_b16_cb
 
 Accuracy and hours: unverified here. DeiT-III reports 81.4, 83.8, 84.9 and 85.2 % top-1 at 224 pixels for S, B, L and H
 without context (crop ratio 1.0, after fine-tuning at 224 where it trains smaller: `configs/finetune.py`).

@@ -1,9 +1,9 @@
 """DeiT on ImageNet-1k, 300 epochs: the recipe of arXiv 2012.12877, with or without context.
 
-    python main.py --config=configs/deit_i1k.py:variant=S/16,context=cb --workdir=gs://BUCKET/deit_s16_cb
-    python main.py --config=configs/deit_i1k.py:variant=Ti/16,context=cb_s,epochs=100,root=/data/imagenet --workdir=…
-    python main.py --config=configs/deit_i1k.py:root=/data/pets,classes=37,batch_size=128 --workdir=…
-    python main.py --config=configs/deit_i1k.py:teacher=runs/teacher --workdir=…   # distilled, hard labels
+    cb-vit train --config=deit_i1k:variant=S/16,context=cb --workdir=gs://BUCKET/deit_s16_cb
+    cb-vit train --config=deit_i1k:variant=Ti/16,context=cb_s,epochs=100,root=/data/imagenet --workdir=…
+    cb-vit train --config=deit_i1k:root=/data/pets,classes=37,batch_size=128 --workdir=…
+    cb-vit train --config=deit_i1k:teacher=runs/teacher --workdir=…   # distilled, hard labels
 
 Accuracy and hours: unverified here. DeiT reports 72.2, 79.9 and 81.8 % top-1 for Ti, S and B without context (its own
 evaluation, crop ratio 0.875, raw weights); runs of others are 0.3 to 0.5 apart.

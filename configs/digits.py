@@ -1,7 +1,7 @@
 """A small CB-ViT on scikit-learn's digits, 1 797 real 8×8 scans: the whole path in a minute or two on two cores.
 
-    python main.py --config=configs/digits.py --workdir=runs/digits
-    python main.py --config=configs/digits.py:context=none --workdir=runs/digits_plain
+    cb-vit train --config=digits --workdir=runs/digits
+    cb-vit train --config=digits:context=none --workdir=runs/digits_plain
 
 The data is prepared on first use. 360 images, a fixed seeded permutation's first, are the test split
 (`cb_vit/datasets/digits.py` writes it down).

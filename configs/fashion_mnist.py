@@ -1,7 +1,7 @@
 """Fashion-MNIST from scratch, with DeiT's augmentation at the size of its images: minutes on a CPU.
 
-    python main.py --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
-    python main.py --config=configs/fashion_mnist.py:context=none,root=/data/fashion_mnist --workdir=runs/fashion_plain
+    cb-vit train --config=fashion_mnist --workdir=runs/fashion_mnist
+    cb-vit train --config=fashion_mnist:context=none,root=/data/fashion_mnist --workdir=runs/fashion_plain
 
 Accuracy: 83.2 % top-1 after 30 epochs with CB, on two CPU cores (`docs/recipe.md`).
 """

@@ -1,7 +1,7 @@
 """Fine-tuning from an earlier run or a file of weights: at a higher resolution, or on another data set.
 
-    python main.py --config=configs/finetune.py:init=runs/deit_s16,variant=S/16,size=384 --workdir=runs/deit_s16_384
-    python main.py --config=configs/finetune.py:init=runs/deit_s16,variant=S/16,dataset=oxford_flowers102,classes=102,\
+    cb-vit train --config=finetune:init=runs/deit_s16,variant=S/16,size=384 --workdir=runs/deit_s16_384
+    cb-vit train --config=finetune:init=runs/deit_s16,variant=S/16,dataset=oxford_flowers102,classes=102,\
 lr=1e-4,decay=cosine,epochs=100 --workdir=runs/flowers
 
 Positions are resampled, a head of another size begins anew, and the log says what was taken and what was not. The

@@ -1,7 +1,7 @@
 """Imagenette, ten classes of ImageNet, from scratch with DeiT's augmentation.
 
-    python main.py --config=configs/imagenette.py --workdir=runs/imagenette
-    python main.py --config=configs/imagenette.py:root=/data/imagenette2-320 --workdir=runs/imagenette   # as downloaded
+    cb-vit train --config=imagenette --workdir=runs/imagenette
+    cb-vit train --config=imagenette:root=/data/imagenette2-320 --workdir=runs/imagenette   # as downloaded
 
 Accuracy and hours: unverified.
 """

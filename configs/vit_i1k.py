@@ -1,6 +1,6 @@
 """ViT on ImageNet-1k, 90 epochs: big_vision's recipe (arXiv 2205.01580), with or without context.
 
-    python main.py --config=configs/vit_i1k.py:variant=S/16,context=cb --workdir=gs://BUCKET/vit_s16_cb
+    cb-vit train --config=vit_i1k:variant=S/16,context=cb --workdir=gs://BUCKET/vit_s16_cb
 
 Accuracy: unverified here. big_vision reports 76.5 % top-1 for S/16. Hours: unverified.
 RandAugment is timm's, at the strength that is nearest: two ops an image, always, at magnitude 10, without Cutout, which

@@ -8,7 +8,10 @@ import sys
 
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
+from cb_vit.config import ConfigError, Failure
+from cb_vit.tools import cli
 from cb_vit.tree import flatten_with_names
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -24,6 +27,13 @@ def program(*args, cwd=ROOT, **env):
 
 def tool(name, *args, **kw):
     return program("-m", f"cb_vit.tools.{name}", *args, **kw)
+
+
+def refusal(command, *args):
+    """What a command says that cannot work, without a program for it; `command` is its module."""
+    with pytest.raises((ConfigError, Failure)) as caught:
+        command.main(cli.parse(command, list(map(str, args))))
+    return " ".join(str(caught.value).split())
 
 
 def records(folder):

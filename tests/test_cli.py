@@ -10,11 +10,13 @@ import time
 
 import pytest
 
+import cb_vit
 from cb_vit import config as config_lib
 from cb_vit import experiment, overrides
 from cb_vit.config import ConfigError
 from cb_vit.settings import check
-from cb_vit.tools import cli
+from cb_vit.tools import __main__ as command
+from cb_vit.tools import cli, config_files
 from configs import debug, digits, vit_i1k
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -46,12 +48,12 @@ def refused(*args, workdir=None, **kw):
     ([DEBUG, "--config.lr=1e-3", "--config.input.batch_size=many"],
      r"config\.input\.batch_size: expected a whole number, got 'many'$"),
     (["--config=configs/debgu.py", "--config.lr=1"],
-     r"--config: no such file: 'configs/debgu\.py'; did you mean configs/debug\.py\? --config=list lists them$"),
+     r"--config: neither a config of .* a file: 'configs/debgu\.py'; did you mean configs/debug\.py\? --config=list"),
     (["--config=configs/digits.py:variatn=x"],
      r"configs/digits\.py, line \d+: argument 'variatn' in :variatn=x: this file takes variant, context$"),
-    (["--config.lr=1"], "--config: not given; for example --config=configs/digits.py, or --config=list$"),
+    (["--config.lr=1"], "--config: not given; for example --config=digits, or --config=list$"),
     ([DEBUG, "stray"], "stray: not an argument of this program; settings are written --config.key=value$"),
-    ([DEBUG, "--wrokdir=x"], "Unknown command line flag 'wrokdir'. Did you mean: workdir"),
+    ([DEBUG, "--wrokdir=x"], r"--wrokdir: unknown flag; did you mean --workdir\? --help lists them$"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_the_command_line(args, error, tmp_path):
     assert re.match(error, refused(*args, workdir=tmp_path / "run"))
@@ -81,7 +83,7 @@ def test_an_override_that_cannot_work(arg, error):
 def test_a_config_that_cannot_be_loaded(given, error, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match=error):
-        cli.load_config(given)
+        config_files.load(given)
 
 
 def test_a_missing_workdir():
@@ -103,7 +105,7 @@ def test_a_config_file_that_is_wrong(text, error, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        cli.load_config(str(path))
+        config_files.load(str(path))
     assert re.match(rf"{path}(, |: ){error}", " ".join(str(caught.value).split()))
 
 
@@ -130,15 +132,20 @@ def test_help_shows_the_program_and_its_flags_and_no_more():
     for flag in ("--help", "-h"):
         result = run(flag)
         assert result.returncode == 0 and not result.stderr
-        assert result.stdout.startswith("Train a Vision Transformer with Context Broadcasting.")
-        assert all(word in result.stdout for word in ("--config:", "--workdir:", "--config=configs/digits.py"))
-        assert result.stdout.count("\n") < 25
+        assert "\nTrain a Vision Transformer with Context Broadcasting.\n" in result.stdout
+        assert all(word in result.stdout for word in ("--config NAME", "--workdir WORKDIR", "--config=digits"))
+        assert result.stdout.count("\n") < 40
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 def test_where_output_has_no_room_it_ends_in_one_line(tmp_path):
     script = tmp_path / "tool.py"
-    script.write_text("from cb_vit.tools import cli\ncli.run_plain(lambda: print('x'), 'usage')\n")
+    script.write_text("""'''usage'''
+import sys
+from cb_vit.tools import cli
+arguments, main = lambda parser: None, lambda args: print("x")
+cli.run(sys.modules[__name__])
+""")
     with open("/dev/full", "w") as full:
         result = subprocess.run([sys.executable, script], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
                                 env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -146,13 +153,61 @@ def test_where_output_has_no_room_it_ends_in_one_line(tmp_path):
         "error: what this program prints cannot be written: No space left on device; free some space there\n")
 
 
-def test_the_list_of_configs_has_a_line_for_each():
-    result = run("--config=list")
+def test_the_list_of_configs_has_a_line_for_each(tmp_path, monkeypatch):
+    """Those that come with cb_vit by name, those of the user by path, wherever one stands."""
+    result = run("--config=list", cwd=tmp_path)
     assert result.returncode == 0 and not result.stderr
     lines = result.stdout.splitlines()
-    assert len(lines) >= 3 and all(re.match(r"configs/\w+\.py +\S", line) for line in lines)
-    assert not any("common.py" in line for line in lines)
-    assert cli.list_configs(pathlib.Path("nowhere")) == "no config files in nowhere"
+    assert len(lines) >= 3 and all(re.match(r"\w+ +\S", line) for line in lines)
+    assert not any("common" in line.split()[0] for line in lines)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.py").write_text("'''Of my own.'''\ndef get_config(): pass\n")
+    monkeypatch.chdir(tmp_path)
+    assert list(config_files.overview())[-1].split(maxsplit=1) == ["configs/mine.py", "Of my own."]
+
+
+def test_a_config_by_name_is_ours_and_one_by_path_whatever_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    for name in ("common", "digits"):
+        (tmp_path / "configs" / f"{name}.py").write_text("raise ValueError('of the user')\n")
+    (tmp_path / "configs" / "mine.py").write_text(
+        "import configs.debug as base\nimport configs.other as other\nget_config = lambda: other.of(base)\n")
+    (tmp_path / "configs" / "other.py").write_text(
+        "def of(base):\n    import configs.common\n    return base.get_config()\n")
+    assert config_files.load("digits:variant=mu/2").model.variant == "mu/2"
+    for path in ("configs/digits.py", "configs/mine.py"):  # whose configs.common is that of the same folder
+        with pytest.raises(ConfigError, match="of the user"):
+            config_files.load(path)
+    (tmp_path / "configs" / "common.py").unlink()
+    assert config_files.load("configs/mine.py").model.variant == "mu/4"
+    assert sys.modules["configs.debug"] is debug and os.getcwd() not in sys.path
+    with pytest.raises(ConfigError, match=r"^--config: neither .*: 'digts'; did you mean digits\? --config=list"):
+        config_files.load("digts")
+
+
+def test_the_commands(monkeypatch, capsys):
+    """Each has a line in the overview, a help, and knows its own flags when one is misspelt."""
+    def said(*args):
+        monkeypatch.setattr(sys, "argv", ["cb-vit", *args])
+        try:
+            command.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    code, out, err = said()
+    assert (code, err) == (0, "") and said("--help") == (code, out, err)
+    listed = dict(line.split(maxsplit=1) for line in out.split("\n\n")[-1].splitlines())
+    assert listed.keys() == command.COMMANDS.keys()
+    for name, line in listed.items():
+        code, out, err = said(name, "--help")
+        assert (code, err) == (0, "") and out.startswith(f"usage: cb-vit {name} [FLAG …]") and line in out
+        assert f"cb-vit {name}" in out.split("\n", 1)[1], "an example"
+    assert said("--version")[1] == f"cb_vit {cb_vit.__version__}\n"
+    assert said("trian") == (1, "", "error: trian: no command; did you mean train? There are "
+                                    f"{', '.join(command.COMMANDS)}; --help says more\n")
 
 
 # What the checks of the settings show, without starting a program for each.

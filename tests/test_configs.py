@@ -8,7 +8,7 @@ from cb_vit import experiment
 from cb_vit import optax as cb_optax
 from cb_vit.config import ConfigError
 from cb_vit.settings import check
-from cb_vit.tools.cli import list_configs
+from cb_vit.tools import config_files
 from cb_vit.train import train_and_evaluate
 from cb_vit.workdir import flatten
 from configs import (
@@ -41,8 +41,8 @@ SIZES = {"cifar10": 32, "fashion_mnist": 28, "digits": 8}
 def test_no_file_is_forgotten():
     files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "common"}
     assert files == set(CONFIGS)
-    listed = list_configs(ROOT / "configs").splitlines()
-    assert len(listed) == len(files) and all(len(line.split(maxsplit=1)[1]) > 10 for line in listed)
+    listed = dict(line.split(maxsplit=1) for line in config_files.overview())
+    assert listed.keys() == files and all(len(line) > 10 for line in listed.values())
 
 
 def small(name):

@@ -5,10 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ROOT, tool
+from helpers import ROOT, refusal, tool
 
 import cb_vit
 from cb_vit import sharding
+from cb_vit.tools import eval_only
 from cb_vit.weights import open_weights
 from cb_vit.weights.containers import write_npz, write_safetensors
 from cb_vit.weights.dialects.big_vision import to_big_vision
@@ -89,19 +90,20 @@ def test_what_cannot_be_scored_ends_in_one_line(trained, tmp_path):
         model = cb_vit.Model(classes, variant="mu/4")
         params = jax.device_get(model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"])
         write_npz(tmp_path / f"{name}.npz", to_big_vision(params))
-    config = f"--config={ROOT}/configs/debug.py"
+    config = "--config=debug"
     for args, error in (
-            ([f"--weights={tmp_path}/five.npz"], "config.evals.val.pp_fn: onehot has 10 classes, the model 5"),
-            ([f"--weights={tmp_path}/none.npz"], f"--weights: {tmp_path}/none.npz has no head, and so no classes"),
-            ([f"--weights={folder}/bare.safetensors", "--model=num_heads=2", "--model=gelu=tanh"],
+            ([config, f"--weights={tmp_path}/five.npz"], "config.evals.val.pp_fn: onehot has 10 classes, the model 5"),
+            ([config, f"--weights={tmp_path}/none.npz"],
+             f"--weights: {tmp_path}/none.npz has no head, and so no classes"),
+            ([config, f"--weights={folder}/bare.safetensors", "--model=num_heads=2", "--model=gelu=tanh"],
              "--weights.normalisation: "),
-            ([f"--weights={folder}/run", f"--workdir={folder}/run"], "--weights: takes the place of --workdir"),
+            ([config, f"--weights={folder}/run", f"--workdir={folder}/run"], "--weights: takes the place of --workdir"),
             ([f"--workdir={folder}/run", "--ema"],
-             "--weights: not given, and --ema, --key, --prefix and --model are about it")):
-        code, _, err = tool("eval_only", config, *args)
-        assert code == 1 and err.startswith(f"error: {error}") and err.count("\n") == 1, err
-    code, _, err = tool("eval_only", "--config=configs/debug.py:size=20", f"--weights={folder}/run")
-    assert code == 1 and err.startswith("error: config.evals.val.pp_fn: the model cannot take its images, (20, 20, 3)")
+             "--weights: not given, and --ema, --key, --prefix and --model are about it"),
+            ([f"--weights={folder}/bv.npz"], "--config: not given; for example --config=digits, or --config=list"),
+            (["--config=debug:size=20", f"--weights={folder}/run"],
+             "config.evals.val.pp_fn: the model cannot take its images, (20, 20, 3)")):
+        assert refusal(eval_only, *args).startswith(error)
 
 
 def test_the_way_out_of_an_unknown_normalisation_is_one(trained, tmp_path):

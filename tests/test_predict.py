@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import refusal
 from helpers import tool as run_tool
 from PIL import Image
 
@@ -329,10 +330,10 @@ def test_a_run_of_this_project(deit, folder, tmp_path):
 
 @pytest.mark.parametrize("args, error", [
     (["images"], "--weights: not given; for example --weights=runs/digits"),
-    ([], "arguments: this program takes IMAGE…; --help says more")])
+    ([], "IMAGE: not given; --help says more"),
+    (["images", "--top=0"], "--top: expected a whole number of at least 1, got '0'; --help says more")])
 def test_a_command_line_that_lacks_something(args, error):
-    code, out, err = run_tool("predict", *args)
-    assert (code, out, err) == (1, "", f"error: {error}\n")
+    assert refusal(tool, *args) == error
 
 
 # What comes from outside.

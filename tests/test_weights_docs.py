@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* assumed")  # files that do no
 
 PAGE = (ROOT / "docs" / "weights.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-COMMANDS = re.findall(r"^python -m .*$", PAGE, re.MULTILINE)
+COMMANDS = re.findall(r"^cb-vit .*$", PAGE, re.MULTILINE)
 SIZE = 32
 
 
@@ -85,8 +85,8 @@ def test_a_snippet(files, monkeypatch, number):
 @pytest.mark.parametrize("command", [
     command for command in COMMANDS if not online(command) and ("predict" not in command or "--attention" in command)])
 def test_a_command(files, command):
-    _, *args = shlex.split(command.replace("configs/digits.py", f"{ROOT}/configs/debug.py:size={SIZE}"))
-    code, out, err = program(*args, cwd=files)
+    _, *args = shlex.split(command.replace("--config=digits", f"--config=debug:size={SIZE}"))
+    code, out, err = program("-m", "cb_vit.tools", *args, cwd=files)
     assert code == 0, err
     if "predict" in command:  # one of them; `test_predict.py` has the flags of the others
         assert "scans/a.png" in out and (files / "looks" / "a.png").exists()

@@ -1,1 +1,1 @@
-"""Evaluators: what is measured during training, and by `python -m cb_vit.tools.eval_only`."""
+"""Evaluators: what is measured during training, and by `cb-vit eval`."""

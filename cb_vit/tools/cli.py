@@ -1,111 +1,194 @@
-"""What every program shares: its command line, the flags `--config` and `--workdir`, and errors in one line."""
+"""What every command shares: its command line, its words in the terminal, and errors in one line.
+
+A command is a module: its docstring is its help, `arguments(parser)` says what it takes, and `main(args)` does it.
+`cb-vit NAME` and `python -m cb_vit.tools.MODULE` run the same.
+"""
 from __future__ import annotations
 
-import ast
-import functools
+import argparse
 import logging
 import os
-import runpy
 import sys
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TextIO
+from types import ModuleType
+from typing import Any, NoReturn
 
-import ml_collections
-from absl import app, flags
 from absl import logging as absl_logging
 
 from cb_vit import io
-from cb_vit.config import ConfigError, Failure
+from cb_vit.config import ConfigError, Failure, suggest
 from cb_vit.overrides import lay_over, split
-from cb_vit.registry import UNPARSED, suggest
 from cb_vit.texts import printable
+from cb_vit.tools import config_files
 
-FLAGS = flags.FLAGS
 CONFIG_HELP = (
-    "The experiment: a file with get_config(), e.g. configs/digits.py. It is Python, and is executed: run none of "
-    "strangers. Arguments of the file follow a colon, "
-    "configs/vit_i1k.py:variant=S/16,context=cb. Any setting can be overridden, whether the file has it or not: "
-    "--config.lr=3e-4, --config.input.batch_size=512, --config.total_steps=1000. --config=list lists the files.")
+    "The experiment: the name of one that comes with cb_vit (--config=list), or a file with get_config(), which is "
+    "Python and is executed: run none of strangers. Its arguments follow a colon, deit_i1k:variant=S/16,context=cb. "
+    "Any setting can be overridden, whether the file has it or not: --config.lr=3e-4, --config.input.batch_size=512, "
+    "--config.total_steps=1000.")
 
 
-def define(workdir: str | None = None) -> None:
-    """Define the flags of a program; `workdir` is the help of its flag `--workdir`, None where it has no such flag."""
-    flags.DEFINE_string("config", None, CONFIG_HELP)
-    if workdir:
-        flags.DEFINE_string("workdir", None, workdir)
-    for name in ("config", "workdir")[:2 if workdir else 1]:
-        FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])  # --help shows the flags of the program
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, whose errors are `ConfigError`s."""
+
+    def __init__(self, command: ModuleType):
+        self.names: list[str] = []
+        super().__init__(prog=" ".join(called()), description=command.__doc__.rstrip(), allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.arguments(self)
+        wanted = [name for name in self.names if not name.startswith("-")]
+        self.usage = " ".join([self.prog, "[FLAG …]", *wanted])
+
+    def add_config(self, otherwise: str = "") -> None:
+        """Take `--config`, and overrides of its settings; `otherwise` is what counts where it is not given."""
+        self.add_argument("--config", metavar="NAME", help=f"{CONFIG_HELP} {otherwise}".rstrip())
+        self.set_defaults(overrides=[])
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """As in argparse; names are kept, for the usage and for whoever misspells one."""
+        self.names.append(names[-1])
+        return super().add_argument(*names, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
+        where, colon, what = message.removeprefix("argument ").partition(": ")
+        if where.startswith("the following arguments are required"):
+            where, what = what, "not given"
+        raise ConfigError(where if colon else "arguments", f"{what or message}; --help says more")
 
 
-def run(main: Callable[[dict[str, Any]], None], usage: str) -> None:
-    """Parse the command line and call `main(config)`; what the user can mend ends in one line and status 1.
-
-    Args:
-        main: function that is the program; its config is the file's, with what the command line says laid over.
-        usage: docstring of the program, shown by `--help`.
-    """
-    argv, overrides = split(sys.argv)
-
-    def with_config(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
-            raise ConfigError(argv[1], "not an argument of this program; settings are written --config.key=value")
-        if FLAGS.config is None:
-            raise ConfigError("--config", "not given; for example --config=configs/digits.py, or --config=list")
-        if FLAGS.config == "list":
-            show(*list_configs(_configs()).split("\n"))
-            return
-        sys.path.insert(0, os.getcwd())  # `configs.common`, for a config file of the user's own folder too
-        main(lay_over(load_config(FLAGS.config), overrides))
-
-    _start(with_config, usage, argv, news=sys.stdout)
-
-
-def run_plain(main: Callable[..., None], usage: str, *arguments: str) -> None:
-    """The same for a program without a config: `main(*arguments)`.
+def run(command: ModuleType, argv: Sequence[str] | None = None) -> None:
+    """Run a command as a program: what the user can mend ends in one line and status 1.
 
     Args:
-        main: function that is the program.
-        usage: docstring of the program, shown by `--help`.
-        *arguments: names of what the program takes beside flags, all required; a last "NAME…" takes one or more.
+        command: module of the command.
+        argv: what the command line says after the command; None: all that this process was given.
     """
-    def with_arguments(argv: Sequence[str]) -> None:
-        _, *given = argv
-        if len(given) < len(arguments) or (len(given) > len(arguments) and not arguments[-1].endswith("…")):
-            listed = f", got {' '.join(given)}" if given else ""
-            raise ConfigError("arguments", f"this program takes {' '.join(arguments)}{listed}; --help says more")
-        main(*given)
+    try:
+        args = parse(command, sys.argv[1:] if argv is None else argv)
+        # Where there is no config, stdout is for what was asked.
+        _set_up_output(news=sys.stdout if hasattr(args, "config") else sys.stderr)
+        if getattr(args, "config", None) == "list":
+            show(*config_files.overview())
+        else:
+            command.main(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written nowhere
+        sys.exit(1)
+    except (ConfigError, Failure) as error:  # anything else is a fault of the program and keeps its traceback
+        fail(error)
+    except OSError as error:
+        if error.errno not in io.FULL:
+            raise
+        fail(io.cannot_write(error.filename or "what this program prints", error))
+    except KeyboardInterrupt:
+        fail("interrupted", status=130)
 
-    _start(with_arguments, usage, sys.argv, news=sys.stderr)  # stdout is for what was asked
+
+def parse(command: ModuleType, argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command; `overrides` holds what they say of settings.
+
+    Raises:
+        ConfigError: they are not those that the command takes.
+    """
+    parser = Parser(command)
+    takes_config = parser.get_default("overrides") is not None
+    argv, overrides = split(argv) if takes_config else (argv, [])
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        way_out = "; settings are written --config.key=value" if takes_config else ""
+        raise ConfigError(flag, f"unknown flag{suggest(flag, parser.names)} --help lists them" if flag[0] == "-" else
+                          f"not an argument of this program{way_out}")
+    args.overrides = overrides
+    return args
 
 
-def _start(program: Callable[..., None], usage: str, argv: list[str], news: TextIO) -> None:
-    def guarded(argv: Sequence[str]) -> None:
-        # absl has put its own handler in place by now; Orbax and JAX tell their news through it.
-        logging.basicConfig(level=logging.INFO, stream=news, force=True)
-        logging.root.handlers[0].setFormatter(_Log("%(message)s"))
-        for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="backslashreplace")  # an encoding need not have what is printed
-        for chatty in ("jax", "matplotlib"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
-        _hush_threads()
-        try:
-            program(argv)
-            sys.stdout.flush()
-        except BrokenPipeError:  # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written nowhere
-            sys.exit(1)
-        except (ConfigError, Failure) as error:  # anything else is a fault of the program and keeps its traceback
-            _fail(error)
-        except OSError as error:
-            if error.errno not in io.FULL:
-                raise
-            _fail(io.cannot_write(error.filename or "what this program prints", error))
-        except KeyboardInterrupt:
-            _fail("interrupted", status=130)
+def at_least_one(text: str) -> int:
+    """The type of an argument that counts something."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
-    app.run(guarded, argv=argv, flags_parser=functools.partial(_parse, usage=usage))
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """The type of an argument that is one of a few words."""
+    def read(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"unknown choice {text!r}{suggest(text, choices)} "
+                                             f"Choices: {', '.join(choices)}")
+        return text
+
+    return read
+
+
+def required(value: str | None, flag: str, example: str) -> str:
+    """The value of a flag that must be given; `example` is one."""
+    if not value:
+        raise ConfigError(flag, f"not given; for example {flag}={example}")
+    return value
+
+
+def config_of(args: argparse.Namespace, run: str | None = None) -> dict[str, Any]:
+    """The config that the command line asks for, with its settings laid over.
+
+    Args:
+        args: arguments of a command that takes `--config`.
+        run: workdir of a run whose own config counts where no other is given; None: one must be given.
+
+    Raises:
+        ConfigError: there is none, or it cannot be loaded.
+    """
+    if args.config is None:
+        from cb_vit.workdir import read_config  # with what it brings, which the others can do without
+
+        if run is not None and (config := read_config(run)) is not None:
+            return lay_over(config, args.overrides)
+        no_run = f", and {run} has no config.json" if run else ""
+        raise ConfigError("--config", f"not given{no_run}; for example --config=digits, or --config=list")
+    return lay_over(config_files.load(args.config), args.overrides)
+
+
+def words_of(args: argparse.Namespace) -> list[str]:
+    """What the command line says of config and workdir, to say it again."""
+    return [f"--config={args.config}", f"--workdir={args.workdir}",
+            *(f"--config.{name}" + ("" if text is None else f"={text}") for name, text in args.overrides)]
+
+
+def called(command: str | None = None, module: str | None = None) -> list[str]:
+    """How to call this program again, or another command as this one was called.
+
+    Args:
+        command: name of a command under `cb-vit`; None: this one.
+        module: name of its module in `cb_vit.tools`.
+    """
+    program, python = sys.argv[0], os.path.relpath(sys.executable)
+    python = python if not python.startswith("..") else "python"
+    spec = sys.modules["__main__"].__spec__
+    if os.path.basename(program) in ("cb-vit", "cb-vit.exe"):
+        return ["cb-vit", command or sys.argv[1]]
+    if spec and spec.name == "cb_vit.tools.__main__":
+        return [python, "-m", "cb_vit.tools", command or sys.argv[1]]
+    if module:
+        return [python, "-m", f"cb_vit.tools.{module}"]
+    return [python, "-m", spec.name] if spec else [python, os.path.relpath(program)]
+
+
+def show(*lines: str, file: Any = None) -> None:
+    """Print lines in which there may be words of others: names of files, of classes, of what is in a file."""
+    for line in lines:
+        print(printable(line), file=file, flush=True)
+
+
+def _set_up_output(news: Any) -> None:
+    logging.basicConfig(level=logging.INFO, stream=news, force=True)
+    logging.root.handlers[0].setFormatter(_Log("%(message)s"))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # an encoding need not have what is printed
+    for chatty in ("jax", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    _hush_threads()
 
 
 class _Log(logging.Formatter):
@@ -114,12 +197,6 @@ class _Log(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
         """The message, without a traceback."""
         return "\n".join(map(printable, super().formatMessage(record).split("\n")))
-
-
-def show(*lines: str, file: Any = None) -> None:
-    """Print lines in which there may be words of others: names of files, of classes, of what is in a file."""
-    for line in lines:
-        print(printable(line), file=file, flush=True)
 
 
 def _hush_threads() -> None:
@@ -134,82 +211,7 @@ def _hush_threads() -> None:
     sys.unraisablehook = lambda unraisable: None
 
 
-def require_workdir() -> str:
-    """The value of `--workdir`.
-
-    Raises:
-        ConfigError: the flag was not given.
-    """
-    if not FLAGS.workdir:
-        raise ConfigError("--workdir", "not given; for example --workdir=runs/digits")
-    return FLAGS.workdir
-
-
-def _parse(argv: list[str], usage: str) -> list[str]:
-    """absl's parsing, with its errors in one line, and its help cut down to the program's own flags."""
-    if {"--help", "-h", "--helpshort"}.intersection(argv):
-        print(f"{usage.rstrip()}\n{FLAGS.main_module_help()}")
-        sys.exit(0)
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    try:
-        return FLAGS(argv)
-    except flags.Error as error:
-        _fail(error)
-
-
-def config_arguments() -> list[str]:
-    """The arguments that say which config this program has been given, to give them to another."""
-    _, overrides = split(sys.argv[1:])
-    return [f"--config={FLAGS.config}", *(f"--config.{name}" + ("" if text is None else f"={text}")
-                                         for name, text in overrides)]
-
-
-def load_config(given: str) -> ml_collections.ConfigDict:
-    """The config that `--config=given` names, `given` being a file with or without ":arguments".
-
-    Raises:
-        ConfigError: the config cannot be loaded; the message names the line of the file.
-    """
-    path, colon, arg = given.partition(":")
-    if not os.path.isfile(path):
-        near = suggest(path, map(str, _configs().glob("*.py")))
-        raise ConfigError("--config", f"no such file: {path!r}{near} --config=list lists them")
-    try:
-        get_config = runpy.run_path(path).get("get_config")
-        config = get_config(*[arg] if colon else []) if get_config else None
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        if isinstance(error, SyntaxError):
-            path, lines, reason = error.filename or path, [error.lineno], f"{error.msg}: {(error.text or '').strip()}"
-        raise ConfigError(path + (f", line {lines[-1]}" if lines else ""), reason) from None
-    if not isinstance(config, ml_collections.ConfigDict):
-        found = f"get_config() returns {config!r:.40}" if get_config else "there is no get_config()"
-        raise ConfigError(path, f"{found}; a config file has get_config(), which returns a ConfigDict")
-    return config
-
-
-def _configs() -> Path:
-    """The folder of config files: here, or beside the program."""
-    here = Path("configs")
-    return here if here.is_dir() else Path(sys.argv[0]).resolve().parent / "configs"
-
-
-def list_configs(folder: Path) -> str:
-    """A line for each config file in `folder`: its path, and the first line of its docstring."""
-    lines = []
-    for path in sorted(folder.glob("*.py")):
-        if not path.is_file():  # to open a pipe is to wait
-            continue
-        try:
-            tree = ast.parse(path.read_bytes())
-        except UNPARSED as error:
-            raise ConfigError(str(path), f"is no Python: {error}") from None
-        if any(isinstance(node, ast.FunctionDef) and node.name == "get_config" for node in tree.body):
-            lines.append(f"{str(path):<28}{(ast.get_docstring(tree) or '—').splitlines()[0]}")
-    return "\n".join(lines) or f"no config files in {folder}"
-
-
-def _fail(message: object, status: int = 1) -> None:
+def fail(message: object, status: int = 1) -> NoReturn:
+    """End the program with one line on stderr."""
     show(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(status)

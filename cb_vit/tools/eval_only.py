@@ -1,22 +1,25 @@
 """The evaluators of a config on a trained model. Writes nothing.
 
-    python -m cb_vit.tools.eval_only --config=configs/digits.py --workdir=runs/digits
-    python -m cb_vit.tools.eval_only --config=configs/vit_i1k.py --weights=hf://timm/deit_tiny_patch16_224.fb_in1k
+    cb-vit eval --workdir=runs/digits
+    cb-vit eval --workdir=runs/digits --config.evals.val.batch_size=256
+    cb-vit eval --config=vit_i1k --weights=hf://timm/deit_tiny_patch16_224.fb_in1k
 
-`--workdir` takes the last checkpoint of a run of that very config. `--weights` takes whatever `cb_vit.load` does, with
-its own model: of the config, only evaluators, mesh and sharding count, and training data need not be there.
+`--workdir` takes the last checkpoint of a run, with the run's own config unless another is given. `--weights` takes
+whatever `cb_vit.load` does, with its own model: of the config, only evaluators, mesh and sharding count, and training
+data need not be there.
 """
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 
 from cb_vit import dist, experiment, io, sharding, startup
 from cb_vit.checkpoint import Checkpointer
@@ -26,25 +29,32 @@ from cb_vit.settings import Settings, check
 from cb_vit.tools import cli, source
 from cb_vit.train_state import TrainState
 from cb_vit.weights import Weights
-
-FLAGS = flags.FLAGS
-WEIGHTS = flags.DEFINE_string("weights", None, "In place of --workdir: a run, a file of weights, or hf://ORG/NAME.")
-flags.adopt_module_key_flags(source)  # for --help
+from cb_vit.weights.loading import as_run
 
 
-def main(config: dict[str, Any]) -> None:
+def arguments(parser: cli.Parser) -> None:
+    """What the command takes."""
+    parser.add_config("Not given: the config of the run.")
+    parser.add_argument("--workdir", help="Folder of the run whose last checkpoint is evaluated.")
+    parser.add_argument("--weights", help="In place of --workdir: a run, a file of weights, or hf://ORG/NAME.")
+    source.add_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> None:
     """Print every metric of every evaluator."""
-    settings = check(config)
+    if args.weights is not None and args.workdir:
+        raise ConfigError("--weights", "takes the place of --workdir; give one of them")
+    if args.weights is None and source.given(args):
+        raise ConfigError("--weights", "not given, and --ema, --key, --prefix and --model are about it")
+    path = args.weights or cli.required(args.workdir, "--workdir", "runs/digits")
+    run, _ = as_run(path) or (args.workdir, None)
+    settings = check(cli.config_of(args, run))
     if not settings.evals:
         raise ConfigError("config.evals", "has no evaluator; add one to the config, as in configs/digits.py")
-    if WEIGHTS.value is not None:
-        if FLAGS.workdir:
-            raise ConfigError("--weights", "takes the place of --workdir; give one of them")
-        _evaluate_weights(settings)
-        return
-    if source.given():
-        raise ConfigError("--weights", "not given, and --ema, --key, --prefix and --model are about it")
-    _evaluate_run(settings, cli.require_workdir())
+    if args.weights is None:
+        _evaluate_run(settings, path)
+    else:
+        _evaluate_weights(settings, source.open_source(args, path, "--weights"))
 
 
 def _evaluate_run(settings: Settings, workdir: str) -> None:
@@ -65,8 +75,7 @@ def _evaluate_run(settings: Settings, workdir: str) -> None:
         _measure(run.open_evaluators(known), state)
 
 
-def _evaluate_weights(settings: Settings) -> None:
-    weights = source.open_source(WEIGHTS.value, "--weights")
+def _evaluate_weights(settings: Settings, weights: Weights) -> None:
     if not weights.model.num_classes:
         raise ConfigError("--weights", f"{weights} has no head, and so no classes to score")
     dist.initialize()
@@ -109,5 +118,4 @@ def _tell(*lines: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.define(workdir="Folder of the run whose last checkpoint is evaluated.")
-    cli.run(main, __doc__)
+    cli.run(sys.modules[__name__])

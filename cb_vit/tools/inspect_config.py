@@ -1,16 +1,18 @@
-"""What a config means: settings, parameters, steps, batch and memory a device. Trains nothing.
+"""What a config means: data, steps, hours, memory, parameters and FLOPs. Trains nothing.
 
-    python -m cb_vit.tools.inspect_config --config=configs/digits.py
-    python -m cb_vit.tools.inspect_config --config=configs/vit_i1k.py:variant=B/16 --examples=1268355
+    cb-vit inspect --config=digits
+    cb-vit inspect --config=vit_i1k:variant=B/16 --examples=1268355 --speed=5000
+    cb-vit inspect --config=digits --all
 """
 from __future__ import annotations
 
+import argparse
+import datetime
 import math
+import sys
 from collections.abc import Iterator
-from typing import Any
 
 import jax
-from absl import flags
 
 from cb_vit import datasets, experiment
 from cb_vit import optax as cb_optax
@@ -23,24 +25,35 @@ from cb_vit.tools import cli
 from cb_vit.tree import flatten_with_names
 from cb_vit.workdir import flatten
 
-EXAMPLES = flags.DEFINE_integer("examples", None, "Go on without the training data, as if it had so many examples.")
-COMPILE = flags.DEFINE_bool("compile", False, "Compile the train step too, for XLA's own count of memory and FLOPs.")
 MIB = 2**20
 
 
-def main(config: dict[str, Any]) -> None:
+def arguments(parser: cli.Parser) -> None:
+    """What the command takes."""
+    parser.add_config()
+    parser.add_argument("--examples", type=cli.at_least_one,
+                        help="Go on without the training data, as if it had so many examples.")
+    parser.add_argument("--speed", type=cli.at_least_one, metavar="IMG_PER_S",
+                        help="Say how long training takes at so many images a second, all devices together.")
+    parser.add_argument("--all", action="store_true", help="Every setting and every parameter too.")
+    parser.add_argument("--compile", action="store_true",
+                        help="Compile the train step too, for XLA's own count of memory and FLOPs.")
+
+
+def main(args: argparse.Namespace) -> None:
     """Print the report."""
-    settings = check(config)
-    run = experiment.build(settings, source=_source(settings))
-    for title, lines in (("config", _config(settings)), ("data", describe("config.input.data", run.pipeline.source)),
-                         ("parameters", _parameters(run)), ("run", _run(run)),
-                         ("memory per device", _memory(run))):
-        cli.show("", f"# {title}", *lines)
+    settings = check(cli.config_of(args))
+    run = experiment.build(settings, source=_source(settings, args.examples))
+    data = (_line("data", line.removeprefix("data: ")) for line in describe("data", run.pipeline.source))
+    cli.show(*data, *_run(run, args.speed), *_model(run), *_memory(run, args.compile))
+    if args.all:
+        for title, lines in ("config", _config(settings)), ("parameters", _parameters(run)):
+            cli.show("", f"# {title}", *lines)
 
 
-def _source(settings: Settings) -> Source | None:
+def _source(settings: Settings, examples: int | None) -> Source | None:
     """The training data; a stand-in for it, if `--examples` says how long it is."""
-    if EXAMPLES.value is None:
+    if examples is None:
         try:
             return datasets.open_source(settings.input.data, "config.input.data")
         except ConfigError as error:
@@ -50,7 +63,7 @@ def _source(settings: Settings) -> Source | None:
     if preprocess.image_size is None:
         raise ConfigError("config.input.pp", "does not fix the image's size, so the data itself is needed")
     return datasets.open_source(dict(
-        name="fake", split="train", num_examples=EXAMPLES.value, image_size=max(preprocess.image_size), encoded=True,
+        name="fake", split="train", num_examples=examples, image_size=max(preprocess.image_size), encoded=True,
         num_classes=settings.num_classes or preprocess.num_classes), "--examples")
 
 
@@ -73,45 +86,63 @@ def _parameters(run: Experiment) -> Iterator[str]:
     yield f"{'all':<{width}}{'':<20}{sum(leaf.size for _, leaf in leaves):>12,}"
 
 
-def _run(run: Experiment) -> Iterator[str]:
+def _run(run: Experiment, speed: int | None) -> Iterator[str]:
+    """Devices, steps, hours, and what happens how often."""
     cfg, batch = run.settings, run.settings.input.batch_size
     devices = run.mesh.devices.ravel()
     share = run.batch_sharding.shard_shape((batch,))[0]
-    examples = run.pipeline.examples_per_epoch
-    yield f"{'devices':<24}{len(devices)} × {devices[0].device_kind}, mesh {dict(run.mesh.shape)}"
-    yield f"{'training examples':<24}{len(run.pipeline.source):,}"
-    yield f"{'steps':<24}{run.total_steps:,} ({run.total_steps * batch / examples:.2f} epochs)"
-    yield f"{'batch':<24}{batch} in all, {share} a device" + (
-        f", in {cfg.grad_accum_steps} parts" if cfg.grad_accum_steps > 1 else "")
-    yield f"{'peak learning rate':<24}{cb_optax.peak_lr(cfg, batch):g}"
-    for name, otherwise in [("log_training", ""), ("ckpt", "at the last step"), ("keep_ckpt", "never")]:
-        every = run.steps(getattr(cfg, name), name)
-        yield f"{name:<24}" + (f"every {every:,} steps" if every else otherwise)
-    for name, config in run.settings.evals.items():
-        yield f"{'evals.' + name:<24}every {run.steps(config.log, f'evals.{name}.log'):,} steps"
+    parts = f", in {cfg.grad_accum_steps} parts" if cfg.grad_accum_steps > 1 else ""
+    images = run.total_steps * batch
+    yield _line("devices", f"{len(devices)} × {devices[0].device_kind}, mesh {dict(run.mesh.shape)}")
+    yield _line("steps", f"{run.total_steps:,} of {batch} images ({share} a device{parts}), "
+                         f"{images / run.pipeline.examples_per_epoch:.2f} epochs")
+    yield _line("time", f"{images:,} images" + (
+        f" at {speed:,} a second: {datetime.timedelta(seconds=round(images / speed))}, without evaluation" if speed else
+        "; --speed=IMG_PER_S says how long"))
+    yield _line("learning rate", f"peak {cb_optax.peak_text(cfg, batch)}, {cfg.schedule.decay_type}")
+    every = {name: run.steps(getattr(cfg, name), name) for name in ("log_training", "ckpt", "keep_ckpt")}
+    every |= {f"evals.{name}": run.steps(block.log, f"evals.{name}.log") for name, block in cfg.evals.items()}
+    yield _line("every", ", ".join(f"{name} {steps:,}" for name, steps in every.items() if steps) + " steps")
 
 
-def _memory(run: Experiment) -> Iterator[str]:
+def _model(run: Experiment) -> Iterator[str]:
+    """Parameters and FLOPs: of the model, of one of its blocks, and of all else."""
+    config, batch = run.settings.model, run.settings.input.batch_size
+    sizes = {name: leaf.size for name, leaf in flatten_with_names(run.shapes.params)[0]}
+    total, blocks = sum(sizes.values()), sum(size for name, size in sizes.items() if "/encoderblock" in name)
+    flops = run.flops_per_step() / batch
+    block = run.flops_per_step(more_blocks=1) / batch - flops
+    yield _line("model", f"{run.settings.model_name} {config.variant or ''}, context {config.context}: {total:,} "
+                         f"parameters, {_flop(flops)} an image and step")
+    yield _line("each block", f"{blocks // config.depth:,} parameters, {_flop(block)}; {config.depth} of them are "
+                              f"{config.depth * block / flops:.0%} of the FLOPs")
+
+
+def _flop(count: float) -> str:
+    return f"{count / 1e9:.3g} GFLOP"
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<16}{text}"
+
+
+def _memory(run: Experiment, compiled: bool) -> Iterator[str]:
     """Parameters, gradients and optimiser state by arithmetic; activations only from the compiler."""
     held = lambda tree: sum(  # noqa: E731
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    for name, tree in (
-            ("parameters", run.shapes.params), ("gradients", run.shapes.params),
-            ("optimiser state", run.shapes.opt), ("average of parameters", run.shapes.ema),
-            ("teacher", run.teacher_shapes()), ("batch", run.batch_shapes())):
-        if tree is not None:
-            yield f"{name:<24}{held(tree) / MIB:,.1f} MiB"
-    if not COMPILE.value:
-        yield f"{'activations':<24}not counted; --compile asks XLA"
+    parts = {"parameters": run.shapes.params, "gradients": run.shapes.params, "optimiser": run.shapes.opt,
+             "average": run.shapes.ema, "teacher": run.teacher_shapes(), "batch": run.batch_shapes()}
+    sizes = {name: held(tree) / MIB for name, tree in parts.items() if tree is not None}
+    yield _line("memory", f"{sum(sizes.values()):,.1f} MiB a device: " + ", ".join(
+        f"{name} {size:,.1f}" for name, size in sizes.items()) + "; activations: --compile" * (not compiled))
+    if not compiled:
         return
     with run.active_mesh():
-        compiled = run.jit_train_step().lower(*run.step_shapes()).compile()
-    memory = compiled.memory_analysis()
-    yield f"{'XLA: arguments':<24}{memory.argument_size_in_bytes / MIB:,.1f} MiB"
-    yield f"{'XLA: temporaries':<24}{memory.temp_size_in_bytes / MIB:,.1f} MiB (gradients and activations)"
-    yield f"{'XLA: FLOPs':<24}{run.flops_per_step() / run.settings.input.batch_size / 1e9:.2f} GFLOP an image"
+        program = run.jit_train_step().lower(*run.step_shapes()).compile()
+    memory = program.memory_analysis()
+    yield _line("XLA", f"arguments {memory.argument_size_in_bytes / MIB:,.1f} MiB, temporaries (gradients and "
+                       f"activations) {memory.temp_size_in_bytes / MIB:,.1f} MiB a device")
 
 
 if __name__ == "__main__":
-    cli.define()
-    cli.run(main, __doc__)
+    cli.run(sys.modules[__name__])

@@ -1,15 +1,16 @@
 """What a model says of images, and where it looks.
 
-    python -m cb_vit.tools.predict --weights=runs/digits scan.png
-    python -m cb_vit.tools.predict --weights=hf://timm/deit_tiny_patch16_224.fb_in1k --classes=names.txt photos/ cat.jpg
-    python -m cb_vit.tools.predict --weights=runs/digits --format=json scans/ > predictions.jsonl
-    python -m cb_vit.tools.predict --weights=runs/digits --attention=looks --rollout scans/
+    cb-vit predict --weights=runs/digits scan.png
+    cb-vit predict --weights=hf://timm/deit_tiny_patch16_224.fb_in1k --classes=names.txt photos/ cat.jpg
+    cb-vit predict --weights=runs/digits --format=json scans/ > predictions.jsonl
+    cb-vit predict --weights=runs/digits --attention=looks --rollout scans/
 
 WEIGHTS is whatever `cb_vit.load` takes. Of a folder, every image in it and below is taken. What cannot be read is named
 on stderr; the rest goes on, and the exit status is 1.
 """
 from __future__ import annotations
 
+import argparse
 import collections
 import dataclasses
 import datetime
@@ -19,8 +20,6 @@ import os
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-
-from absl import flags
 
 from cb_vit import io, retry
 from cb_vit.analysis import attention_maps
@@ -33,13 +32,12 @@ from cb_vit.tools import cli, source
 from cb_vit.weights import Weights
 
 logger = logging.getLogger(__name__)
-FLAGS = flags.FLAGS
 QUIET = 10.0  # seconds before the first word on progress, and between two
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Values of the flags of the same names; see `define`."""
+    """Values of the flags of the same names; see `arguments`."""
 
     top: int = 5
     format: str = "table"
@@ -52,29 +50,30 @@ class Options:
     overwrite: bool = False
 
 
-def define() -> None:
-    """Define the flags."""
-    own = Options()
-    flags.DEFINE_string("weights", None, "The model: a run's workdir, a file of weights, or hf://ORG/NAME.")
-    flags.DEFINE_integer("top", own.top, "How many classes to name.", lower_bound=1)
-    flags.DEFINE_enum("format", own.format, ["table", "json"], "For people, or one JSON object a line: path, top.")
-    flags.DEFINE_string("classes", own.classes, "Names of the classes: a file with one a line, or JSON of names.")
-    flags.DEFINE_string("pp", own.pp, "Preprocessing in place of the model's, e.g. 'resize(256)|central_crop(224)'.")
-    flags.DEFINE_integer("batch_size", own.batch_size, "Images at once.", lower_bound=1)
-    flags.DEFINE_string("attention", own.attention, "Folder for pictures of the attention, a PNG for each image.")
-    flags.DEFINE_string("layers", own.layers, "Blocks in those pictures: last, all, or numbers from 0, e.g. 3,7.")
-    flags.DEFINE_bool("rollout", own.rollout, "Attention rollout in those pictures too.")
-    flags.DEFINE_bool("overwrite", own.overwrite, "Replace pictures that are there.")
-    flags.adopt_module_key_flags(source)  # --help shows them too
+def arguments(parser: cli.Parser) -> None:
+    """What the command takes."""
+    parser.add_argument("IMAGE", nargs="+", help="Images, and folders of them.")
+    parser.add_argument("--weights", help="The model: a run's workdir, a file of weights, or hf://ORG/NAME.")
+    parser.add_argument("--top", type=cli.at_least_one, help="How many classes to name.")
+    parser.add_argument("--format", type=cli.one_of("table", "json"),
+                        help="For people, or one JSON object a line: path, top.")
+    parser.add_argument("--classes", help="Names of the classes: a file with one a line, or JSON of names.")
+    parser.add_argument("--pp", help="Preprocessing in place of the model's, e.g. 'resize(256)|central_crop(224)'.")
+    parser.add_argument("--batch_size", type=cli.at_least_one, help="Images at once.")
+    parser.add_argument("--attention", help="Folder for pictures of the attention, a PNG for each image.")
+    parser.add_argument("--layers", help="Blocks in those pictures: last, all, or numbers from 0, e.g. 3,7.")
+    parser.add_argument("--rollout", action="store_true", help="Attention rollout in those pictures too.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace pictures that are there.")
+    parser.set_defaults(**dataclasses.asdict(Options()))
+    source.add_arguments(parser)
 
 
-def main(*paths: str) -> None:
+def main(args: argparse.Namespace) -> None:
     """What the command line asks for."""
-    if FLAGS.weights is None:
-        raise ConfigError("--weights", "not given; for example --weights=runs/digits")
-    files = find_images(paths)  # before weights are fetched
-    weights = source.open_source(FLAGS.weights, "--weights")
-    predict(files, weights, Options(**{field.name: FLAGS[field.name].value for field in dataclasses.fields(Options)}))
+    path = cli.required(args.weights, "--weights", "runs/digits")
+    files = find_images(args.IMAGE)  # before weights are fetched
+    weights = source.open_source(args, path, "--weights")
+    predict(files, weights, Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)}))
 
 
 def predict(files: Sequence[str], weights: Weights, options: Options) -> None:
@@ -270,5 +269,4 @@ def _progress(predictions: Iterable[Prediction], total: int, batch_size: int) ->
 
 
 if __name__ == "__main__":
-    define()
-    cli.run_plain(main, __doc__, "IMAGE…")
+    cli.run(sys.modules[__name__])

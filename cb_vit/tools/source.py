@@ -1,33 +1,38 @@
 """The flags `--ema`, `--key`, `--prefix` and `--model` of tools that read weights: what a path alone does not say."""
 from __future__ import annotations
 
+import argparse
 import ast
 from typing import Any
-
-from absl import flags
 
 from cb_vit.config import ConfigError
 from cb_vit.registry import UNPARSED
 from cb_vit.weights import Weights, open_weights
 
-EMA = flags.DEFINE_bool("ema", False, "Of a run: the moving average of the parameters.")
-KEY = flags.DEFINE_string("key", None, "Of a PyTorch file: the entry that holds the weights, e.g. model_ema.")
-PREFIX = flags.DEFINE_string("prefix", None, "Of a file: take only the arrays under it, e.g. visual.trunk.")
-MODEL = flags.DEFINE_multi_string("model", [], "NAME=VALUE, what a file does not say of its model; may be repeated: "
-                                               "--model=context=cb --model=num_heads=3")
 # Arguments of `open_weights` that are not about the model, and how a command line has them.
 OWN = {"key": "--key", "prefix": "--prefix", "params": "--ema", "path": "--weights or SRC", "field": "--weights or SRC"}
 
 
-def given() -> bool:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take the flags of this module."""
+    group = parser.add_argument_group("what a path alone does not say")
+    group.add_argument("--ema", action="store_true", help="Of a run: the moving average of the parameters.")
+    group.add_argument("--key", help="Of a PyTorch file: the entry that holds the weights, e.g. model_ema.")
+    group.add_argument("--prefix", help="Of a file: take only the arrays under it, e.g. visual.trunk.")
+    group.add_argument("--model", action="append", default=[], metavar="NAME=VALUE", help=(
+        "What a file does not say of its model; may be repeated: --model=context=cb --model=num_heads=3"))
+
+
+def given(args: argparse.Namespace) -> bool:
     """Whether any of the flags of this module was given."""
-    return bool(EMA.value or KEY.value or PREFIX.value or MODEL.value)
+    return bool(args.ema or args.key or args.prefix or args.model)
 
 
-def open_source(path: str, field: str) -> Weights:
+def open_source(args: argparse.Namespace, path: str, field: str) -> Weights:
     """Look into a file or run, with what the flags of this module say.
 
     Args:
+        args: arguments of the command.
         path: path of the file or run, as for `cb_vit.load`.
         field: flag or argument that names the path, for errors.
 
@@ -35,8 +40,8 @@ def open_source(path: str, field: str) -> Weights:
         ConfigError: part of a run is missing or cannot be read, or a flag does not fit.
         FormatError: a file cannot be read.
     """
-    return open_weights(path, field, params="ema" if EMA.value else "raw", key=KEY.value, prefix=PREFIX.value,
-                        **_keywords(MODEL.value))
+    return open_weights(path, field, params="ema" if args.ema else "raw", key=args.key, prefix=args.prefix,
+                        **_keywords(args.model))
 
 
 def _keywords(texts: list[str]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class Weights:
         """
         if self.normalisation is None:
             raise ConfigError("normalisation", f"{self.path} does not say how its pixels were normalised; write that "
-                              "down with `python -m cb_vit.tools.convert SRC DST.safetensors --mean=… --std=…`")
+                              "down with `cb-vit convert SRC DST.safetensors --mean=… --std=…`")
         return self.normalisation
 
     def adapter(self, preprocess: Preprocess) -> Callable[[Float[Array, "b y x c"]], Float[Array, "b y x c"]]:
@@ -254,12 +254,11 @@ def open_weights(
 def _open(
     path: str, field: str, params: Params, key: str | None, prefix: str | None, model: Mapping[str, Any]
 ) -> Weights:
-    folder, step = re.fullmatch(r"(.*?)(?:/checkpoints)?(?:@(\d+))?/*", path, re.DOTALL).groups()
-    if not path.startswith("hf://") and io.exists(io.as_path(folder) / "run.json"):
+    if run := as_run(path):
         told = {"key": key, "prefix": prefix} | model
         if given := ", ".join(name for name, value in told.items() if value is not None):
             raise ConfigError(field, f"{path} is a run, which knows its model; leave out {given}")
-        return _open_run(folder, step and int(step), field, params)
+        return _open_run(*run, field, params)
     if params != "raw":
         raise ConfigError(field, f"{path} is no run of this project: only those keep an average ({params!r})")
     file, subtree = containers.split_subtree(path)
@@ -268,6 +267,13 @@ def _open(
     if subtree is not None and prefix is not None:
         raise ConfigError("prefix", f"{path} names a part of the file already; give one of them")
     return _open_file(path, file, key, subtree if prefix is None else prefix, model)
+
+
+def as_run(path: str) -> tuple[str, int | None] | None:
+    """The folder of the run that a path names, and the step in it that it asks for; None: it names no run."""
+    folder, step = re.fullmatch(r"(.*?)(?:/checkpoints)?(?:@(\d+))?/*", path, re.DOTALL).groups()
+    is_run = not path.startswith("hf://") and io.exists(io.as_path(folder) / "run.json")
+    return (folder, step and int(step)) if is_run else None
 
 
 def _check_local(path: str, file: str, field: str) -> None:
