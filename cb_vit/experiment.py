@@ -235,6 +235,8 @@ def build(
     num_classes = settings.num_classes or training.pp.num_classes or source.num_classes
     source = datasets.for_head(source, num_classes, known_classes, settings.allow_unused_classes, "config.input.data",
                                "config.num_classes" if settings.num_classes else "config.input.pp")
+    settings = settings.for_classes(num_classes)
+    training = settings.input
     pipeline = Pipeline(training, source, training.pp, dist.local_rows(batch_sharding, training.batch_size))
     image_shape = check_example(training.pp, pipeline.spec, num_classes, "config.input.pp")
     with under("config.model"):

@@ -131,6 +131,12 @@ class Settings(cb_optax.OptimiserConfig, LoggingConfig):
             if duration is not None and duration.value == 0:
                 raise ConfigError(f"{name}_{duration.unit}", "must be more than 0; leave it unset for never")
 
+    def for_classes(self, count: int) -> Settings:
+        """The same where the data has so many classes, which a preprocessing string may leave to it."""
+        evals = {name: dataclasses.replace(block, pp_fn=block.pp_fn.for_classes(count))
+                 for name, block in self.evals.items()}
+        return dataclasses.replace(
+            self, input=dataclasses.replace(self.input, pp=self.input.pp.for_classes(count)), evals=evals)
 
     @property
     def recipe(self) -> Recipe:

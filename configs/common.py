@@ -45,13 +45,14 @@ def _value(name: str, text: str, default: Any) -> Any:
     raise ValueError(f"argument {name}={text}: expected {type(default).__name__}")
 
 
-def deit(arg: ConfigDict, *, name: str = "imagenet2012", test: str, crop: str, augment: str = RANDAUG,
-         evaluation: str) -> ConfigDict:
+def deit(arg: ConfigDict, *, name: str = "imagenet2012", classes: int | None = 1000, test: str, crop: str,
+         augment: str = RANDAUG, evaluation: str) -> ConfigDict:
     """DeiT's recipe (arXiv 2012.12877, table 9), of which other recipes are deltas.
 
     Args:
-        arg: arguments of the file: variant, context, epochs, batch_size, classes, data_dir, root.
+        arg: arguments of the file: variant, context, epochs, batch_size, data_dir, root, and classes if it has it.
         name: name of the data set in TFDS.
+        classes: number of its classes; None: as many as the data has, as always with arg.root.
         test: split to evaluate on.
         crop: ops of training's preprocessing up to the augmentation.
         augment: ops of the augmentation.
@@ -60,14 +61,14 @@ def deit(arg: ConfigDict, *, name: str = "imagenet2012", test: str, crop: str, a
     config = ConfigDict()
     config.seed = 0
     config.total_epochs = arg.epochs
-    config.num_classes = arg.classes
+    config.num_classes = arg.get("classes") or (None if arg.root else classes)
     config.loss = "softmax_xent"
     config.label_smoothing = 0.1
 
     source = dict(name=name, data_dir=arg.data_dir, root=arg.root)
     config.input = dict(
         data=data(split="train", **source), batch_size=arg.batch_size, repeats=3,
-        virtual_ranks=ranks(arg.batch_size, 4), pp=f"{crop}|{augment}|{normalise(arg.classes)}")
+        virtual_ranks=ranks(arg.batch_size, 4), pp=f"{crop}|{augment}|{normalise(config.num_classes)}")
     config.mixup = dict(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5)
     config.random_erasing = dict(prob=0.25, mode="pixel")
 
@@ -85,7 +86,7 @@ def deit(arg: ConfigDict, *, name: str = "imagenet2012", test: str, crop: str, a
     config.log_training_steps = 50
     config.ckpt_epochs = 1.0
     config.evals = dict(val=classification(
-        data=data(split=test, **source), log_epochs=5.0, pp_fn=f"{evaluation}|{normalise(arg.classes)}"))
+        data=data(split=test, **source), log_epochs=5.0, pp_fn=f"{evaluation}|{normalise(config.num_classes)}"))
     return config
 
 
@@ -99,7 +100,7 @@ def small(arg: ConfigDict, name: str, *, classes: int, test: str, crop: str, eva
         name, test, crop, evaluation: data set, split and ops, as for `deit`.
         classes: number of classes of the data.
     """
-    config = deit(ConfigDict(dict(arg, batch_size=256, classes=classes)), name=name, test=test, crop=crop,
+    config = deit(ConfigDict(dict(arg, batch_size=256)), name=name, classes=classes, test=test, crop=crop,
                   evaluation=evaluation)
     config.input.repeats = 1
     config.lr = 1e-3
@@ -133,6 +134,6 @@ def centre(size: int, crop_ratio: float) -> str:
     return f"decode|resize_small({int(size / crop_ratio)})|central_crop({size})"
 
 
-def normalise(classes: int, how: str = "vgg_value_range") -> str:
-    """The device's part of a preprocessing string."""
-    return f"{how}|onehot({classes})|keep('image', 'labels')"
+def normalise(classes: int | None, how: str = "vgg_value_range") -> str:
+    """The device's part of a preprocessing string; None: as many classes as the data has."""
+    return f"{how}|onehot{f'({classes})' if classes else ''}|keep('image', 'labels')"

@@ -19,7 +19,7 @@ def get_config(arg=None):
     crop, which DeiT-III has for ImageNet-21k), batch_size (lr does not follow it), classes, data_dir of TFDS, or root
     of image folders (train, val)."""
     arg = c.parse_arg(arg, variant="B/16", context="cb", epochs=800.0, size=0, simple_crop=False, batch_size=2048,
-                      classes=1000, data_dir="", root="")
+                      classes=None, data_dir="", root="")
     size, lr, drop_path = SIZES.get(arg.variant.partition("/")[0], SIZES["S"])
     size = arg.size or size
     crop = "simple_random_crop" if arg.simple_crop else "inception_crop"

@@ -1,8 +1,8 @@
 """Fine-tuning from an earlier run or a file of weights: at a higher resolution, or on another data set.
 
     cb-vit train --config=finetune:init=runs/deit_s16,variant=S/16,size=384 --workdir=runs/deit_s16_384
-    cb-vit train --config=finetune:init=runs/deit_s16,variant=S/16,dataset=oxford_flowers102,classes=102,\
-lr=1e-4,decay=cosine,epochs=100 --workdir=runs/flowers
+    cb-vit train --config=finetune:init=runs/deit_s16,variant=S/16,dataset=oxford_flowers102,lr=1e-4,\
+decay=cosine,epochs=100 --workdir=runs/flowers
 
 Positions are resampled, a head of another size begins anew, and the log says what was taken and what was not. The
 numbers are DeiT's for 384 pixels on ImageNet (arXiv 2012.12877): learning rate 5e-6 at batch 512, constant since its
@@ -13,16 +13,17 @@ import configs.common as c
 
 def get_config(arg=None):
     """Arguments: init (a run's folder or a file of weights; required), variant, context, size in pixels, epochs, lr,
-    decay, layer_decay (1: none), batch_size, dataset of TFDS, its number of classes and the split to test
-    on, data_dir, or root of image folders."""
+    decay, layer_decay (1: none), batch_size, dataset of TFDS, the number of classes where it is not the
+    data's, the split to test on, data_dir, or root of image folders."""
     arg = c.parse_arg(arg, init="", variant="S/16", context="cb", size=384, epochs=30.0, lr=5e-6, decay="constant",
-                      layer_decay=1.0, batch_size=512, dataset="imagenet2012", classes=1000, test="", data_dir="",
+                      layer_decay=1.0, batch_size=512, dataset="imagenet2012", classes=None, test="", data_dir="",
                       root="")
     if not arg.init:
         raise ValueError("argument init is not set: which run to begin from, as in :init=runs/deit_s16")
     test = arg.test or ("val" if arg.root else "validation" if arg.dataset == "imagenet2012" else "test")
-    config = c.deit(arg, name=arg.dataset, test=test, crop=f"decode|inception_crop({arg.size})|flip_lr",
-                    evaluation=c.centre(arg.size, 0.875))
+    classes = 1000 if arg.dataset == "imagenet2012" else None
+    config = c.deit(arg, name=arg.dataset, classes=classes, test=test,
+                    crop=f"decode|inception_crop({arg.size})|flip_lr", evaluation=c.centre(arg.size, 0.875))
     config.model_init = arg.init
     config.input.repeats = 3 if arg.dataset == "imagenet2012" else 1
     config.lr = arg.lr

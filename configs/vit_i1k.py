@@ -15,15 +15,15 @@ import configs.common as c
 def get_config(arg=None):
     """Arguments: variant, context (none, cb, cb_s), size in pixels, batch_size (lr does not follow it), classes,
     data_dir of TFDS, or root of image folders."""
-    arg = c.parse_arg(arg, variant="S/16", context="cb", size=224, batch_size=1024, classes=1000, data_dir="", root="")
+    arg = c.parse_arg(arg, variant="S/16", context="cb", size=224, batch_size=1024, classes=None, data_dir="", root="")
     config = ConfigDict()
     config.seed = 0
     config.total_epochs = 90.0
-    config.num_classes = arg.classes
+    config.num_classes = arg.classes or (None if arg.root else 1000)
     config.loss = "softmax_xent"
 
     imagenet = dict(name="imagenet2012", data_dir=arg.data_dir, root=arg.root)
-    normalise = c.normalise(arg.classes, "value_range(-1, 1)")
+    normalise = c.normalise(config.num_classes, "value_range(-1, 1)")
     # big_vision's inception_crop begins at 5 % of the area; ours, like timm's, at 8 % unless told.
     config.input = dict(
         data=c.data(split="train[:99%]", **imagenet), batch_size=arg.batch_size,

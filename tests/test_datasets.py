@@ -1,4 +1,5 @@
 """Data sources: what they hold, how they are found, and what they say about damaged or missing data."""
+import collections
 import gzip
 import io
 import json
@@ -19,7 +20,7 @@ from PIL import Image
 
 from cb_vit.config import ConfigError
 from cb_vit.datasets import DataError, Source, check_source, core, open_source, tfrecord
-from cb_vit.datasets.contents import describe
+from cb_vit.datasets.contents import describe, report
 from cb_vit.pp import builder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -476,8 +477,8 @@ def make_folder(root, counts, name="{}.png"):
             Image.fromarray(np.full((2, 2, 3), i, np.uint8)).save(root / split / label / name.format(i))
 
 
-def folder(root, split="train"):
-    return source(name="folder", root=str(root), split=split)
+def folder(root, split="train", **block):
+    return source(name="folder", root=str(root), split=split, **block)
 
 
 def test_folder_holds_every_file_with_its_class(tmp_path):
@@ -555,7 +556,7 @@ def test_other_layouts_of_folders_are_told(tmp_path):
     make_folder(tmp_path / "splits", {("train", "cat"): 2, ("train", "dog"): 1})
     make_folder(tmp_path, {("classes", "cat"): 1, ("classes", "dog"): 1})
     for root, cause in (
-            ("classes", r"holds the classes themselves \(cat, dog\), and no splits; move their folders into .*/train"),
+            ("classes", r"holds the classes themselves \(cat, dog\), and no splits; with holdout=0\.1 the splits are"),
             ("splits/train", rf"is a split itself, with the classes cat, dog; give root={tmp_path}/splits:"),
             (".", rf"the splits are one folder deeper; give root={tmp_path}/splits:")):
         with pytest.raises(ConfigError, match=rf"\.root: .*{cause}.*no split 'train'.*expected ROOT/train/<class>"):
@@ -564,6 +565,52 @@ def test_other_layouts_of_folders_are_told(tmp_path):
     (tmp_path / "flat" / "train" / "a.jpg").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"\.root: no class folders in .*/flat/train, where images lie without one"):
         folder(tmp_path / "flat")
+
+
+def labels_of(source):
+    return [source.class_names[source[i]["label"]] for i in range(len(source))]
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+def test_part_of_each_class_is_held_out_by_a_rule_of_names(tmp_path, inside):
+    """Of a root that holds the classes, and of a `train` that stands alone; one file decides nothing about another."""
+    counts = {"ant": 40, "bee": 11, "cat": 2, "dog": 1}
+    root = tmp_path / "pictures"
+    make_folder(root, {(inside or ".", name): count for name, count in counts.items()})
+    train, val = folder(root, holdout=0.2), folder(root, "val", holdout=0.2)
+    assert collections.Counter(labels_of(val)) == {"ant": 8, "bee": 2, "cat": 1}  # never a whole class
+    assert collections.Counter(labels_of(train)) == {"ant": 32, "bee": 9, "cat": 1, "dog": 1}
+    ids = [{source[i]["id"] for i in range(len(source))} for source in (train, val)]
+    assert not ids[0] & ids[1] and len(ids[0] | ids[1]) == sum(counts.values())
+    assert train.class_names == val.class_names == tuple(counts) and train.contents.counts.tolist() == [32, 9, 1, 1]
+    both = folder(root, "train+val", holdout=0.2)
+    assert len(both) == sum(counts.values()) and len(folder(root, "train[:50%]", holdout=0.2)) == 22
+
+    other = folder(root, "val", holdout=0.2, holdout_seed=1)
+    assert {other[i]["id"] for i in range(len(other))} != ids[1]
+    copy = shutil.copytree(root, tmp_path / "elsewhere")
+    again = folder(copy, "val", holdout=0.2)
+    assert again.contents.fingerprint == val.contents.fingerprint
+    make_folder(copy, {(inside or ".", "ant"): 5}, name="new{}.png")
+    more = folder(copy, "val", holdout=0.2)
+    stayed = {os.path.basename(more[i]["id"]) for i in range(len(more))}
+    assert len({os.path.basename(name) for name in ids[1]} - stayed) <= 3
+
+    assert report(val)["held_out"] == {"share": 0.2, "seed": 0}
+    assert any("held out as val: 0.2 of the images of each class" in line for line in describe("x", val))
+
+
+def test_where_there_is_a_split_to_evaluate_on_nothing_is_held_out(tmp_path):
+    make_folder(tmp_path, {("train", "cat"): 5, ("train", "dog"): 5, ("test", "cat"): 2, ("test", "dog"): 2})
+    assert len(folder(tmp_path, holdout=0.2)) == 10 and folder(tmp_path, holdout=0.2).contents.held_out is None
+    with pytest.raises(ConfigError, match=r"no split 'val' in 'val'.*Splits: test, train"):
+        folder(tmp_path, "val", holdout=0.2)
+    make_folder(tmp_path, {(".", "bird"): 2})
+    with pytest.raises(ConfigError, match=r"\.root: .* holds splits \(test, train\) and folders of images \(bird\);"):
+        folder(tmp_path, "val", holdout=0.2)
+    for share in (0.0, 1.0, -0.1):
+        with pytest.raises(ConfigError, match=rf"\.holdout: is a share .* below 1, got {share}"):
+            folder(tmp_path, holdout=share)
 
 
 def test_folder_reads_what_pillow_reads_safely(tmp_path):

@@ -525,3 +525,14 @@ def test_images_that_would_fill_the_memory(recwarn):
         with pytest.raises(ValueError, match="^decode: cannot decode .* pixels.*limit of"):
             run("decode", data)
     assert not [warning for warning in recwarn if "bomb" in str(warning.message)]
+
+
+@pytest.mark.parametrize("text, filled", [
+    ("onehot", "onehot(7)"), ("onehot()|keep('labels')", "onehot(7)|keep('labels')"),
+    ("onehot(None, 'label', 'labels', on=0.9)", "onehot(7, key='label', key_result='labels', on=0.9)"),
+    ("onehot(key='a')|onehot(3, key='b')", "onehot(7, key='a')|onehot(3, key='b')")])
+def test_the_number_of_classes_may_be_left_to_the_data(text, filled):
+    preprocess = build(text, PATH)
+    found = preprocess.for_classes(7)
+    assert found.text == filled and found.path == PATH and found == build(filled, PATH)
+    assert found.for_classes(9) is found

@@ -589,6 +589,15 @@ EVERYTHING = {
     "total_steps": 4, "log_training_steps": 1, "ckpt_steps": 2}
 
 
+def test_the_number_of_classes_is_the_datas_where_nobody_says_it():
+    open_pp = PP.replace("onehot(10)", "onehot")
+    run = experiment.build(check(tiny(**{"input.pp": open_pp, "evals.val.pp_fn": open_pp})))
+    assert run.num_classes == 10 and run.settings.input.pp.text == PP and run.settings.evals["val"].pp_fn.text == PP
+    assert run.shapes.params["head"]["bias"].shape == (10,)
+    with pytest.raises(ConfigError, match=r"config\.evals\.val\.pp_fn: onehot has 9 classes, the model 10"):
+        experiment.build(check(tiny(**{"input.pp": open_pp, "evals.val.pp_fn": PP.replace("10", "9")}))).open_evaluators()
+
+
 def test_a_run_is_the_same_where_jax_has_64_bits(tmp_path):
     """Draws and dtypes are stated everywhere; optax alone corrects Adam's bias in float64, in the seventh digit."""
     config = tiny(**EVERYTHING, random_erasing=dict(prob=0.9, count=2))

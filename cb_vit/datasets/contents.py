@@ -26,12 +26,14 @@ class Contents:
         counts: number of examples of each class, int64 [c]; None: not known, as the labels have not been read.
         left_out: number of files that are no examples, by extension or by another reason.
         empty: number of files that hold nothing, and will not decode.
+        held_out: share of each class that was held out of a folder by rule, and the rule's seed; None: none was.
     """
 
     fingerprint: str | None = None
     counts: np.ndarray | None = None
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
     empty: int = 0
+    held_out: Mapping[str, float] | None = None
 
 
 def contents_of(source: Any) -> Contents:
@@ -54,6 +56,8 @@ def report(source: Any) -> dict[str, Any]:
     if contents.counts is not None and len(contents.counts):
         for name, number in (("fewest", contents.counts.argmin()), ("most", contents.counts.argmax())):
             found[name] = [class_name(source.class_names, int(number)), int(contents.counts[number])]
+    if contents.held_out:
+        found["held_out"] = dict(contents.held_out)
     return found | {"left_out": dict(contents.left_out), "fingerprint": contents.fingerprint}
 
 
@@ -71,6 +75,10 @@ def describe(name: str, source: Any) -> Iterator[str]:
         a_class = f", {fewest:,} a class" if fewest == most else f", {fewest:,} ({few}) to {most:,} ({many}) a class"
     left_out = describe_left_out(contents.left_out)
     yield f"{name}: {found['examples']:,} examples of {found['classes']:,} classes{a_class}{left_out}"
+    if contents.held_out:
+        share, seed = contents.held_out["share"], contents.held_out["seed"]
+        yield (f"{name}: held out as val: {share:.4g} of the images of each class, by a hash of their names and seed "
+               f"{seed}")
     if contents.empty:
         yield f"{name}: files that are empty, and will not decode: {contents.empty:,}"
     if numbering := _numbering(source.class_names or ()):

@@ -1,8 +1,9 @@
-"""Images in folders: `ROOT/train/<class>/*.jpg`, `ROOT/val/<class>/*.jpg` and so on.
+"""Images in folders: `ROOT/train/<class>/*.jpg`, `ROOT/val/<class>/*.jpg` and so on, or `ROOT/<class>/*.jpg`.
 
 Every folder directly under ROOT is a split, every folder in a split a class. Classes are numbered in the sorted
 order of their names in `train` (in all splits together where there is no `train`), the same for every split; names
-that are all whole numbers are sorted as numbers.
+that are all whole numbers are sorted as numbers. Where `holdout` says how much, part of every class is held out as
+"val", from a root that holds the classes themselves, or from a `train` that stands alone.
 """
 from __future__ import annotations
 
@@ -28,6 +29,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff"
 LAYOUT = "expected ROOT/train/<class>/*.jpg (also png, webp, bmp, tif, gif) and ROOT/val/<class>/…, one folder a class"
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # as people call them
 THREADS = 16
+TRAIN, HELD_OUT = "train", "val"
+File = tuple[bytes, int, bytes, int]  # its place in the order, its class, name and size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,13 +38,20 @@ class FolderConfig(SourceConfig):
     """Image folders: "folder"; the splits are called as the folders are.
 
     Attributes:
-        root: the folder that holds the splits; local or mounted.
+        root: the folder that holds the splits, or with `holdout` the classes; local or mounted.
+        holdout: share of the images of each class that "val" is to have, where there is no folder to evaluate on; which
+            they are is a function of their names and `holdout_seed`. None: every split is a folder.
+        holdout_seed: seed of which they are.
     """
 
     root: str
+    holdout: float | None = None
+    holdout_seed: int = 0
 
     def __post_init__(self):
         super().__post_init__()
+        if self.holdout is not None and not 0 < self.holdout < 1:
+            raise ConfigError("holdout", f"is a share of the images, above 0 and below 1, got {self.holdout}")
         if not is_local(self.root):
             raise ConfigError("root", f"image folders are read from a local or mounted disk, got {self.root!r}")
 
@@ -66,23 +76,50 @@ def open_source(config: FolderConfig, path: str) -> FolderSource:
     if not os.path.isdir(root):
         raise ConfigError(f"{path}.root", f"{root} is no folder; {LAYOUT}")
     try:
-        return _open(root, config.split, path)
+        return _open(root, config, path)
     except OSError as error:
         raise DataError(f"{error.filename or root}: {error.strerror or error}") from None
 
 
-def _open(root: str, split: str, path: str) -> FolderSource:
-    splits = _folders(root)
+def _open(root: str, config: FolderConfig, path: str) -> FolderSource:
+    split, folders = config.split, _folders(root)
+    held_out = _to_hold_out(root, folders, path) if config.holdout else None
+    splits = [TRAIN, HELD_OUT] if held_out is not None else folders
     try:
         names = splits_of(split, splits, f"{path}.split") if splits else ()
     except ConfigError as error:
         if cause := _other_layout(root, splits):
             raise ConfigError(f"{path}.root", f"{cause}: {error.message}; {LAYOUT}") from None
         raise ConfigError(error.path, f"{error.message} (the folders in {root}; {LAYOUT})") from None
-    classes = _classes(root, splits, names, path)
-    listings = {name: _list_split(root, name, classes, path) for name in names}
+    if held_out is None:
+        classes = _classes(root, splits, names, path)
+        places = {name: os.path.join(root, name) for name in names}
+        listings = {name: _listing(*_scan(place, classes, path), classes) for name, place in places.items()}
+    else:
+        classes = _classes(os.path.dirname(held_out), [os.path.basename(held_out)], (), path)
+        files, left_out = _scan(held_out, classes, path)
+        places = dict.fromkeys(names, held_out)
+        parts = dict(zip(splits, hold_out(files, config.holdout, config.holdout_seed), strict=True))
+        listings = {name: _listing(parts[name], left_out if name == names[0] else {}, classes) for name in names}
     spans = select(split, {name: [len(listing)] for name, listing in listings.items()}, f"{path}.split")
-    return FolderSource(root, classes, listings, spans)
+    rule = held_out and {"share": config.holdout, "seed": config.holdout_seed}
+    return FolderSource(classes, places, listings, spans, rule)
+
+
+def _to_hold_out(root: str, folders: list[str], path: str) -> str | None:
+    """The folder whose classes part is held out of; None: there is a split to evaluate on.
+
+    Raises:
+        ConfigError: splits and classes lie side by side; raised at `path`.
+    """
+    splits = [name for name in folders if name in SPLITS and not _holds_images(os.path.join(root, name))]
+    classes = [name for name in folders if _holds_images(os.path.join(root, name))]
+    if splits and classes:
+        raise ConfigError(f"{path}.root", f"{root} holds splits ({first_few(splits, 3)}) and folders of images "
+                                          f"({first_few(classes, 3)}); {LAYOUT}")
+    if classes:
+        return root
+    return os.path.join(root, TRAIN) if folders == [TRAIN] else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,20 +167,22 @@ class FolderSource:
     """A `core.Source` over image files, which come as they are stored.
 
     Args:
-        root: absolute path of the folder that holds the splits.
         class_names: names of the class folders, in the order of their numbers.
+        places: absolute path of the folder that holds the classes, of each split by its name.
         listings: the files of each split, by the split's name.
         spans: the examples to take, of each split.
+        held_out: share and seed of what was held out of the folder; None: nothing was.
     """
 
-    def __init__(self, root: str, class_names: tuple[str, ...], listings: dict[str, Listing], spans: Spans):
-        self.root, self.class_names, self.listings, self.spans = root, class_names, listings, spans
+    def __init__(self, class_names: tuple[str, ...], places: dict[str, str], listings: dict[str, Listing], spans: Spans,
+                 held_out: Mapping[str, float] | None):
+        self.class_names, self.places, self.listings, self.spans = class_names, places, listings, spans
         self.num_classes = len(class_names)
         self.contents = Contents(
             fingerprint((name, listing.fingerprint) for name, listing in listings.items()),
             sum(listings[name].count(start, stop, self.num_classes) for name, start, stop in spans.spans),
             sum((collections.Counter(listing.left_out) for listing in listings.values()), collections.Counter()),
-            sum(len(listing.empty) for listing in listings.values()))
+            sum(len(listing.empty) for listing in listings.values()), held_out)
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -152,7 +191,7 @@ class FolderSource:
         span, number = self.spans.locate(index)
         split = self.spans.spans[span].name
         name, label = self.listings[split][number]
-        file = os.path.join(self.root, split, self.class_names[label], name)
+        file = os.path.join(self.places[split], self.class_names[label], name)
         try:
             with open_regular(file) as handle:
                 return {"image": handle.read(), "label": label, "id": file}
@@ -177,8 +216,8 @@ def _classes(root: str, splits: list[str], names: tuple[str, ...], path: str) ->
     return classes
 
 
-def _list_split(root: str, split: str, classes: tuple[str, ...], path: str) -> Listing:
-    folder = os.path.join(root, split)
+def _scan(folder: str, classes: tuple[str, ...], path: str) -> tuple[list[File], collections.Counter[str]]:
+    """All images of the class folders, in the order that examples have, and what else is there."""
     with ThreadPoolExecutor(THREADS) as pool:  # on network disks the time goes into waiting
         found = list(pool.map(lambda name: _files(os.path.join(folder, name)), classes))
     files = sorted((_place(name, file), label, file, size)
@@ -188,6 +227,32 @@ def _list_split(root: str, split: str, classes: tuple[str, ...], path: str) -> L
     if not files:
         raise ConfigError(f"{path}.root", f"no images in the class folders of {folder}; {LAYOUT}" +
                           describe_left_out(left_out))
+    return files, left_out
+
+
+def hold_out(files: list[File], share: float, seed: int) -> tuple[list[File], list[File]]:
+    """Files to train on, and files held out; both in the order in which they were given.
+
+    Of the n files of a class round(share · n) are held out, at least one and not all of them (of a single file, none):
+    those that come first by a hash of the seed and of their place, and so of their names alone. A file that comes or
+    goes moves hardly any other.
+
+    Args:
+        files: the files of all classes.
+        share: share of each class to hold out, above 0 and below 1.
+        seed: seed of which they are.
+    """
+    by_class = collections.defaultdict(list)
+    for place, label, *_ in files:
+        by_class[label].append((hashlib.blake2b(b"%d/" % seed + place, digest_size=8).digest(), place))
+    held = set()
+    for places in by_class.values():
+        count = min(max(round(share * len(places)), 1), len(places) - 1)
+        held.update(place for _, place in sorted(places)[:count])
+    return [file for file in files if file[0] not in held], [file for file in files if file[0] in held]
+
+
+def _listing(files: list[File], left_out: Mapping[str, int], classes: tuple[str, ...]) -> Listing:
     lengths = np.fromiter((len(file) for _, _, file, _ in files), np.int64, len(files))
     labels = np.fromiter((label for _, label, _, _ in files), np.int32, len(files))
     empty = np.flatnonzero(np.fromiter((not size for _, _, _, size in files), bool, len(files)))
@@ -244,8 +309,8 @@ def _other_layout(root: str, folders: list[str]) -> str | None:
         shown = first_few(folders, 3)
         if name.lower() in SPLITS:
             return f"{root} is a split itself, with the classes {shown}; give root={parent}"
-        return (f"{root} holds the classes themselves ({shown}), and no splits; move their folders into "
-                f"{os.path.join(root, 'train')}, and part of the images of each into {os.path.join(root, 'val')}")
+        return (f"{root} holds the classes themselves ({shown}), and no splits; with holdout=0.1 the splits are train "
+                "and val, a tenth of each class")
     deeper = [folder for folder in folders if SPLITS.intersection(_folders(os.path.join(root, folder)))]
     return f"the splits are one folder deeper; give root={os.path.join(root, deeper[0])}" if deeper else None
 

@@ -44,7 +44,7 @@ class Preprocess:
         device_ops: `(how it was written, op)` for each op that runs on the device.
         image_size: (h, w) of the images; None: the ops do not fix it.
         channels: channels of the images; None: the ops do not fix them.
-        num_classes: depth of the last `onehot`; None: there is none.
+        num_classes: depth of the last `onehot`; None: there is none, or it leaves the number to the data.
         labels_key: the key that the last `onehot` writes; None: there is none.
     """
 
@@ -99,6 +99,21 @@ class Preprocess:
             batch = op(batch)
         return batch
 
+    def for_classes(self, count: int) -> Preprocess:
+        """The same for data of so many classes: every `onehot` that leaves the number open has it."""
+        if all(not isinstance(op, OneHot) or op.depth for _, op in self.device_ops):
+            return self
+        texts = []
+        for call in parse_calls(self.text, self.path):
+            op = call.bind(OPS[call.name], self.path)
+            if isinstance(op, OneHot) and op.depth is None:
+                said = (f"{field.name}={value!r}" for field in dataclasses.fields(op)
+                        if (value := getattr(op, field.name)) != field.default)
+                texts.append(f"onehot({', '.join([str(count), *said])})")
+            else:
+                texts.append(call.text)
+        return build("|".join(texts), self.path)
+
     def normalisation(self, channels: int) -> Normalisation:
         """What the device makes of pixels.
 
@@ -139,7 +154,7 @@ def build(text: str, path: str) -> Preprocess:
     size, channels = _trace(host, device, path)
     onehots = [(name, op) for name, op in device if isinstance(op, OneHot)]
     # Checked on the host: on the device a label out of range would light nothing, and no error could be raised.
-    checks = tuple((name, LabelCheck(op.depth, op.key)) for name, op in onehots)
+    checks = tuple((name, LabelCheck(op.depth, op.key)) for name, op in onehots if op.depth)
     last = onehots[-1][1] if onehots else None
     return Preprocess(
         text=text, path=path, host_ops=host + checks, device_ops=device, image_size=size, channels=channels,

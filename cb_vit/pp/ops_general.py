@@ -227,7 +227,7 @@ class OneHot(DeviceOp):
     "labels". Labels are checked on the host (`LabelCheck`), for on a device a wrong one would pass silently.
 
     Attributes:
-        depth: number of classes.
+        depth: number of classes; None: as many as the data has, which `Preprocess.for_classes` fills in.
         key: the key that is read; None: "label" or "labels".
         key_result: the key that is written; None: `key`, or "labels".
         multi: whether several labels of one example share one row.
@@ -235,7 +235,7 @@ class OneHot(DeviceOp):
         off: value elsewhere.
     """
 
-    depth: int
+    depth: int | None = None
     key: str | None = None
     key_result: str | None = None
     multi: bool = True
@@ -244,7 +244,7 @@ class OneHot(DeviceOp):
 
     def check(self) -> None:
         """Refuse a depth without classes."""
-        if self.depth <= 0:
+        if self.depth is not None and self.depth <= 0:
             raise ValueError(f"depth must be positive, got {self.depth}")
 
     @property

@@ -79,6 +79,7 @@ def _evaluate_weights(settings: Settings, weights: Weights) -> None:
     if not weights.model.num_classes:
         raise ConfigError("--weights", f"{weights} has no head, and so no classes to score")
     dist.initialize()
+    settings = settings.for_classes(weights.model.num_classes)
     mesh, batch_sharding = experiment.lay_out(settings)
     shapes = sharding.place(weights.shapes, settings.sharding_strategy, mesh)
     state = TrainState(jnp.int32(weights.step or 0), shapes, (), jnp.bool_(True))

@@ -62,9 +62,13 @@ def _source(settings: Settings, examples: int | None) -> Source | None:
     preprocess = settings.input.pp
     if preprocess.image_size is None:
         raise ConfigError("config.input.pp", "does not fix the image's size, so the data itself is needed")
+    classes = settings.num_classes or preprocess.num_classes
+    if not classes:
+        raise ConfigError("config.num_classes", "is left to the data, which --examples goes on without; give it: "
+                                                "--config.num_classes=1000")
     return datasets.open_source(dict(
         name="fake", split="train", num_examples=examples, image_size=max(preprocess.image_size), encoded=True,
-        num_classes=settings.num_classes or preprocess.num_classes), "--examples")
+        num_classes=classes), "--examples")
 
 
 def _config(settings: Settings) -> Iterator[str]:
