@@ -595,7 +595,7 @@ def test_the_number_of_classes_is_the_datas_where_nobody_says_it():
     assert run.num_classes == 10 and run.settings.input.pp.text == PP and run.settings.evals["val"].pp_fn.text == PP
     assert run.shapes.params["head"]["bias"].shape == (10,)
     with pytest.raises(ConfigError, match=r"config\.evals\.val\.pp_fn: onehot has 9 classes, the model 10"):
-        experiment.build(check(tiny(**{"input.pp": open_pp, "evals.val.pp_fn": PP.replace("10", "9")}))).open_evaluators()
+        experiment.build(check(tiny(**{"evals.val.pp_fn": PP.replace("10", "9")}))).open_evaluators()
 
 
 def test_a_run_is_the_same_where_jax_has_64_bits(tmp_path):
