@@ -79,7 +79,7 @@ class LiveWithParent:
 
 
 def allow_unparsed_flags() -> None:
-    """Grain hands its absl flags to its workers, parsed or not: in a notebook nobody has parsed them."""
+    """Grain hands its absl flags to its workers, which unparsed ones would end; nothing here parses them."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
