@@ -463,7 +463,6 @@ def test_image_size_is_what_comes_out():
     ("vgg_value_range([1, 2], [3])", "one value a channel, got 2 and 1"),
     ("vgg_value_range([1], [0])", "std must be positive"),
     ("decode(channels=1)|vgg_value_range", "has 3 channels, the image 1"),
-    ("onehot", "missing a required argument: 'depth'"),
     ("onehot(0)", "depth must be positive, got 0"),
     ("keep()", "names no key"),
     ("keep(3)", "keys[0]: expected a string, got 3"),
