@@ -175,12 +175,19 @@ def test_a_config_by_name_is_ours_and_one_by_path_whatever_is_there(tmp_path, mo
         "import configs.debug as base\nimport configs.other as other\nget_config = lambda: other.of(base)\n")
     (tmp_path / "configs" / "other.py").write_text(
         "def of(base):\n    import configs.common\n    return base.get_config()\n")
+    (tmp_path / "digits").write_text("raise ValueError('of the user')\n")
     assert config_files.load("digits:variant=mu/2").model.variant == "mu/2"
     for path in ("configs/digits.py", "configs/mine.py"):  # whose configs.common is that of the same folder
         with pytest.raises(ConfigError, match="of the user"):
             config_files.load(path)
     (tmp_path / "configs" / "common.py").unlink()
     assert config_files.load("configs/mine.py").model.variant == "mu/4"
+    (tmp_path / "away.py").write_text(
+        "import os, sys\nimport configs.debug as base\nos.chdir('/')\nsys.path.insert(0, '/x')\n"
+        "get_config = base.get_config\n")
+    before = list(sys.path)
+    assert config_files.load("away.py").model.variant == "mu/4" and sys.path == before
+    monkeypatch.chdir(tmp_path)
     assert sys.modules["configs.debug"] is debug and os.getcwd() not in sys.path
     with pytest.raises(ConfigError, match=r"^--config: neither .*: 'digts'; did you mean digits\? --config=list"):
         config_files.load("digts")

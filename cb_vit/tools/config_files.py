@@ -49,11 +49,11 @@ def load(given: str) -> ml_collections.ConfigDict:
 
 
 def _find(name: str) -> str:
-    """The file that is meant: one that is there under that very path, or one that comes with cb_vit."""
+    """The file that is meant: a name is that of one that comes with cb_vit, anything else a path."""
+    if os.sep not in name and (found := shipped() / f"{name}.py").is_file():
+        return str(found)
     if os.path.isfile(name):
         return name
-    if os.path.isfile(found := shipped() / f"{name}.py") and os.sep not in name:
-        return str(found)
     near = suggest(name, [*(path.stem for path, _ in listed(shipped())), *map(str, Path("configs").glob("*.py"))])
     raise ConfigError("--config", f"neither a config of cb_vit's nor a file: {name!r}{near} --config=list lists them")
 
@@ -72,11 +72,12 @@ def _importable(path: str) -> Iterator[None]:
     package.__path__ = [str(folder) for folder in folders]
     kept = _take_out_configs()
     sys.modules["configs"] = package
+    before = list(sys.path)
     sys.path.insert(0, os.getcwd())
     try:
         yield
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path[:] = before  # whatever the file has done to it, or to the folder that we stand in
         _take_out_configs()
         sys.modules.update(kept)
 
