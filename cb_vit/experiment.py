@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,8 @@ from cb_vit.settings import Settings
 from cb_vit.train_state import TrainState
 from cb_vit.weights import open_weights
 from cb_vit.workdir import run_notes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +249,9 @@ def build(
     if total_steps < 1:
         raise ConfigError(f"config.total_{settings.total.unit}", "must be more than 0")
 
+    warning = cb_optax.warn_mismatch(settings, batch_size=training.batch_size, width=settings.model.width)
+    if warning:
+        logger.warning("%s", warning)
     if settings.profile and (start := settings.profile.start_step) > total_steps:
         raise ConfigError("config.profile.start_step", f"{start} is past the last step, {total_steps}")
 

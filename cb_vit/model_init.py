@@ -1,6 +1,7 @@
 """Beginning from the parameters of another model: `config.model_init`, and what becomes of every array of it."""
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,18 @@ def open_init(settings: Settings) -> Weights:
     load = settings.model_load or LoadConfig()
     return open_weights(settings.model_init, "config.model_init", params=load.params, key=load.key,
                         prefix=load.prefix)
+
+
+def with_model_of(settings: Settings, weights: Weights) -> Settings:
+    """`settings`, whose model is that of `weights` in all that they leave open; the log says in what."""
+    trained = dataclasses.asdict(weights.model.config)
+    taken = settings.with_model(trained)
+    ours, default = settings.raw.get("model") or {}, models.get(settings.model_name).Config()
+    told = [f"{name} {value!r}" for name, value in dataclasses.asdict(taken.model).items()
+            if ours.get(name) is None and name in trained and value == trained[name] != getattr(default, name)]
+    if told:
+        logger.info("config.model: as in %s, where it is not set: %s", weights, ", ".join(told))
+    return taken
 
 
 def fit(run: Experiment, weights: Weights) -> Callable[[], tuple[TrainState, dict[str, Any]]]:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -23,8 +22,6 @@ from cb_vit.registry import suggest
 from cb_vit.sharding import Strategy, parse_strategy, replicate
 from cb_vit.train_state import EmaConfig
 from cb_vit.weights import LoadConfig
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +46,8 @@ class Settings(cb_optax.OptimiserConfig, LoggingConfig):
         distillation: settings of learning from a teacher too, for which the model must be `distilled`; None: no
             teacher.
         model_name: name of the model's module.
-        model: resolved settings of the model.
+        model: resolved settings of the model. What a config leaves open is as in the model of `model_init`, where there
+            is one, except for how that was trained (dropout, layout, dtype, initialisation); else it is the default.
         evals: settings of the evaluators, by name.
         grad_accum_steps: number of micro-batches that a batch is cut into to save memory.
         mesh: (name, size) pairs of the mesh axes; -1: the rest of the devices.
@@ -64,7 +62,7 @@ class Settings(cb_optax.OptimiserConfig, LoggingConfig):
         resume: another run's workdir to go on from, where this workdir has no checkpoint yet.
         model_init: model whose parameters to begin with, where there is no run to go on from: a run's workdir
             (WORKDIR@STEP for another checkpoint than its newest), a file of weights, or hf://ORG/NAME, as `cb_vit.load`
-            takes them.
+            takes them. `check` does not open it: until `with_model`, `model` holds what the config itself says.
         model_load: settings of how the parameters of `model_init` are taken; None: the defaults.
         allow_changed_data: whether a resumed run may go on with another seed, data, preprocessing or batch size. A copy
             of the same data elsewhere is no change.
@@ -138,6 +136,26 @@ class Settings(cb_optax.OptimiserConfig, LoggingConfig):
         return dataclasses.replace(
             self, input=dataclasses.replace(self.input, pp=self.input.pp.for_classes(count)), evals=evals)
 
+    def with_model(self, trained: Mapping[str, Any]) -> Settings:
+        """The same, with the model resolved.
+
+        Args:
+            trained: settings, by name, of a trained model that has what the config leaves open.
+
+        Raises:
+            ConfigError: the model cannot be, or the rest of the config does not go with it.
+        """
+        module = models.get(self.model_name)
+        model = parse(module.Config, module.inherit(self.raw.get("model") or {}, trained), "config.model")
+        with under("config.model"):
+            model = module.resolve(model)
+            if self.input.pp.image_size:
+                module.check_image_size(model, self.input.pp.image_size)
+        if self.distillation and not getattr(model, "distilled", False):
+            raise ConfigError("config.distillation", "the student needs the distillation token and its head: set "
+                                                     "config.model.distilled=True")
+        return dataclasses.replace(self, model=model)
+
     @property
     def recipe(self) -> Recipe:
         """What training does to a prepared batch."""
@@ -154,27 +172,16 @@ def check(config: ml_collections.ConfigDict | Mapping[str, Any]) -> Settings:
     """
     config = plain(config)
     settings = parse(Settings, config)
-    module = models.get(settings.model_name)
-    model = parse(module.Config, settings.model, "config.model")
-    with under("config.model"):
-        model = module.resolve(model)
-    if settings.distillation and not getattr(model, "distilled", False):
-        raise ConfigError("config.distillation", "the student needs the distillation token and its head: set "
-                                                 "config.model.distilled=True")
+    model = parse(models.get(settings.model_name).Config, settings.model, "config.model")
     pp = settings.input.pp
-    if pp.image_size:
-        with under("config.model"):
-            module.check_image_size(model, pp.image_size)
     if settings.num_classes and pp.num_classes not in (None, settings.num_classes):
         raise ConfigError("config.num_classes", f"{settings.num_classes}, but input.pp has onehot({pp.num_classes})"
                                                 "; make both the same, in every pp_fn too (in some config files by the "
                                                 f"argument classes={settings.num_classes})")
-    warning = cb_optax.warn_mismatch(settings, batch_size=settings.input.batch_size, width=model.width)
-    if warning:
-        logger.warning("%s", warning)
     check_installed(settings)
     _check_mesh_names(settings)
-    return dataclasses.replace(settings, model=model, raw=as_read(config))
+    settings = dataclasses.replace(settings, model=model, raw=as_read(config))
+    return settings.with_model({}) if model.sized or not settings.model_init else settings
 
 
 def check_addresses(settings: Settings) -> None:

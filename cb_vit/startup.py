@@ -19,7 +19,7 @@ from cb_vit.config import ConfigError
 from cb_vit.damage import Damaged
 from cb_vit.datasets.contents import describe
 from cb_vit.experiment import Experiment
-from cb_vit.model_init import fit, open_init
+from cb_vit.model_init import fit, open_init, with_model_of
 from cb_vit.settings import Settings, check_addresses
 from cb_vit.stream import check_stream
 from cb_vit.train_state import TrainState
@@ -37,17 +37,17 @@ def build(settings: Settings, workdir: str | os.PathLike) -> Experiment:
         ConfigError: as for `experiment.build`; or where `config.resume` or `config.model_init` points to, there is
             nothing, or parameters of another model.
     """
-    weights = None
+    known = weights = None
     check_addresses(settings)
     if Reader(io.as_path(workdir) / "checkpoints").steps():
         begun = workdir
     elif begun := settings.resume:
         resume_folder(begun)
     if begun:
-        known, settings = recorded_classes(begun), _with_its_norms(settings, begun)
-    else:
-        weights = open_init(settings) if settings.model_init else None
-        known = weights and weights.class_names
+        known, settings = recorded_classes(begun), _with_its_norms(with_model_of_run(settings, begun), begun)
+    elif settings.model_init:
+        weights = open_init(settings)
+        known, settings = weights.class_names, with_model_of(settings, weights)
     run = experiment.build(settings, known_classes=known)
     check_workers(settings.input.num_workers, settings.input.prefetch, run.example_spec, len(run.pipeline.rows))
     for line in describe("config.input.data", run.pipeline.source):
@@ -73,6 +73,15 @@ def _recorded(workdir: str | os.PathLike) -> Iterator[dict[str, Any]]:
     for step in reversed(reader.steps()):
         with contextlib.suppress(Damaged):  # damage is told of where a checkpoint is restored
             yield reader.patiently(step, functools.partial(reader.meta, step))
+
+
+def with_model_of_run(settings: Settings, workdir: str | os.PathLike) -> Settings:
+    """`settings`, whose model is that of the run in `workdir` in all that they leave to a `model_init`."""
+    if not settings.model_init:
+        return settings
+    trained = next((recorded["model"] for recorded in _recorded(workdir) if "model" in recorded), None)
+    trained = trained or (dist.together(lambda: workdir_lib.read_run(workdir)) or {}).get("model") or {}
+    return settings.with_model(trained)
 
 
 def _with_its_norms(settings: Settings, workdir: str | os.PathLike) -> Settings:

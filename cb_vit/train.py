@@ -244,6 +244,7 @@ class Loop:
             self.writer.flush()
             meta = {"chrono": self.chrono.state(), "examples_skipped": self.examples_skipped,
                     "errors": self.judge.state(), "model_init": self.model_init, "stream": self.stream,
+                    "model": dataclasses.asdict(self.experiment.settings.model),
                     "lamb_fused_qkv": self.experiment.settings.lamb_fused_qkv is not False}
             self.checkpointer.save(state, meta, scores)
 

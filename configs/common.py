@@ -129,9 +129,9 @@ def ranks(batch_size: int, most: int) -> int:
     return next((n for n in range(most, 0, -1) if batch_size % (2 * n) == 0), 1)
 
 
-def centre(size: int, crop_ratio: float) -> str:
+def centre(size: int, crop_ratio: float, decode: str = "decode") -> str:
     """Preprocessing of an evaluator: the middle of an image whose shorter side is size / crop_ratio, as in timm."""
-    return f"decode|resize_small({int(size / crop_ratio)})|central_crop({size})"
+    return f"{decode}|resize_small({int(size / crop_ratio)})|central_crop({size})"
 
 
 def normalise(classes: int | None, how: str = "vgg_value_range") -> str:

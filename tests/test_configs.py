@@ -19,6 +19,7 @@ from configs import (
     digits,
     fashion_mnist,
     finetune,
+    folder,
     imagenette,
     vit_i1k,
 )
@@ -33,6 +34,7 @@ CONFIGS = {  # arguments with which each file is small, and the classes of its d
     "digits": (digits, "variant=mu/4", 10),
     "fashion_mnist": (fashion_mnist, "variant=mu/7", 10),
     "finetune": (finetune, f"{INIT},variant=mu/16,size=32", 1000),
+    "folder": (folder, "root=/photos,variant=mu/16,size=32", 10),
     "imagenette": (imagenette, "variant=mu/16,size=32", 10),
     "vit_i1k": (vit_i1k, "variant=mu/16,size=32", 1000)}
 SIZES = {"cifar10": 32, "fashion_mnist": 28, "digits": 8}
@@ -93,7 +95,7 @@ def test_a_config_trains_and_evaluates(name, tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_key_has_a_reader(name):
-    config = CONFIGS[name][0].get_config(INIT if name == "finetune" else "")
+    config = CONFIGS[name][0].get_config({"finetune": INIT, "folder": "root=/photos"}.get(name, ""))
     check(config)
     config.unlock()
     for block in ("", "input", "input.data", "model", "mixup", "schedule", "evals.val", "evals.val.data"):
@@ -159,6 +161,24 @@ def test_deit3_is_deit3(variant, size, lr, rate):
     assert (cfg.optax_name, cfg.loss, cfg.label_smoothing, cfg.input.batch_size) == ("scale_by_lamb", "bce", 0.0, 2048)
     assert (model.drop_path, model.drop_path_schedule, model.layer_scale) == (rate, "constant", 1e-4)
     assert cfg.random_erasing is None and cfg.recipe.mixup_group == 256
+
+
+def test_a_folder_is_fine_tuned_as_its_weights_are_and_trained_from_scratch_as_deit_is():
+    scratch, tuned = (check(folder.get_config(f"root=/photos{more}")) for more in ("", f",{INIT}"))
+    assert (scratch.model.variant, scratch.model.context, scratch.input.pp.image_size) == ("Ti/16", "cb", (160, 160))
+    assert scratch.mixup and scratch.random_erasing and scratch.model_init is None
+    assert tuned.raw["model"].keys() <= {"variant", "context", "drop_path", "init", "dtype_mm", "head_zeroinit"}
+    assert tuned.raw["model"]["variant"] is None and tuned.model_init == "/runs/some" and tuned.layer_decay == 0.75
+    assert not tuned.mixup and not tuned.random_erasing and tuned.input.pp.image_size == (224, 224)
+    for settings in (scratch, tuned):
+        blocks = [settings.input, settings.evals["val"]]
+        assert {block.data.holdout for block in blocks} == {0.1} and settings.num_classes is None
+        assert all("decode(exif=True)" in pp.text for pp in (settings.input.pp, settings.evals["val"].pp_fn))
+    given = check(folder.get_config(f"root=/photos,{INIT},variant=mu/16,context=none,size=32,epochs=3,batch_size=32"))
+    assert (given.model.width, given.model.context, given.total.value) == (32, "none", 3)
+    assert cb_optax.peak_lr(given, 32) == cb_optax.peak_lr(tuned, 64) / 2
+    with pytest.raises(ValueError, match="argument root is not set"):
+        folder.get_config(INIT)
 
 
 def test_finetuning_needs_something_to_begin_with():

@@ -1,5 +1,6 @@
 """Fine-tuning from an earlier run: what it begins with, on any layout, what it trains; a stop changes nothing."""
 import contextlib
+import dataclasses
 import json
 import logging
 import shutil
@@ -13,6 +14,7 @@ from helpers import named, saved, timeless
 from cb_vit import startup
 from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import ConfigError
+from cb_vit.model_init import open_init, with_model_of
 from cb_vit.models.common import to_loop
 from cb_vit.models.resample import resample_posemb
 from cb_vit.settings import check
@@ -135,11 +137,46 @@ def test_fine_tuning_part_of_the_parameters_and_a_stop_changes_nothing(source, t
     assert snapshot(source) == before
 
 
+OPEN = dict.fromkeys((*SIZES, "pool_type"))
+
+
+@pytest.mark.parametrize("model, expected", [
+    (OPEN, {}),  # all as there
+    (OPEN | dict(context="none", gelu="erf"), dict(context="none", gelu="erf")),
+    (OPEN | dict(variant="mu/4"), dict(variant="mu/4", width=32, mlp_dim=128, num_heads=2)),
+    (OPEN | dict(depth=1, scan=True, dtype_mm="bfloat16"), dict(scan=True, dtype_mm="bfloat16"))])
+def test_what_a_config_leaves_open_of_the_model_is_as_in_the_weights(tmp_path, model, expected):
+    """All but how it was trained: that is the config's own, or the default."""
+    function = dict(SIZES, patch_size=(4, 4), pool_type="tok", layer_scale=0.5, gelu="tanh", layer_norm_eps=1e-4)
+    training = dict(drop_path=0.2, dtype_mm="float16", init="deit", scan=True)
+    train_and_evaluate(config(model=function | training, total_steps=1), tmp_path / "source")
+    weights = open_init(check(finetune(tmp_path / "source", model=model)))
+    found = dataclasses.asdict(with_model_of(check(finetune(tmp_path / "source", model=model)), weights).model)
+    own = dict(drop_path=0.0, dtype_mm="float32", init="big_vision", scan=False, head_zeroinit=True)
+    wanted = function | own | expected
+    assert {name: found[name] for name in wanted} == wanted
+
+
+def test_a_run_goes_on_with_its_model_whatever_became_of_the_weights(tmp_path):
+    first = config(model=dict(pool_type="tok"), total_steps=1)
+    train_and_evaluate(first, tmp_path / "source")
+    settings = finetune(tmp_path / "source", model=OPEN, ckpt_steps=2)
+    train_and_evaluate(settings | dict(total_steps=2), tmp_path / "run")
+    shutil.rmtree(tmp_path / "source")
+    (tmp_path / "run" / "run.json").unlink()
+    assert train_and_evaluate(settings, tmp_path / "run")["step"] == 4
+    notes = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (notes["model"]["pool_type"], notes["model"]["context"], notes["model"]["width"]) == ("tok", "cb", 16)
+
+
 @pytest.mark.parametrize("changes, message", [
     (dict(model_init="/nowhere"), "config.model_init: /nowhere does not exist; give a run's workdir"),
     (dict(model_init="{source}@7"), "config.model_init: {source}/.* holds checkpoints of steps 2, 3, none of step 7"),
     (dict(model_init="{empty}"), "config.model_init: {empty}/checkpoints holds no checkpoint"),
     (dict(model=dict(width=32)), r"config.model_init: step 3 of {source}: .* another shape of .*\(\[16\], here \[32\]"),
+    (dict(model=OPEN | dict(num_heads=3)), "config.model.num_heads: 3 does not divide width 16"),
+    (dict(model=OPEN | dict(variant="mu/5")), "config.model.variant: 'mu/5' has patch 5×5, which does not divide"),
+    (dict(model=OPEN, model_init=None), "config.model.width: not set"),
     (dict(model=dict(depth=2)), "config.model_init: step 3 of {source}: it lacks Transformer/encoderblock_1/"),
     (dict(model_load=dict(dont_load=["haed/.*"])), r"config.model_load.dont_load\[0\]: .*'haed/.\*' matches no"),
     (dict(model_load=dict(posemb_resize="cubic")), "config.model_load.posemb_resize: unknown way .*'cubic'"),

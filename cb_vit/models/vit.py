@@ -33,9 +33,9 @@ from cb_vit.models.layers import (
     posemb_sincos_2d,
 )
 from cb_vit.models.resample import Grid, resample_patch, resample_posemb, square
-from cb_vit.models.vit_config import VARIANTS, Config, check_image_size, check_images, patch_grid, resolve
+from cb_vit.models.vit_config import VARIANTS, Config, check_image_size, check_images, inherit, patch_grid, resolve
 
-__all__ = ["VARIANTS", "Config", "Model", "ViT", "check_image_size", "merge", "patch_grid", "resolve"]
+__all__ = ["VARIANTS", "Config", "Model", "ViT", "check_image_size", "inherit", "merge", "patch_grid", "resolve"]
 
 
 def Model(num_classes: int | None, variant: str | None = None, **kw: Any) -> ViT:  # noqa: N802

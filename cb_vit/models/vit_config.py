@@ -30,6 +30,10 @@ VARIANTS = Registry("ViT variant", {
 })
 
 
+SIZES = ("width", "depth", "mlp_dim", "num_heads", "patch_size")
+# How a model was trained, which is nothing of what it computes.
+OF_TRAINING = ("dropout", "drop_path", "drop_path_schedule", "scan", "remat_policy", "dtype_mm", "init",
+               "head_zeroinit")
 _WORDS = {"tiny": "ti", "small": "s", "medium": "m", "base": "b", "large": "l", "huge": "h"}  # of timm's names
 
 
@@ -109,6 +113,25 @@ class Config:
         if self.scan and self.context == "cb_s" and self.context_layers is not None:
             raise ConfigError("context_layers", "cb_s in some blocks only needs scan=False: scanned blocks are alike")
 
+    @property
+    def sized(self) -> bool:
+        """Whether it says how large the model is."""
+        return self.variant is not None or None not in [getattr(self, name) for name in SIZES]
+
+
+def inherit(block: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a model, with what they leave open as a trained model has it, except for how that was trained.
+
+    Args:
+        block: settings as a config has them; those that are None are open. A variant says all sizes.
+        trained: the trained model's resolved settings, by name.
+    """
+    known = {field.name for field in dataclasses.fields(Config)} - {*OF_TRAINING}
+    said = {name: value for name, value in block.items() if value is not None}
+    if "variant" in said:
+        known -= {*SIZES}
+    return {name: trained[name] for name in sorted(known) if name in trained} | said
+
 
 def resolve(config: Config) -> Config:
     """`config` with its variant spelt out in sizes, and the sizes checked against each other.
@@ -116,7 +139,7 @@ def resolve(config: Config) -> Config:
     Raises:
         ConfigError: the variant is unknown, or a size is missing or impossible.
     """
-    sizes = dict.fromkeys(("width", "depth", "mlp_dim", "num_heads", "patch_size"))
+    sizes = dict.fromkeys(SIZES)
     if config.variant is not None:
         size, patch = _read_variant(config.variant)
         sizes.update(zip(sizes, VARIANTS.pick(size, "variant"), strict=False), patch_size=patch)

@@ -64,7 +64,7 @@ def _evaluate_run(settings: Settings, workdir: str) -> None:
         raise ConfigError("--workdir", f"{directory} does not exist; give the workdir of a run")
     dist.initialize()
     known = startup.recorded_classes(workdir)
-    run = experiment.build(settings, known_classes=known)
+    run = experiment.build(startup.with_model_of_run(settings, workdir), known_classes=known)
     with run.active_mesh(), contextlib.closing(Checkpointer(directory, read_only=True)) as checkpointer:
         with startup.telling_settings(settings, workdir):
             restored = checkpointer.restore_latest(run.shapes, run.scan)

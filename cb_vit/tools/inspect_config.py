@@ -20,6 +20,7 @@ from cb_vit.config import ConfigError
 from cb_vit.datasets.contents import describe
 from cb_vit.datasets.core import Source
 from cb_vit.experiment import Experiment
+from cb_vit.model_init import open_init, with_model_of
 from cb_vit.settings import Settings, check
 from cb_vit.tools import cli
 from cb_vit.tree import flatten_with_names
@@ -43,6 +44,8 @@ def arguments(parser: cli.Parser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Print the report."""
     settings = check(cli.config_of(args))
+    if settings.model_init:
+        settings = with_model_of(settings, open_init(settings))
     run = experiment.build(settings, source=_source(settings, args.examples))
     data = (_line("data", line.removeprefix("data: ")) for line in describe("data", run.pipeline.source))
     cli.show(*data, *_run(run, args.speed), *_model(run), *_memory(run, args.compile))
