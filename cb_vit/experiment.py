@@ -26,6 +26,7 @@ from cb_vit import train_state as train_state_lib
 from cb_vit import train_step as train_step_lib
 from cb_vit.config import ConfigError, Duration, at, under
 from cb_vit.datasets.contents import report
+from cb_vit.datasets.rare_classes import class_weights
 from cb_vit.distillation import Teacher, make_teacher
 from cb_vit.evaluators import common as evaluators
 from cb_vit.input_pipeline import Pipeline, Spec, check_example
@@ -52,6 +53,7 @@ class Experiment:
         tx: the optimiser, a gradient transformation of Optax.
         schedules: learning-rate multipliers, by the regex of the parameters they drive.
         shapes: shapes, dtypes and shardings of the train state.
+        class_weights: how much each class counts in the loss, float32 [c]; None: all alike.
         teacher: the frozen model that is learnt from as well; None: there is none.
         begin: function that makes the state before the first step from another model's parameters, and a note on them;
             None: the parameters are drawn.
@@ -67,6 +69,7 @@ class Experiment:
     tx: optax.GradientTransformation
     schedules: dict[str, Any]
     shapes: TrainState
+    class_weights: np.ndarray | None = None
     teacher: Teacher | None = None
     begin: Callable[[], tuple[TrainState, dict[str, Any]]] | None = None
 
@@ -176,9 +179,12 @@ class Experiment:
     def jit_train_step(self) -> Any:
         """`(state, batch, teacher) -> (state, metrics)`, jitted; the state is donated."""
         settings = self.settings
+        loss = losses.LOSSES[settings.loss]
+        if self.class_weights is not None:
+            loss = losses.weighted(loss, jnp.asarray(self.class_weights))
         step = functools.partial(
             train_step_lib.train_step, model=self.model, tx=self.tx,
-            trainable=cb_optax.trainable(settings, self.shapes.params), loss=losses.LOSSES[settings.loss],
+            trainable=cb_optax.trainable(settings, self.shapes.params), loss=loss,
             prepare=settings.input.pp.device, augment=settings.recipe, seed=settings.seed,
             distil=self.teacher and self.teacher.loss, ema=settings.ema, grad_accum_steps=settings.grad_accum_steps)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
@@ -263,11 +269,12 @@ def build(
     shapes = train_state_lib.state_shapes(init, tx, settings.ema is not None)
     shardings = train_state_lib.state_shardings(shapes, settings.sharding_strategy, mesh)
     shapes = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
+    weights = settings.class_weights and class_weights(settings.class_weights, source, "config.class_weights")
     teacher = settings.distillation and make_teacher(
         settings.distillation, open_weights(settings.distillation.teacher, "config.distillation.teacher"), training.pp,
         image_shape, num_classes, datasets.known_names(source))
     return Experiment(settings, mesh, batch_sharding, pipeline, num_classes, total_steps, model, tx, schedules,
-                      shapes, teacher)
+                      shapes, weights, teacher)
 
 
 def lay_out(settings: Settings, devices: Sequence[jax.Device] | None = None) -> tuple[Mesh, NamedSharding]:

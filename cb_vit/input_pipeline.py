@@ -28,7 +28,8 @@ from cb_vit import dist
 from cb_vit.config import ConfigError, Read
 from cb_vit.datasets import DataError, Source, check_source
 from cb_vit.datasets.core import SourceConfig
-from cb_vit.order import Reordered, RepeatedOrder, Rows
+from cb_vit.datasets.rare_classes import labelled, labels_of
+from cb_vit.order import BalancedOrder, Reordered, RepeatedOrder, Rows
 from cb_vit.pp.builder import Preprocess, build
 from cb_vit.texts import printable
 from cb_vit.workers import LiveWithParent, allow_unparsed_flags, why_ended
@@ -80,16 +81,21 @@ class InputConfig(LoaderConfig):
         pp: preprocessing of an example, e.g. "decode|inception_crop(224)|flip_lr|value_range(-1,1)|onehot(1000)".
         repeats: number of differently augmented copies of an image in a batch (repeated augmentation, arXiv 1901.09335;
             DeiT has 3); an epoch, of as many steps as ever, sees 1/repeats of the images.
+        balance: how far the classes are evened out in an epoch, from 0, as they are, to 1, all alike: a class of n
+            examples has a share that grows with n^(1 - balance), so that images of rare ones come more often.
         virtual_ranks: number of parts of a batch that count as the ranks of DeiT's distributed training: copies of an
             image go to different ranks, and mixup's groups are their rows. DeiT has 4 in a batch of 1024.
     """
 
     pp: Annotated[Preprocess, Read(str, build)]
     repeats: int = 1
+    balance: float = 0.0
     virtual_ranks: int = 4
 
     def __post_init__(self):
         super().__post_init__()
+        if not 0 <= self.balance <= 1:
+            raise ConfigError("balance", f"goes from 0, as the classes are, to 1, all alike; got {self.balance}")
         if self.repeats > 1 and self.batch_size % self.virtual_ranks:
             raise ConfigError("virtual_ranks", f"{self.virtual_ranks} does not divide batch_size {self.batch_size}, "
                                                "which repeats needs")
@@ -230,6 +236,10 @@ class Pipeline:
         cfg = self.config
         return RepeatedOrder(len(self.source), cfg.batch_size, cfg.virtual_ranks, cfg.repeats)
 
+    @functools.cached_property
+    def _labels(self) -> np.ndarray:
+        return labelled(labels_of(self.source), "config.input.balance")
+
     @property
     def examples_per_epoch(self) -> int:
         """Examples in an epoch of training: all; or with repeats, those of DeiT's whole batches."""
@@ -246,8 +256,15 @@ class Pipeline:
         return self._batches(self.order(seed), _fold(seed, "augment"), start_step, total_steps)
 
     def order(self, seed: int) -> grain.MapDataset:
-        """The global order of training: position → index in the source."""
-        order = grain.MapDataset.range(len(self.source)).shuffle(seed=_fold(seed, "shuffle")).repeat()
+        """The global order of training: position → index in the source; for `balance`, labels are looked at.
+
+        Raises:
+            ConfigError: examples without a label are to be balanced.
+        """
+        if self.config.balance:
+            order = BalancedOrder(self._labels, self.config.balance, _fold(seed, "shuffle"))
+        else:
+            order = grain.MapDataset.range(len(self.source)).shuffle(seed=_fold(seed, "shuffle")).repeat()
         return Reordered(order, self._order) if self.config.repeats > 1 else order
 
     def evaluate(self) -> Batches:

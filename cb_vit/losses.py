@@ -52,6 +52,17 @@ def bce(logits: Float[Array, "*b c"], labels: Num[Array, "*b c"]) -> Float32[Arr
     return sigmoid_xent(logits, jnp.float32(labels > 0)) / logits.shape[-1]
 
 
+def weighted(loss: Loss, weights: Float[Array, " c"]) -> Loss:
+    """`loss`, which is linear in the labels, with w_c y_c in their place: PyTorch's weights for labels that are
+    probabilities, where the mean over a batch is divided by the number of examples.
+
+    Args:
+        loss: `softmax_xent`.
+        weights: how much each class counts.
+    """
+    return lambda logits, labels: loss(logits, labels.astype(jnp.float32) * jnp.broadcast_to(weights, labels.shape))
+
+
 def distill_hard(logits: Float[Array, "*b c"], teacher_logits: Float[Array, "*b c"]) -> Float32[Array, "*b"]:
     """Hard-label distillation (DeiT, arXiv 2012.12877, equation 3): cross-entropy with the teacher's decision.
 

@@ -1,7 +1,9 @@
-"""Which example stands where in the global order: repeated augmentation, and the rows that one process loads."""
+"""Which example stands where in the global order: classes evened out, repeated augmentation, one process's rows."""
 from __future__ import annotations
 
 import dataclasses
+import sys
+from typing import Any
 
 import grain
 import numpy as np
@@ -47,6 +49,64 @@ class RepeatedOrder:
         rank, sample = divmod(row, self.batch_size // self.ranks)
         sample += step * (self.batch_size // self.ranks)
         return epoch * self.examples + (rank + self.ranks * sample) // self.repeats
+
+
+class BalancedOrder(grain.MapDataset):
+    """Endless permuted epochs of as many examples as there are, in which rare classes stand more often.
+
+    A class of n examples has a share of each epoch that grows with n^(1 - balance): with balance 1 all classes have the
+    same. An epoch holds exactly that, rounded to whole examples, in random order; a class goes through all its
+    examples, permuted, before one comes again, from epoch to epoch. A pure function of seed and position.
+
+    Args:
+        labels: the class of each example, [n].
+        balance: from 0, as the classes are, to 1, all alike.
+        seed: seed of the permutations.
+    """
+
+    def __init__(self, labels: np.ndarray, balance: float, seed: int):
+        super().__init__()
+        self._members = [found for label in np.unique(labels) if len(found := np.flatnonzero(labels == label))]
+        self._quotas = _shares(np.array([len(found) for found in self._members]) ** (1 - balance), len(labels))
+        self._length, self._seed = len(labels), seed
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_epochs": {}}
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, place = divmod(index, self._length)
+        if (order := self._epochs.get(epoch)) is None:
+            order = self._order(epoch)
+            # Two, since a batch may hold the end of one and the beginning of the next.
+            self._epochs = {number: self._epochs[number] for number in list(self._epochs)[-1:]} | {epoch: order}
+        return int(order[place])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        drawn = [self._draws(number, epoch * quota, (epoch + 1) * quota)
+                 for number, quota in enumerate(self._quotas.tolist())]
+        return np.random.default_rng((self._seed, epoch)).permutation(np.concatenate(drawn))
+
+    def _draws(self, number: int, start: int, stop: int) -> np.ndarray:
+        """Examples that a class gives from its `start`-th draw to before its `stop`-th."""
+        members = self._members[number]
+        first, last = start // len(members), -(-stop // len(members))
+        rounds = [np.random.default_rng((self._seed, number, again)).permutation(members)
+                  for again in range(first, last)]
+        return np.concatenate([members[:0], *rounds])[start - first * len(members):stop - first * len(members)]
+
+
+def _shares(weights: np.ndarray, total: int) -> np.ndarray:
+    """Whole numbers that sum to `total`, as near to the proportions of `weights` as they can be: largest remainders."""
+    exact = weights / weights.sum() * total
+    whole = np.floor(exact).astype(np.int64)
+    whole[np.argsort(whole - exact, kind="stable")[:total - whole.sum()]] += 1
+    return whole
 
 
 class Reordered(grain.MapDataset):

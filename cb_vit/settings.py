@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import ml_collections
 
@@ -39,6 +39,9 @@ class Settings(cb_optax.OptimiserConfig, LoggingConfig):
             head that is larger than the data. Part of ImageNet's classes under a head of all 1 000 needs no leave.
         loss: name of the loss, one of `losses.LOSSES`.
         label_smoothing: share of each target spread evenly over all classes, before mixup.
+        class_weights: how much each class counts in the loss of training: "balanced", all classes alike, however many
+            examples they have; "sqrt", half of the way there; or weights by the names of classes, 1 for those left out.
+            None: every example counts alike. `input.balance` shows rare classes more often instead.
         mixup: settings of mixup and cutmix, which are done on the device; None: neither.
         random_erasing: settings of random erasing, which is done on the device; None: none.
         ema: settings of a moving average of the parameters, which evaluators measure as well, their metrics under
@@ -77,6 +80,7 @@ class Settings(cb_optax.OptimiserConfig, LoggingConfig):
     allow_unused_classes: bool = False
     loss: str = "softmax_xent"
     label_smoothing: float = 0.0
+    class_weights: Literal["balanced", "sqrt"] | dict[str, float] | None = None
     mixup: MixupConfig | None = None
     random_erasing: ErasingConfig | None = None
     ema: EmaConfig | None = None
@@ -119,6 +123,9 @@ class Settings(cb_optax.OptimiserConfig, LoggingConfig):
         if self.loss == "bce" and self.label_smoothing:
             raise ConfigError("label_smoothing", f"{self.label_smoothing} would make every class a target of loss "
                                                  "'bce', which takes what is above 0 as 1; set it to 0")
+        if self.class_weights is not None and self.loss != "softmax_xent":
+            raise ConfigError("class_weights", f"are for loss='softmax_xent', and it is {self.loss!r}; "
+                                               "input.balance=1.0 shows rare classes more often, whatever the loss")
         if self.mixup:
             with under("mixup"):
                 _ = self.recipe

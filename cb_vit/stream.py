@@ -15,7 +15,8 @@ from cb_vit.datasets.contents import contents_of, report
 from cb_vit.experiment import Experiment
 
 logger = logging.getLogger(__name__)
-STREAM = ("seed", "input.data", *(f"input.{name}" for name in ("pp", "batch_size", "repeats", "virtual_ranks")))
+ORDER = ("batch_size", "repeats", "balance", "virtual_ranks")
+STREAM = ("seed", "input.data", "input.pp", *(f"input.{name}" for name in ORDER))
 
 
 def stream_of(run: Experiment) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def stream_of(run: Experiment) -> dict[str, Any]:
     settings, source = run.settings, run.pipeline.source
     data = {name: value for name, value in dataclasses.asdict(settings.input.data).items()
             if name not in ("root", "data_dir")}
-    block = {name: getattr(settings.input, name) for name in ("batch_size", "repeats", "virtual_ranks")}
+    block = {name: getattr(settings.input, name) for name in ORDER}
     config = workdir_lib.flatten({"seed": settings.seed,
                                   "input": {**block, "data": data, "pp": settings.input.pp.text}})
     return {"config": config, "class_names": source.class_names and list(source.class_names),

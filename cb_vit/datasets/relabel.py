@@ -11,6 +11,7 @@ import numpy as np
 from cb_vit.config import ConfigError
 from cb_vit.datasets import labels
 from cb_vit.datasets.contents import DataError, class_name, contents_of, describe_left_out, pad
+from cb_vit.datasets.rare_classes import labels_of
 from cb_vit.texts import first_few
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,11 @@ class Relabelled:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def all_labels(self) -> np.ndarray:
+        """The label of every example, int64 [n]; -1: it has none here."""
+        # The last of the places is for -1, no label.
+        return np.array([*self.places, -1])[labels_of(self.source)]
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         example = self.source[index]
