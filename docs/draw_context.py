@@ -46,7 +46,7 @@ def draw_matrix(ax, figure):
     for spine in ax.spines.values():
         spine.set_color(FAINT)
     bar = figure.colorbar(image, ax=ax, shrink=0.75, ticks=[1 / (2 * n), 0.5 + 1 / (2 * n)])
-    bar.ax.set_yticklabels(["1/2n", "1/2 + 1/2n"], fontsize=8, color=FAINT)
+    bar.ax.set_yticklabels(["1/(2n)", "1/2 + 1/(2n)"], fontsize=8, color=FAINT)
     bar.outline.set_visible(False)
     ax.set_title("half itself, half uniform attention", loc="left", fontsize=10, fontweight="bold", color=INK)
 

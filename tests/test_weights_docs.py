@@ -71,13 +71,14 @@ def test_a_snippet(files, monkeypatch, number):
     if missing := lacks(snippet):
         pytest.skip(f"needs {', '.join(missing)}")
     monkeypatch.chdir(files)
-    images = jnp.ones((2, SIZE, SIZE, 3))
-    names = dict(cb_vit=cb_vit, images=images, batches=[(images, jnp.array([1, 2]))] * 2)
+    names = {}
+    snippet = re.sub(r"\b(8|224), (8|224)(?=, [13]\))", f"{SIZE}, {SIZE}", snippet)
     exec(compile(snippet, f"docs/weights.md, snippet {number}", "exec"), names)
     if "batches" in snippet:
         assert jnp.isfinite(names["value"])
     if "params" in names and "merge" not in snippet:
         model, params = names["model"], jax.device_get(names["params"])
+        images = jnp.zeros((1, SIZE, SIZE, params["embedding"]["kernel"].shape[2]))
         assert jax.tree.structure(params) == jax.tree.structure(jax.eval_shape(
             lambda: model.init(jax.random.key(0), images)["params"]))
 
