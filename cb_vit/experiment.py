@@ -237,24 +237,11 @@ def build(
         ConfigError: the config does not go with the number of devices or with the data.
         DataError: not even the first example can be read.
     """
-    training = settings.input
     mesh, batch_sharding = lay_out(settings, devices)
-    check_batch_size(training.batch_size, settings.grad_accum_steps, batch_sharding, "config.input.batch_size")
-    source = source or datasets.open_source(training.data, "config.input.data")
-    num_classes = settings.num_classes or training.pp.num_classes or source.num_classes
-    source = datasets.for_head(source, num_classes, known_classes, settings.allow_unused_classes, "config.input.data",
-                               "config.num_classes" if settings.num_classes else "config.input.pp")
-    settings = settings.for_classes(num_classes)
-    training = settings.input
-    pipeline = Pipeline(training, source, training.pp, dist.local_rows(batch_sharding, training.batch_size))
-    image_shape = check_example(training.pp, pipeline.spec, num_classes, "config.input.pp")
+    settings, pipeline, total_steps = open_data(settings, batch_sharding, source, known_classes)
+    training, num_classes, (image_shape, _) = settings.input, pipeline.source.num_classes, pipeline.spec["image"]
     with under("config.model"):
         models.get(settings.model_name).check_image_size(settings.model, image_shape[:2])
-    with at(f"config.total_{settings.total.unit}"):
-        total_steps = settings.total.steps(training.batch_size, pipeline.examples_per_epoch)
-    if total_steps < 1:
-        raise ConfigError(f"config.total_{settings.total.unit}", "must be more than 0")
-
     warning = cb_optax.warn_mismatch(settings, batch_size=training.batch_size, width=settings.model.width)
     if warning:
         logger.warning("%s", warning)
@@ -269,12 +256,48 @@ def build(
     shapes = train_state_lib.state_shapes(init, tx, settings.ema is not None)
     shardings = train_state_lib.state_shardings(shapes, settings.sharding_strategy, mesh)
     shapes = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
-    weights = settings.class_weights and class_weights(settings.class_weights, source, "config.class_weights")
+    weights = settings.class_weights and class_weights(
+        settings.class_weights, pipeline.source, "config.class_weights")
     teacher = settings.distillation and make_teacher(
         settings.distillation, open_weights(settings.distillation.teacher, "config.distillation.teacher"), training.pp,
-        image_shape, num_classes, datasets.known_names(source))
+        image_shape, num_classes, datasets.known_names(pipeline.source))
     return Experiment(settings, mesh, batch_sharding, pipeline, num_classes, total_steps, model, tx, schedules,
                       shapes, weights, teacher)
+
+
+def open_data(
+    settings: Settings, batch_sharding: NamedSharding, source: datasets.Source | None = None,
+    known_classes: Sequence[str] | None = None,
+) -> tuple[Settings, Pipeline, int]:
+    """The training data, opened.
+
+    Args:
+        settings: the checked config.
+        batch_sharding: sharding of a global batch over the mesh.
+        source, known_classes: as for `build`.
+
+    Returns:
+        The settings with what they leave to the data, the pipeline, whose source has the labels of the head, and the
+        number of steps of the run.
+
+    Raises:
+        ConfigError, DataError: as for `build`.
+    """
+    training = settings.input
+    check_batch_size(training.batch_size, settings.grad_accum_steps, batch_sharding, "config.input.batch_size")
+    source = source or datasets.open_source(training.data, "config.input.data")
+    num_classes = settings.num_classes or training.pp.num_classes or source.num_classes
+    source = datasets.for_head(source, num_classes, known_classes, settings.allow_unused_classes, "config.input.data",
+                               "config.num_classes" if settings.num_classes else "config.input.pp")
+    settings = settings.for_classes(num_classes)
+    training = settings.input
+    pipeline = Pipeline(training, source, training.pp, dist.local_rows(batch_sharding, training.batch_size))
+    check_example(training.pp, pipeline.spec, num_classes, "config.input.pp")
+    with at(f"config.total_{settings.total.unit}"):
+        total_steps = settings.total.steps(training.batch_size, pipeline.examples_per_epoch)
+    if total_steps < 1:
+        raise ConfigError(f"config.total_{settings.total.unit}", "must be more than 0")
+    return settings, pipeline, total_steps
 
 
 def lay_out(settings: Settings, devices: Sequence[jax.Device] | None = None) -> tuple[Mesh, NamedSharding]:

@@ -83,7 +83,7 @@ def test_an_override_that_cannot_work(arg, error):
 def test_a_config_that_cannot_be_loaded(given, error, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match=error):
-        config_files.load(given)
+        config_files.get_config(given)
 
 
 def test_a_missing_workdir():
@@ -105,7 +105,7 @@ def test_a_config_file_that_is_wrong(text, error, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        config_files.load(str(path))
+        config_files.get_config(str(path))
     assert re.match(rf"{path}(, |: ){error}", " ".join(str(caught.value).split()))
 
 
@@ -176,21 +176,21 @@ def test_a_config_by_name_is_ours_and_one_by_path_whatever_is_there(tmp_path, mo
     (tmp_path / "configs" / "other.py").write_text(
         "def of(base):\n    import configs.common\n    return base.get_config()\n")
     (tmp_path / "digits").write_text("raise ValueError('of the user')\n")
-    assert config_files.load("digits:variant=mu/2").model.variant == "mu/2"
+    assert config_files.get_config("digits:variant=mu/2").model.variant == "mu/2"
     for path in ("configs/digits.py", "configs/mine.py"):  # whose configs.common is that of the same folder
         with pytest.raises(ConfigError, match="of the user"):
-            config_files.load(path)
+            config_files.get_config(path)
     (tmp_path / "configs" / "common.py").unlink()
-    assert config_files.load("configs/mine.py").model.variant == "mu/4"
+    assert config_files.get_config("configs/mine.py").model.variant == "mu/4"
     (tmp_path / "away.py").write_text(
         "import os, sys\nimport configs.debug as base\nos.chdir('/')\nsys.path.insert(0, '/x')\n"
         "get_config = base.get_config\n")
     before = list(sys.path)
-    assert config_files.load("away.py").model.variant == "mu/4" and sys.path == before
+    assert config_files.get_config("away.py").model.variant == "mu/4" and sys.path == before
     monkeypatch.chdir(tmp_path)
     assert sys.modules["configs.debug"] is debug and os.getcwd() not in sys.path
     with pytest.raises(ConfigError, match=r"^--config: neither .*: 'digts'; did you mean digits\? --config=list"):
-        config_files.load("digts")
+        config_files.get_config("digts")
 
 
 def test_the_commands(monkeypatch, capsys):

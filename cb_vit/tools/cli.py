@@ -147,7 +147,7 @@ def config_of(args: argparse.Namespace, run: str | None = None) -> dict[str, Any
             return lay_over(config, args.overrides)
         no_run = f", and {run} has no config.json" if run else ""
         raise ConfigError("--config", f"not given{no_run}; for example --config=digits, or --config=list")
-    return lay_over(config_files.load(args.config), args.overrides)
+    return lay_over(config_files.get_config(args.config), args.overrides)
 
 
 def words_of(args: argparse.Namespace) -> list[str]:

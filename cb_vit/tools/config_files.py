@@ -24,8 +24,11 @@ def shipped() -> Path:
     return folder if (folder := package / "configs").is_dir() else package.parent / "configs"
 
 
-def load(given: str) -> ml_collections.ConfigDict:
-    """The config that `--config=given` names: a name or the path of a file, with or without ":arguments".
+def get_config(given: str) -> ml_collections.ConfigDict:
+    """The config that `--config=given` names, to be changed as one likes.
+
+    Args:
+        given: a name or the path of a file, with or without its arguments: "digits", "folder:root=flowers".
 
     Raises:
         ConfigError: the config cannot be loaded; the message names the line of the file.
@@ -34,8 +37,8 @@ def load(given: str) -> ml_collections.ConfigDict:
     path = _find(name)
     try:
         with _importable(path):
-            get_config = runpy.run_path(path).get("get_config")
-            config = get_config(*[arg] if colon else []) if get_config else None
+            make = runpy.run_path(path).get("get_config")
+            config = make(*[arg] if colon else []) if make else None
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
@@ -43,7 +46,7 @@ def load(given: str) -> ml_collections.ConfigDict:
             path, lines, reason = error.filename or path, [error.lineno], f"{error.msg}: {(error.text or '').strip()}"
         raise ConfigError(path + (f", line {lines[-1]}" if lines else ""), reason) from None
     if not isinstance(config, ml_collections.ConfigDict):
-        found = f"get_config() returns {config!r:.40}" if get_config else "there is no get_config()"
+        found = f"get_config() returns {config!r:.40}" if make else "there is no get_config()"
         raise ConfigError(path, f"{found}; a config file has get_config(), which returns a ConfigDict")
     return config
 
