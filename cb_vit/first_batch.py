@@ -37,7 +37,7 @@ class FirstBatch:
         with_the_step.shutdown(wait=False)
 
     def write(self, batch: dict[str, jax.Array], step: int, workdir: str | os.PathLike) -> None:
-        """Draw the batch into the run's folder. All processes of a run take part, the first writes; failing is a warning.
+        """Draw the batch into the run's folder: all processes take part, the first writes, and failing is a warning.
 
         Args:
             batch: the global batch as the host delivers it.
@@ -57,8 +57,8 @@ class FirstBatch:
     def _compile(self) -> Callable[..., dict[str, jax.Array]]:
         run = self._run
         # Replicated, so that each process holds all of the few samples, whoever holds their rows of the batch.
-        samples = jax.jit(sampler(run), in_shardings=(run.batch_sharding, None), out_shardings=dist.replicated(run.mesh))
-        lowered = samples.lower(run.batch_shapes(), jax.ShapeDtypeStruct((), jnp.int32))
+        shardings = dict(in_shardings=(run.batch_sharding, None), out_shardings=dist.replicated(run.mesh))
+        lowered = jax.jit(sampler(run), **shardings).lower(run.batch_shapes(), jax.ShapeDtypeStruct((), jnp.int32))
         # Run once, it need not be fast: on CPUs, a third of the time to compile.
         cpu = run.mesh.devices.flat[0].platform == "cpu"
         return lowered.compile({"xla_backend_optimization_level": "0"} if cpu else None)

@@ -91,8 +91,8 @@ def train_and_evaluate(
         profiler = stack.enter_context(Profiler(run.settings.profile, workdir, primary))
         stop = stack.enter_context(stop_signal(checkpointer))
         judge = Judge(run.pipeline, "config.input.skip_errors", run.settings.seed, **meta.get("errors", {}))
-        loop = Loop(run, workdir, evals, checkpointer, writer, chrono, profiler, stop, judge, meta.get("examples_skipped", 0),
-                    meta.get("model_init"))
+        loop = Loop(run, workdir, evals, checkpointer, writer, chrono, profiler, stop, judge,
+                    meta.get("examples_skipped", 0), meta.get("model_init"))
         state = loop.run(state)
         return {"step": int(state.step), **{name: float(values[-1]) for name, (_, values) in writer.history().items()}}
 
