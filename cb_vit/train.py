@@ -237,7 +237,7 @@ class Loop:
         for name in names:
             evaluator = self.evals[name]
             with self.chrono.paused("evaluate"):
-                found = measure(evaluator, state)
+                found = measure(evaluator, state, self.workdir)
             self.writer.write(step, found)
             logger.info("step %d  %s", step, "  ".join(f"{metric} {value:.4f}" for metric, value in found.items()))
             scores |= found

@@ -50,17 +50,17 @@ def draw_sheet(tiles: Sequence[Tile], title: str, note: str = "", side: int = SI
     """The tiles row by row, as a PNG.
 
     Args:
-        tiles: images of any sizes, one at least. Those that are smaller than `side` are enlarged by a whole number, so
+        tiles: images of any sizes. Those that are smaller than `side` are enlarged by a whole number, so
             that their pixels can be seen; larger ones are reduced to it.
         title: text above the tiles.
         note: a smaller line below the title.
         side: the most pixels of an image's longer side.
     """
     images = [_scaled(tile.image, side) for tile in tiles]
-    wide = max(NARROWEST, *(image.width for image in images))
-    high = max(image.height for image in images)
-    step_x, step_y = wide + GAP, high + LINE * max(len(tile.lines) for tile in tiles) + GAP + 4
-    columns = min(len(tiles), max(1, round(math.sqrt(SHAPE * len(tiles) * step_y / step_x))))
+    wide = max([NARROWEST, *(image.width for image in images)])
+    high = max((image.height for image in images), default=0)
+    step_x, step_y = wide + GAP, high + LINE * max((len(tile.lines) for tile in tiles), default=0) + GAP + 4
+    columns = max(1, min(len(tiles), round(math.sqrt(SHAPE * len(tiles) * step_y / step_x))))
     top = MARGIN + TITLE + 10 + (NOTE + 8) * bool(note)
     inner = max(columns * step_x - GAP, *(_needs(text, size) for text, size in ((title, TITLE), (note, NOTE))))
     sheet = Image.new("RGB", (inner + 2 * MARGIN, top + math.ceil(len(tiles) / columns) * step_y + MARGIN - GAP),
