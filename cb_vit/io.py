@@ -4,11 +4,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
+import logging
 import os
 import re
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, TypeVar
 
 from etils import epath
@@ -16,6 +17,7 @@ from etils import epath
 from cb_vit import retry
 from cb_vit.config import ConfigError, Failure
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 FILE, FOLDER, LINK, DEVICE = "a file", "a folder", "a link to what is not there", "neither a file nor a folder"
 # The library that opens such an address, and how it is installed.
@@ -172,6 +174,23 @@ def cannot_write(path: str | os.PathLike, error: BaseException) -> CannotWrite:
         (known for known in WAYS_OUT if os.strerror(known) in text), None)
     reason = os.strerror(number) if number else text.splitlines()[0][:200]
     return CannotWrite(f"{os.fspath(path)} cannot be written: {reason}; {WAYS_OUT.get(number, 'see to the storage')}")
+
+
+def try_to_write(folder: str | os.PathLike, files: Iterable[tuple[str, str | bytes]]) -> None:
+    """Write files that nothing depends on, such as pictures: where making or writing one fails, that is a warning.
+
+    Args:
+        folder: where they go; made if it is not there.
+        files: name and content of each, which are made as they are asked for.
+    """
+    folder = as_path(folder)
+    try:
+        for name, content in files:
+            with writing(folder / name):
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomic(folder / name, content)
+    except Exception as error:  # of whatever draws or stores them
+        logger.warning("not all that belongs into %s was written: %s", folder, retry.reason(error))
 
 
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:

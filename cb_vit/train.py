@@ -26,6 +26,7 @@ from cb_vit.config import Failure
 from cb_vit.datasets import DataError
 from cb_vit.evaluators.common import EMA, measure
 from cb_vit.experiment import Experiment
+from cb_vit.first_batch import FirstBatch
 from cb_vit.input_pipeline import to_device
 from cb_vit.monitor.metric_writer import MetricWriter, check_login
 from cb_vit.monitor.profiling import Profiler
@@ -90,8 +91,8 @@ def train_and_evaluate(
         profiler = stack.enter_context(Profiler(run.settings.profile, workdir, primary))
         stop = stack.enter_context(stop_signal(checkpointer))
         judge = Judge(run.pipeline, "config.input.skip_errors", run.settings.seed, **meta.get("errors", {}))
-        loop = Loop(run, evals, checkpointer, writer, chrono, profiler, stop, judge, meta.get("examples_skipped", 0),
-                    meta.get("model_init"))
+        loop = Loop(run, workdir, evals, checkpointer, writer, chrono, profiler, stop, judge,
+                    meta.get("examples_skipped", 0), meta.get("model_init"))
         state = loop.run(state)
         return {"step": int(state.step), **{name: float(values[-1]) for name, (_, values) in writer.history().items()}}
 
@@ -102,6 +103,7 @@ class Loop:
 
     Attributes:
         experiment: the parts of the run: model, data, optimiser, mesh.
+        workdir: the run's folder, for pictures and tables.
         evals: evaluators by name.
         checkpointer: checkpoints of the run's own workdir.
         writer: writer of the metrics.
@@ -114,6 +116,7 @@ class Loop:
     """
 
     experiment: Experiment
+    workdir: str | os.PathLike
     evals: dict[str, Any]
     checkpointer: Checkpointer
     writer: MetricWriter
@@ -136,6 +139,7 @@ class Loop:
     def run(self, state: TrainState) -> TrainState:
         """Train to the last step, or to where the run is told to stop."""
         first, total = int(state.step), self.experiment.total_steps
+        first_batch = FirstBatch(self.experiment) if first < total and self.experiment.settings.plot else None
         train_step = self._compile() if first < total else None
         teacher = self.experiment.read_teacher()
         metrics = None  # those of the last step, until they are logged
@@ -155,6 +159,9 @@ class Loop:
                 if stopping or step == total:
                     break
                 batch = next(batches)
+                if step == first and first_batch:
+                    with self.chrono.paused("first_batch"):
+                        first_batch.write(batch, step, self.workdir)
                 with self.profiler.step(step + 1, state):
                     state, following = train_step(state, batch, teacher)
                 if metrics:
@@ -230,7 +237,7 @@ class Loop:
         for name in names:
             evaluator = self.evals[name]
             with self.chrono.paused("evaluate"):
-                found = measure(evaluator, state)
+                found = measure(evaluator, state, self.workdir)
             self.writer.write(step, found)
             logger.info("step %d  %s", step, "  ".join(f"{metric} {value:.4f}" for metric, value in found.items()))
             scores |= found

@@ -29,6 +29,25 @@ def stream_key(seed: int, stream: str, step: int | jax.Array = 0) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS[stream]), step)
 
 
+def augmented(
+    batch: dict[str, jax.Array], step: int | jax.Array, *, prepare: Callable[[dict], dict],
+    augment: Callable[[jax.Array, dict], dict], seed: int,
+) -> dict[str, jax.Array]:
+    """The batch as the model sees it at one step.
+
+    Args:
+        batch: what the host delivers, as for `train_step`; so are `prepare`, `augment` and `seed`.
+        step: completed steps, int32 [] where traced.
+
+    Returns:
+        Float "image" and soft "labels", and in "_mask" the rows that teach.
+    """
+    batch = prepare(batch)
+    # A row without any label (-1 on the host) teaches nothing, nor does one that could not be read.
+    learnt = batch["_mask"] & jnp.any(batch["labels"] > 0, axis=1)
+    return augment(stream_key(seed, "augment", step), {**batch, "_mask": learnt})
+
+
 def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
@@ -72,14 +91,11 @@ def train_step(
         `examples_skipped`, the masked rows, and `finite`: whether loss, gradients and parameters are,
         and have been at all steps before.
     """
-    batch = prepare(batch)
-    # A row without any label (-1 on the host) teaches nothing, nor does one that could not be read.
-    learnt = batch["_mask"] & jnp.any(batch["labels"] > 0, axis=1)
     skipped = jnp.sum(~batch["_mask"], dtype=jnp.int32)
     # On the whole batch, not on micro-batches: mixup's partners are then those of a run without accumulation.
-    batch = augment(stream_key(seed, "augment", state.step), {**batch, "_mask": learnt})
+    batch = augmented(batch, state.step, prepare=prepare, augment=augment, seed=seed)
     # The number in the whole batch divides each micro-batch's sum, so that their gradients add up to the batch's own.
-    count = jnp.maximum(jnp.sum(learnt, dtype=jnp.int32), 1)
+    count = jnp.maximum(jnp.sum(batch["_mask"], dtype=jnp.int32), 1)
     key = stream_key(seed, "dropout", state.step)
 
     def loss_fn(params: Tree, micro: dict[str, jax.Array], index: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ MOST_CLASSES = 10**7  # a larger head is a slip of the pen, and a list of so man
 # What a run keeps in its workdir, and does with it.
 CONTENTS = {
     **dict.fromkeys(NOTES, (io.FILE, os.R_OK)), "metrics.jsonl": (io.FILE, os.R_OK | os.W_OK),
-    **dict.fromkeys((".lock", "training_curves.png", "wandb_run.txt"), (io.FILE, 0)),
+    **dict.fromkeys((".lock", "first_batch.png", "training_curves.png", "wandb_run.txt"), (io.FILE, 0)),
     **dict.fromkeys(("checkpoints", "damaged_checkpoints", "tensorboard", "profile"),
                     (io.FOLDER, os.R_OK | os.W_OK | os.X_OK))}
 

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from cb_vit.config import ConfigError, Failure
+from cb_vit.datasets.core import DataError
 from cb_vit.tools import cli
 from cb_vit.tree import flatten_with_names
 
@@ -68,6 +69,31 @@ def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+# Evaluators.
+
+
+class Numbered:
+    """Example i is an image of one pixel that says i, and the labels one gives it."""
+
+    class_names = None
+
+    def __init__(self, labels, num_classes, broken=()):
+        self.labels, self.num_classes, self.broken = labels, num_classes, broken
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise DataError(f"example {index} is broken")
+        return {"image": np.array([[[index // 256, index % 256, 0]]], np.uint8), "label": self.labels[index], "id": "x"}
+
+
+def predict_numbered(state, images):
+    """Logits of the example that the image names."""
+    return state.params["logits"][images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 0, 1]], {}
 
 
 # Weights of other codebases.

@@ -3,6 +3,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import Numbered
+from helpers import predict_numbered as predict
 from scipy.special import log_softmax
 
 from cb_vit import dist
@@ -14,28 +16,6 @@ from cb_vit.input_pipeline import InputConfig, Pipeline
 from cb_vit.train_state import TrainState
 
 N = 101
-
-
-class Numbered:
-    """Example i is an image of one pixel that says i, and the labels one gives it."""
-
-    class_names = None
-
-    def __init__(self, labels, num_classes, broken=()):
-        self.labels, self.num_classes, self.broken = labels, num_classes, broken
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        if index in self.broken:
-            raise DataError(f"example {index} is broken")
-        return {"image": np.array([[[index // 256, index % 256, 0]]], np.uint8), "label": self.labels[index], "id": "x"}
-
-
-def predict(state, images):
-    """Logits of the example that the image names."""
-    return state.params["logits"][images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 0, 1]], {}
 
 
 def evaluate(labels, logits, devices=1, batch_size=8, broken=(), **settings):

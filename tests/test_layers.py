@@ -18,7 +18,7 @@ LAYERS = {name: number for number, names in enumerate((
     "distillation prediction",
     "settings",
     "experiment",
-    "model_init stream",
+    "model_init stream first_batch",
     "startup",
     "train",
     "tools",

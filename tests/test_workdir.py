@@ -173,7 +173,8 @@ def test_notes_that_are_none_are_refused_and_left(tmp_path, name, content):
     assert "\n" not in str(error.value) and path.read_bytes() == content
 
 
-FILES = ("config.json", "run.json", "metrics.jsonl", "wandb_run.txt", "training_curves.png", ".lock")
+FILES = ("config.json", "run.json", "metrics.jsonl", "wandb_run.txt", "first_batch.png", "training_curves.png",
+         ".lock")
 FOLDERS = ("checkpoints", "damaged_checkpoints", "tensorboard", "profile")
 
 

@@ -1,23 +1,18 @@
 """Top-1 and top-5 accuracy and loss, each example counted once on any number of devices."""
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from cb_vit import dist
-from cb_vit.evaluators.common import EvaluatorConfig, PredictFn
-from cb_vit.input_pipeline import Pipeline, to_device
+from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, over_batches
+from cb_vit.input_pipeline import Pipeline
 from cb_vit.losses import LOSSES
-from cb_vit.skip_errors import Judge
 from cb_vit.train_state import TrainState
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,15 +58,9 @@ class Evaluator:
         Raises:
             DataError: more examples cannot be read than `skip_errors` allows.
         """
-        batches = to_device(
-            self._pipeline.evaluate(), self._pipeline.rows, self._sharding, self.config.batch_size)
-        judge = Judge(self._pipeline, f"skip_errors of the evaluator {self.config.prefix!r}")
         total: dict[str, float] = {}
-        with contextlib.closing(batches):
-            for step, sums in enumerate(_one_behind(self._sums(train_state, batch) for batch in batches), 1):
-                values = {name: float(value) for name, value in jax.device_get(sums).items()}
-                judge.add(step, int(values.pop("masked")))
-                total = {name: total.get(name, 0.0) + value for name, value in values.items()}
+        for sums in over_batches(lambda batch: self._sums(train_state, batch), self._pipeline, self._sharding):
+            total = {name: total.get(name, 0.0) + float(value) for name, value in sums.items()}
         seen = total.pop("seen", 0.0)
         for name, value in total.items():
             yield name, value / seen if seen else float("nan")
@@ -93,13 +82,3 @@ def batch_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array, losses: ja
     if logits.shape[1] > 5:
         sums["prec@5"] = jnp.any(hits, axis=1) & mask
     return {name: jnp.sum(value, dtype=jnp.float32) for name, value in sums.items()}
-
-
-def _one_behind(items: Iterable[T]) -> Iterator[T]:
-    """The same items, each once the next is under way: the device is never waited for."""
-    items = iter(items)
-    for previous in items:
-        for item in items:
-            yield previous
-            previous = item
-        yield previous

@@ -5,33 +5,40 @@ An evaluator is a module of this room with a `Config` and an `Evaluator`:
     Evaluator(predict_fn, *, config, pipeline, sharding), with `config` and `source` as attributes
     Evaluator.run(train_state) -> yields (metric name, value)
 
+One that has more to show of its last run than numbers says so in `files() -> yields (file name, content)`, which is
+asked on the first process alone, and stored by the caller.
+
 `predict_fn(train_state, images)` → (logits, out) is pure; evaluators jit it with their own arithmetic.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from cb_vit import datasets, dist
-from cb_vit.config import ConfigError, Duration, Read, convert, parse, plain
+from cb_vit import datasets, dist, io
+from cb_vit.config import ConfigError, Duration, Read, convert, parse, plain, under
 from cb_vit.datasets.contents import describe
-from cb_vit.input_pipeline import LoaderConfig, Pipeline, check_example
+from cb_vit.input_pipeline import LoaderConfig, Pipeline, check_example, to_device
 from cb_vit.pp import builder
 from cb_vit.pp.builder import Preprocess
 from cb_vit.registry import Registry
+from cb_vit.skip_errors import Judge
 from cb_vit.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 EMA = "ema/"  # stands before the names of metrics of the averaged parameters
-EVALUATORS = Registry("evaluator", {"classification": "cb_vit.evaluators.classification"})
+EVALUATORS = Registry("evaluator", {name: f"cb_vit.evaluators.{name}" for name in ("classification", "mistakes")})
+T = TypeVar("T")
 PredictFn = Callable[[TrainState, jax.Array], tuple[jax.Array, dict[str, Any]]]
 
 
@@ -111,7 +118,8 @@ def _open(name: str, config: EvaluatorConfig, predict_fn: PredictFn, state_shape
     unsaid = {key: getattr(training, key) for key in ("batch_size", "num_workers", "num_threads", "prefetch")
               if getattr(config, key) is None}
     prefix = f"{name}/" if config.prefix is None else config.prefix
-    config = dataclasses.replace(config, prefix=prefix, **unsaid)
+    with under(path):
+        config = dataclasses.replace(config, prefix=prefix, **unsaid)
     if preprocess.num_classes not in (None, num_classes):
         raise ConfigError(f"{path}.pp_fn", f"onehot has {preprocess.num_classes} classes, the model {num_classes}; "
                                            f"make it onehot({num_classes})")
@@ -129,13 +137,64 @@ def _open(name: str, config: EvaluatorConfig, predict_fn: PredictFn, state_shape
     return _module(config.type, path).Evaluator(predict_fn, config=config, pipeline=pipeline, sharding=sharding)
 
 
-def measure(evaluator: Any, state: TrainState) -> dict[str, float]:
-    """All metrics of an evaluator, and if an average of the parameters is kept, of that as well, under "ema/"."""
-    found = {f"{evaluator.config.prefix}{metric}": value for metric, value in evaluator.run(state)}
+def measure(evaluator: Any, state: TrainState, folder: str | os.PathLike | None = None) -> dict[str, float]:
+    """All metrics of an evaluator, and if an average of the parameters is kept, of that as well, under "ema/".
+
+    Args:
+        evaluator: what measures.
+        state: the train state.
+        folder: where its files go, into a folder called as its metrics are; None: they are not made.
+    """
+    found = _measure(evaluator, state, evaluator.config.prefix, folder)
     if state.ema is None:
         return found
-    averaged = evaluator.run(state.replace(params=state.ema))
-    return found | {f"{EMA}{evaluator.config.prefix}{metric}": value for metric, value in averaged}
+    return found | _measure(evaluator, state.replace(params=state.ema), f"{EMA}{evaluator.config.prefix}", folder)
+
+
+def _measure(evaluator: Any, state: TrainState, prefix: str, folder: str | os.PathLike | None) -> dict[str, float]:
+    found = {f"{prefix}{metric}": value for metric, value in evaluator.run(state)}
+    if folder is not None and has_files(evaluator) and jax.process_index() == 0:
+        io.try_to_write(io.as_path(folder) / prefix, evaluator.files())
+    return found
+
+
+def has_files(evaluator: Any) -> bool:
+    """Whether an evaluator has more to show than numbers."""
+    return hasattr(evaluator, "files")
+
+
+def over_batches(
+    function: Callable[[dict[str, jax.Array]], dict[str, jax.Array]], pipeline: Pipeline, sharding: NamedSharding
+) -> Iterator[dict[str, Any]]:
+    """What a function makes of each batch of an evaluator, on the host, the next batch being under way.
+
+    Args:
+        function: function of a global batch; a part of what it returns is "masked", the number of rows without an
+            example, which are judged and left out here.
+        pipeline: loader of the evaluator's data.
+        sharding: sharding of a global batch.
+
+    Raises:
+        DataError: more examples cannot be read than `skip_errors` allows.
+    """
+    config = pipeline.config
+    batches = to_device(pipeline.evaluate(), pipeline.rows, sharding, config.batch_size)
+    judge = Judge(pipeline, f"skip_errors of the evaluator {config.prefix!r}")
+    with contextlib.closing(batches):
+        for step, values in enumerate(_one_behind(function(batch) for batch in batches), 1):
+            values = jax.device_get(values)
+            judge.add(step, int(values.pop("masked")))
+            yield values
+
+
+def _one_behind(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each once the next is under way: the device is never waited for."""
+    items = iter(items)
+    for previous in items:
+        for item in items:
+            yield previous
+            previous = item
+        yield previous
 
 
 def _module(kind: str, path: str) -> ModuleType:

@@ -1,7 +1,8 @@
-"""The evaluators of a config on a trained model. Writes nothing.
+"""The evaluators of a config on a trained model. Writes nothing, but what some have to show into `--output`.
 
     cb-vit eval --workdir=runs/digits
     cb-vit eval --workdir=runs/digits --config.evals.val.batch_size=256
+    cb-vit eval --workdir=runs/digits --output=mistakes
     cb-vit eval --config=vit_i1k --weights=hf://timm/deit_tiny_patch16_224.fb_in1k
 
 `--workdir` takes the last checkpoint of a run, with the run's own config unless another is given. `--weights` takes
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from cb_vit import dist, experiment, io, sharding, startup
 from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import ConfigError, under
-from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, measure, open_all
+from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, has_files, measure, open_all
 from cb_vit.settings import Settings, check
 from cb_vit.tools import cli, source
 from cb_vit.train_state import TrainState
@@ -37,6 +38,7 @@ def arguments(parser: cli.Parser) -> None:
     parser.add_config("Not given: the config of the run.")
     parser.add_argument("--workdir", help="Folder of the run whose last checkpoint is evaluated.")
     parser.add_argument("--weights", help="In place of --workdir: a run, a file of weights, or hf://ORG/NAME.")
+    parser.add_argument("--output", help="Folder for the tables and pictures of evaluators that have some.")
     source.add_arguments(parser)
 
 
@@ -46,18 +48,20 @@ def main(args: argparse.Namespace) -> None:
         raise ConfigError("--weights", "takes the place of --workdir; give one of them")
     if args.weights is None and source.given(args):
         raise ConfigError("--weights", "not given, and --ema, --key, --prefix and --model are about it")
+    if args.output is not None:
+        io.check_address(args.output, "--output")
     path = args.weights or cli.required(args.workdir, "--workdir", "runs/digits")
     run, _ = as_run(path) or (args.workdir, None)
     settings = check(cli.config_of(args, run))
     if not settings.evals:
         raise ConfigError("config.evals", "has no evaluator; add one to the config, as in configs/digits.py")
     if args.weights is None:
-        _evaluate_run(settings, path)
+        _evaluate_run(settings, path, args.output)
     else:
-        _evaluate_weights(settings, source.open_source(args, path, "--weights"))
+        _evaluate_weights(settings, source.open_source(args, path, "--weights"), args.output)
 
 
-def _evaluate_run(settings: Settings, workdir: str) -> None:
+def _evaluate_run(settings: Settings, workdir: str, output: str | None) -> None:
     io.check_address(workdir, "--workdir")
     directory = io.as_path(workdir) / "checkpoints"
     if not io.exists(directory):
@@ -72,10 +76,10 @@ def _evaluate_run(settings: Settings, workdir: str) -> None:
             raise ConfigError("--workdir", f"{directory} holds no checkpoint; give the workdir of a run that has one")
         state, _ = restored
         _tell(f"step {int(state.step)} of {directory}")
-        _measure(run.open_evaluators(known), state)
+        _measure(run.open_evaluators(known), state, output)
 
 
-def _evaluate_weights(settings: Settings, weights: Weights) -> None:
+def _evaluate_weights(settings: Settings, weights: Weights, output: str | None) -> None:
     if not weights.model.num_classes:
         raise ConfigError("--weights", f"{weights} has no head, and so no classes to score")
     dist.initialize()
@@ -88,7 +92,7 @@ def _evaluate_weights(settings: Settings, weights: Weights) -> None:
             settings.evals, functools.partial(_predictor, weights), state_shapes=state, sharding=batch_sharding,
             training=settings.input, num_classes=weights.model.num_classes, class_names=weights.class_names)
         _tell(f"{weights}: {weights.format}", *weights.notes)
-        _measure(evaluators, state.replace(params=weights.read(shapes)))
+        _measure(evaluators, state.replace(params=weights.read(shapes)), output)
 
 
 def _predictor(weights: Weights, config: EvaluatorConfig) -> PredictFn:
@@ -105,12 +109,14 @@ def _predictor(weights: Weights, config: EvaluatorConfig) -> PredictFn:
     return predict
 
 
-def _measure(evaluators: Mapping[str, Any], state: TrainState) -> None:
+def _measure(evaluators: Mapping[str, Any], state: TrainState, output: str | None) -> None:
     for name, evaluator in evaluators.items():
         start = time.monotonic()
-        values = measure(evaluator, state)
+        values = measure(evaluator, state, output)
         _tell(*(f"{metric:<24}{value:.4f}" for metric, value in values.items()),
               f"{name + ' took':<24}{time.monotonic() - start:.1f} s")
+        if has_files(evaluator):
+            _tell(f"{name + ' is in':<24}{output}" if output else f"{name} has more to show: give --output=FOLDER")
 
 
 def _tell(*lines: str) -> None:

@@ -47,7 +47,8 @@ def summary(metrics: dict[str, float], args: argparse.Namespace) -> Iterator[str
 
     lines = [(name, f"{value:.4f}") for name, value in metrics.items() if name.endswith(("/prec@1", "/loss"))]
     lines += [(what, os.path.join(args.workdir, name)) for what, name in (
-        ("checkpoints", "checkpoints"), ("metrics", "metrics.jsonl"), ("curves", "training_curves.png"))
+        ("checkpoints", "checkpoints"), ("metrics", "metrics.jsonl"), ("curves", "training_curves.png"),
+        ("first batch", "first_batch.png"))
         if io.exists(io.as_path(args.workdir) / name)]
     total = read_run(args.workdir)["total_steps"]
     if metrics["step"] == total:
