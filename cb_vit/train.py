@@ -154,7 +154,8 @@ class Loop:
                     self._save(step, state, scores)
                 if stopping or step == total:
                     break
-                batch = next(batches)
+                with self.chrono.waiting():
+                    batch = next(batches)
                 with self.profiler.step(step + 1, state):
                     state, following = train_step(state, batch, teacher)
                 if metrics:
