@@ -27,9 +27,10 @@ from cb_vit.datasets import DataError
 from cb_vit.evaluators.common import EMA, measure
 from cb_vit.experiment import Experiment
 from cb_vit.input_pipeline import to_device
-from cb_vit.monitor.metric_writer import MetricWriter, check_login
+from cb_vit.monitor.metric_writer import MetricWriter
 from cb_vit.monitor.profiling import Profiler
 from cb_vit.monitor.timing import Chrono, memory_stats, peak_flops, speed_text
+from cb_vit.monitor.wandb_run import check_login
 from cb_vit.settings import check
 from cb_vit.skip_errors import Judge
 from cb_vit.stream import check_hosts, stream_of
@@ -66,7 +67,7 @@ def train_and_evaluate(
     dist.together(lambda: workdir_lib.check_writable(workdir))
     dist.together(lambda: workdir_lib.check_contents(workdir))
     primary = jax.process_index() == 0
-    dist.together(lambda: check_login(settings) if primary else None)
+    dist.together(lambda: check_login(settings.wandb) if primary else None)
     run = startup.build(settings, workdir)
     evals = run.open_evaluators()
     check_hosts(run, evals)

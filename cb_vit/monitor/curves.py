@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from cb_vit.monitor.style import FAINT, GRID, INK, PALETTE, to_png
-
-Series = tuple[np.ndarray, np.ndarray]  # steps, values
+from cb_vit.records import Series
 
 
 def draw_curves(history: Mapping[str, Series], title: str = "") -> bytes:
