@@ -102,7 +102,7 @@ def test_what_a_run_has_recorded_is_read_without_a_change(path, caplog):
     (None, "does not exist; give the workdir of a run"),
     (b"", "holds no record of a run; give the workdir of one that has logged a step"),
     (b'{"st', "holds no record of a run; give the workdir of one that has logged a step"),
-    (b'{"epoch": 1}\n', "holds no record of a run (b'{\"epoch\": 1}'); give the workdir of one that has logged a step")])
+    (b'{"x": 1}\n', "holds no record of a run (b'{\"x\": 1}'); give the workdir of one that has logged a step")])
 def test_what_is_no_run_is_told_where_it_was_given(path, content, error):
     if content is not None:
         path.write_bytes(content)
