@@ -16,6 +16,7 @@ from cb_vit.texts import parse_json
 
 logger = logging.getLogger(__name__)
 BEGIN = b'{"step": '  # of every record
+MOST_STEPS = 2**53  # the whole numbers that a float64, and so a picture's axis, tells apart
 Line = tuple[bytes, dict[str, Any] | None]
 Series = tuple[np.ndarray, np.ndarray]  # steps in their order, values
 
@@ -161,7 +162,7 @@ def _parse_record(line: bytes) -> dict[str, Any] | None:
     try:
         record = parse_json(line)
         # `type`, since True is an int to `isinstance`.
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
+        if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= MOST_STEPS:
             return None
         if not all(v is None or isinstance(v, int | float) and math.isfinite(v) for v in record.values()):
             return None

@@ -45,7 +45,8 @@ def test_a_torn_last_line_goes_without_a_word(path, caplog, torn, resume_step):
 
 
 NONSENSE = [b"oops", b"[2]", b"3", b'{"step": 2, "lr": NaN}', b'{"step": 2, "lr": 1' + 400 * b"0" + b"}", b"\xff\xfe\0",
-            b'{"step": "2"}', b'{"step": true}', b"[" * 100_000, b"9" * 10_000, b'{"step": 1, "x": "word"}', b"",
+            b'{"step": "2"}', b'{"step": true}', b'{"step": -1}', b'{"step": 9007199254740993}',
+            b"[" * 100_000, b"9" * 10_000, b'{"step": 1, "x": "word"}', b"",
             b"\x89PNG"]
 
 

@@ -13,6 +13,7 @@ from cb_vit.records import Series
 
 LONG = 60  # values of a noisy curve from which on it is drawn smoothed
 FEW = 12  # values up to which each has a point of its own: they would not show as lines
+LARGEST = 1e100  # magnitude up to which values are drawn: matplotlib's arithmetic overflows before float64 does
 RING = "\u25cb"  # of a best value, on the curve and in words
 
 
@@ -66,7 +67,7 @@ def draw_curve(ax: Any, curve: Series, look: Look, kind: Kind, raw: bool = True)
 
     Args:
         ax: the panel.
-        curve: steps and values; NaN leaves a gap.
+        curve: steps and values; NaN leaves a gap, and so does what is as good as infinite.
         look: how it is to look.
         kind: kind of the metric.
         raw: whether the curve itself shows under the smoothed one, in grey.
@@ -75,7 +76,7 @@ def draw_curve(ax: Any, curve: Series, look: Look, kind: Kind, raw: bool = True)
         The height at which it ends, and that in words with the best value if that is another; None: it has no value.
     """
     steps, values = curve
-    finite = np.isfinite(values)
+    finite = np.abs(values) <= LARGEST  # false for NaN
     if not finite.any():
         return None
     values = np.where(finite, values, np.nan)
