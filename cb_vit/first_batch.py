@@ -36,21 +36,24 @@ class FirstBatch:
         self._samples = with_the_step.submit(self._compile)
         with_the_step.shutdown(wait=False)
 
-    def write(self, batch: dict[str, jax.Array], step: int, workdir: str | os.PathLike) -> None:
+    def write(self, batch: dict[str, jax.Array], step: int, workdir: str | os.PathLike,
+              show: Callable[[str, bytes, int], None] = lambda *_: None) -> None:
         """Draw the batch into the run's folder: all processes take part, the first writes, and failing is a warning.
 
         Args:
             batch: the global batch as the host delivers it.
             step: the number of completed steps.
             workdir: the run's folder.
+            show: function of (name, PNG, step) that shows it elsewhere as well.
         """
         def pictures() -> Iterator[tuple[str, bytes]]:
             samples = jax.device_get(self._samples.result()(batch, jnp.int32(step)))
             if jax.process_index() == 0:
-                yield NAME, draw_batch(**samples, class_names=self._run.class_names,
-                                       title=f"What the model sees at step {step + 1}",
-                                       note=f"{len(samples['image'])} images of a batch of {batch['_mask'].shape[0]}, "
-                                            "after all augmentation")
+                note = f"{len(samples['image'])} images of a batch of {batch['_mask'].shape[0]}, after all augmentation"
+                picture = draw_batch(**samples, class_names=self._run.class_names,
+                                     title=f"What the model sees at step {step + 1}", note=note)
+                yield NAME, picture
+                show(NAME.removesuffix(".png"), picture, step)
 
         io.try_to_write(workdir, pictures())
 

@@ -28,9 +28,11 @@ from cb_vit.evaluators.common import EMA, measure
 from cb_vit.experiment import Experiment
 from cb_vit.first_batch import FirstBatch
 from cb_vit.input_pipeline import to_device
-from cb_vit.monitor.metric_writer import MetricWriter, check_login
+from cb_vit.monitor.metric_writer import MetricWriter
 from cb_vit.monitor.profiling import Profiler
+from cb_vit.monitor.progress import LiveLine
 from cb_vit.monitor.timing import Chrono, memory_stats, peak_flops, speed_text
+from cb_vit.monitor.wandb_run import check_login
 from cb_vit.settings import check
 from cb_vit.skip_errors import Judge
 from cb_vit.stream import check_hosts, stream_of
@@ -44,13 +46,15 @@ class NonFinite(Failure):
 
 
 def train_and_evaluate(
-    config: ml_collections.ConfigDict | Mapping[str, Any], workdir: str | os.PathLike
+    config: ml_collections.ConfigDict | Mapping[str, Any], workdir: str | os.PathLike, terminal: Any = None
 ) -> dict[str, float]:
     """Train as `config` says, from scratch or from where `workdir` stands.
 
     Args:
         config: the settings of the run, see `settings.Settings`.
         workdir: the run's folder, local or in a bucket.
+        terminal: stream on which the log is shown, for a line below it that says how far the run is; None, or what is
+            no terminal: there is no such line.
 
     Returns:
         `step`, the number of complete steps, and the last value of every metric recorded (on the first process;
@@ -67,7 +71,7 @@ def train_and_evaluate(
     dist.together(lambda: workdir_lib.check_writable(workdir))
     dist.together(lambda: workdir_lib.check_contents(workdir))
     primary = jax.process_index() == 0
-    dist.together(lambda: check_login(settings) if primary else None)
+    dist.together(lambda: check_login(settings.wandb) if primary else None)
     run = startup.build(settings, workdir)
     evals = run.open_evaluators()
     check_hosts(run, evals)
@@ -91,7 +95,11 @@ def train_and_evaluate(
         profiler = stack.enter_context(Profiler(run.settings.profile, workdir, primary))
         stop = stack.enter_context(stop_signal(checkpointer))
         judge = Judge(run.pipeline, "config.input.skip_errors", run.settings.seed, **meta.get("errors", {}))
-        loop = Loop(run, workdir, evals, checkpointer, writer, chrono, profiler, stop, judge,
+        accuracy = next((f"{evaluator.config.prefix}prec@1" for evaluator in evals.values()), None)
+        live = stack.enter_context(LiveLine(
+            chrono, writer, step=int(state.step), metric=accuracy, device=jax.local_devices()[0],
+            stream=terminal if primary else None))
+        loop = Loop(run, workdir, evals, checkpointer, writer, chrono, profiler, live, stop, judge,
                     meta.get("examples_skipped", 0), meta.get("model_init"))
         state = loop.run(state)
         return {"step": int(state.step), **{name: float(values[-1]) for name, (_, values) in writer.history().items()}}
@@ -109,6 +117,7 @@ class Loop:
         writer: writer of the metrics.
         chrono: clock of the run.
         profiler: profiler that traces some of the steps.
+        live: line on the terminal that says how far the run is.
         stop: function asked at every step, in order: whether to save and end there.
         judge: judge of whether too many examples of the present epoch are unreadable.
         examples_skipped: number of unreadable examples met since the run began.
@@ -122,6 +131,7 @@ class Loop:
     writer: MetricWriter
     chrono: Chrono
     profiler: Profiler
+    live: LiveLine
     stop: Callable[[int], bool]
     judge: Judge
     examples_skipped: int = 0
@@ -140,7 +150,8 @@ class Loop:
         """Train to the last step, or to where the run is told to stop."""
         first, total = int(state.step), self.experiment.total_steps
         first_batch = FirstBatch(self.experiment) if first < total and self.experiment.settings.plot else None
-        train_step = self._compile() if first < total else None
+        with self.live.doing("compiling"):
+            train_step = self._compile() if first < total else None
         teacher = self.experiment.read_teacher()
         metrics = None  # those of the last step, until they are logged
         self.chrono.start(first)
@@ -158,16 +169,18 @@ class Loop:
                     self._save(step, state, scores)
                 if stopping or step == total:
                     break
-                batch = next(batches)
+                with self.chrono.waiting():
+                    batch = next(batches)
                 if step == first and first_batch:
                     with self.chrono.paused("first_batch"):
-                        first_batch.write(batch, step, self.workdir)
+                        first_batch.write(batch, step, self.workdir, self.writer.image)
                 with self.profiler.step(step + 1, state):
                     state, following = train_step(state, batch, teacher)
                 if metrics:
                     self._log(step, metrics)
                 metrics = following
                 self.chrono.tick(step + 1)
+                self.live.update(step + 1)
         self.checkpointer.wait()
         self._say_goodbye(step, first, stopping)
         return state
@@ -236,7 +249,7 @@ class Loop:
         scores: dict[str, float] = {}
         for name in names:
             evaluator = self.evals[name]
-            with self.chrono.paused("evaluate"):
+            with self.chrono.paused("evaluate"), self.live.doing(f"evaluating {name}"):
                 found = measure(evaluator, state, self.workdir)
             self.writer.write(step, found)
             logger.info("step %d  %s", step, "  ".join(f"{metric} {value:.4f}" for metric, value in found.items()))

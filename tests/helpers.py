@@ -16,7 +16,7 @@ from cb_vit.tools import cli
 from cb_vit.tree import flatten_with_names
 
 ROOT = pathlib.Path(__file__).parents[1]
-TIMES = re.compile(r"uptime|core_hours|img/sec.*|mfu|z/secs/.*|.*_gib")
+TIMES = re.compile(r"uptime|core_hours|img/sec.*|data_wait|mfu|z/secs/.*|.*_gib")
 
 
 def program(*args, cwd=ROOT, **env):

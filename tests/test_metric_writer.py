@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import types
 
 import numpy as np
@@ -15,9 +16,9 @@ from PIL import Image
 
 from cb_vit.config import ConfigError, parse
 from cb_vit.io import CannotWrite
-from cb_vit.monitor import metric_writer
-from cb_vit.monitor.curves import draw_curves
-from cb_vit.monitor.metric_writer import LoggingConfig, MetricWriter, Pace, WandbConfig
+from cb_vit.monitor import metric_writer, tensorboard
+from cb_vit.monitor.metric_writer import LoggingConfig, MetricWriter, Pace
+from cb_vit.monitor.wandb_run import WandbConfig, check_login
 
 PLAIN = LoggingConfig(plot=False)
 
@@ -128,7 +129,7 @@ def test_other_processes_write_nothing(tmp_path):
     cfg = LoggingConfig(tensorboard=True, plot=True)
     with writer(tmp_path / "run", cfg, primary=False) as w:
         w.write(1, {"lr": 0.1})
-        assert not w.plot(force=True) and w.history() == {} and w.recorded(1) == set()
+        assert not w.plot() and w.history() == {} and w.recorded(1) == set()
     assert not (tmp_path / "run").exists()
 
 
@@ -186,30 +187,60 @@ def test_a_bucket_gets_the_whole_file_now_and_then_and_at_the_end(monkeypatch):
 
 
 def events(folder):
-    """Scalars and session starts of all event files: TFRecord framing is length, crc, payload, crc."""
+    """Summaries and session starts of all event files: TFRecord framing is length, crc, payload, crc."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog
-    scalars, starts = [], []
+    values, starts = [], []
     for path in sorted(folder.iterdir()):
         data, at = path.read_bytes(), 0
         while at < len(data):
             (length,) = struct.unpack_from("<Q", data, at)
             event = Event.FromString(data[at + 12:at + 12 + length])
             at += 12 + length + 4
-            scalars += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            values += [(event.step, value) for value in event.summary.value]
             starts += [event.step] if event.session_log.status == SessionLog.START else []
-    return scalars, starts
+    return values, starts
 
 
-def test_tensorboard_events_read_back_under_the_same_names(tmp_path):
+def test_tensorboard_events_read_back_under_their_tags(tmp_path):
     cfg = LoggingConfig(tensorboard=True, plot=False)
     with writer(tmp_path, cfg) as w:
         w.write(1, {"val/prec@1": 0.5, "img/sec": 3})
     with writer(tmp_path, cfg, resume_step=1) as w:
         w.write(2, {"training_loss": math.nan})
-    scalars, starts = events(tmp_path / "tensorboard")
-    assert scalars[:2] == [(1, "val/prec@1", 0.5), (1, "img/sec", 3.0)]
-    assert scalars[2][:2] == (2, "training_loss") and math.isnan(scalars[2][2])
+    values, starts = events(tmp_path / "tensorboard")
+    scalars = [(step, value.tag, value.simple_value) for step, value in values]
+    assert scalars[:2] == [(1, "val/prec@1", 0.5), (1, "speed/img/sec", 3.0)]
+    assert scalars[2][:2] == (2, "train/training_loss") and math.isnan(scalars[2][2])
     assert starts == [0, 2]  # what TensorBoard hides of the earlier files
+    assert records(tmp_path)[0] == {"step": 1, "val/prec@1": 0.5, "img/sec": 3}
+
+
+@pytest.mark.parametrize("group, names", [
+    ("train/", ["training_loss", "lr", "lr/head", "l2_grads", "l2_params", "epoch", "examples_seen"]),
+    ("speed/", ["img/sec", "img/sec/core", "data_wait", "mfu", "uptime", "core_hours"]),
+    ("memory/", ["hbm_gib", "hbm_peak_gib", "host_peak_gib"]),
+    ("", ["val/prec@1", "ema/val/loss", "z/secs/evaluate", "prec@1", "loss"])])
+def test_tensorboard_has_a_group_for_every_metric(group, names):
+    assert [tensorboard.tag(name) for name in names] == [group + name for name in names]
+
+
+def test_a_picture_goes_to_tensorboard_as_it_is(tmp_path, monkeypatch):
+    content = io.BytesIO()
+    Image.new("RGB", (7, 5)).save(content, "png")
+    wandb = FakeWandb()
+    wandb.Image = lambda picture: picture.size
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with writer(tmp_path / "off") as w:
+        w.image("looks", content.getvalue(), 3)
+    with writer(tmp_path / "wandb", LoggingConfig(wandb=WandbConfig("p"), plot=False)) as w:
+        w.image("looks", content.getvalue(), 3)
+    assert wandb.logs == [(3, {"looks": (7, 5)})]
+    with writer(tmp_path / "on", LoggingConfig(tensorboard=True, plot=False)) as w:
+        w.image("looks", content.getvalue(), 3)
+    [(step, value)], _ = events(tmp_path / "on/tensorboard")
+    assert (step, value.tag, value.image.width, value.image.height) == (3, "looks", 7, 5)
+    assert value.image.encoded_image_string == content.getvalue()
+    assert [path.name for path in (tmp_path / "off").iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize("act", ["remove", "move", "replace", "remove the file"])
@@ -231,9 +262,9 @@ def test_a_folder_that_has_gone_is_told_and_not_made_anew(tmp_path, act):
     assert not (folder / "metrics.jsonl").exists() and not (folder / "training_curves.png").exists()
 
 
-@pytest.mark.parametrize("what", ["_append", "_write_tensorboard"])
-def test_a_disk_that_fills_is_told_once(tmp_path, monkeypatch, caplog, what):
-    monkeypatch.setattr(metric_writer, what, fill)
+@pytest.mark.parametrize("where, what", [(metric_writer, "_append"), (tensorboard, "write_scalars")])
+def test_a_disk_that_fills_is_told_once(tmp_path, monkeypatch, caplog, where, what):
+    monkeypatch.setattr(where, what, fill)
     with pytest.raises(CannotWrite, match=r"cannot be written: No space left on device; free some space there$"):
         with writer(tmp_path, LoggingConfig(tensorboard=True)) as w:
             monkeypatch.setattr(metric_writer.io, "write_atomic", fill)  # of the picture, at the end
@@ -245,7 +276,9 @@ def test_a_picture_is_not_worth_a_run(tmp_path, monkeypatch, caplog):
     with writer(tmp_path, LoggingConfig()) as w:
         monkeypatch.setattr(metric_writer.io, "write_atomic", fill)
         w.write(1, {"lr": 1})
-        assert not w.plot(force=True) and not w.plot(force=True)
+        assert w.plot()
+        w._drawing.result()
+        assert not w.plot()
         w.write(2, {"lr": 1})
     [line] = caplog.messages
     assert line == (f"{tmp_path}/training_curves.png cannot be written: No space left on device; free some space "
@@ -301,11 +334,11 @@ def test_what_wandb_says_of_login_and_network_is_one_line(tmp_path, monkeypatch,
     for login, refused in ((fail, r"No API key configured\."), (lambda **kw: False, "no API key is known"),
                            (lambda **kw: True, None)):
         wandb.login = login
-        metric_writer.check_login(offline)
-        metric_writer.check_login(PLAIN)
+        check_login(offline.wandb)
+        check_login(PLAIN.wandb)
         expected = refused and pytest.raises(ConfigError, match=rf"^config\.wandb: {refused}; run `wandb login`, or")
         with expected or contextlib.nullcontext():
-            metric_writer.check_login(online)
+            check_login(online.wandb)
     with writer(tmp_path, online) as w:
         w._wandb.log = fail
         w.write(1, {"lr": 1})
@@ -356,46 +389,49 @@ def test_pace_keeps_to_its_share_and_its_interval():
         assert worked <= 0.0501 * clock.now
 
 
-def curves(points, nan=()):
-    steps = np.arange(1, points + 1) * 10
-    falling = np.where(np.isin(np.arange(points), nan), np.nan, 3 / np.maximum(steps, 1) + 0.1)
-    names = ("training_loss", "val/loss", "val/prec@1", "real/prec@1", "lr", "l2_grads", "epoch")
-    return {name: (steps, steps / 100 if name == "epoch" else falling / 4) for name in names}
+class Drawing:
+    """Stands in for `draw_curves`: a drawing takes until the test lets it, and shows how many records there were."""
+
+    def __init__(self, monkeypatch):
+        self.threads, self.let = [], threading.Event()
+        monkeypatch.setattr(metric_writer, "draw_curves", self)
+
+    def __call__(self, history, title):
+        self.threads.append(threading.current_thread())
+        assert self.let.wait(20)
+        return str(len(history.get("lr", [()])[0])).encode()
 
 
-def picture(data):
-    Image.open(io.BytesIO(data)).verify()
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
-@pytest.mark.filterwarnings("error")
-def test_curves_can_be_drawn_from_anything():
-    seen = [picture(draw_curves(history, "run")) for history in (
-        {}, curves(1), curves(1, nan=[0]), curves(40, nan=[0, 7, 39]), curves(500, nan=range(100, 200)),
-        {"val/prec@1": (np.array([0]), np.array([0.1]))}, {"training_loss": (np.arange(3), np.array([np.inf, -1, 2]))})]
-    assert all(image.shape == seen[0].shape and image.std() > 1 for image in seen)
-    assert len({image.tobytes() for image in seen}) == len(seen)
-
-
-def test_plot_is_kept_up_to_date_at_its_pace(tmp_path):
-    clock = Clock()
-    png = tmp_path / "training_curves.png"
+def test_curves_are_drawn_beside_the_training_at_their_pace(tmp_path, monkeypatch):
+    clock, drawing, png = Clock(), Drawing(monkeypatch), tmp_path / "training_curves.png"
     with writer(tmp_path, LoggingConfig(), clock=clock) as w:
-        assert w.plot()  # of nothing yet
-        images = [png.read_bytes()]
-        for step in (1, 2):
-            w.write(step, {"training_loss": 1 / step, "lr": 0.1})
-            assert not w.plot() and png.read_bytes() == images[-1]
-            clock.now += 10
-            assert w.plot()
-            images.append(png.read_bytes())
-        assert not w.plot() and w.plot(force=True)
-        w.write(3, {"training_loss": 0.1})
-    images.append(png.read_bytes())  # closing draws the end
-    assert len(set(images)) == 4
-    for image in images:
-        picture(image)
+        assert w.plot()  # and is back although it is not drawn
+        w.write(1, {"lr": 0.1})
+        clock.now += 100
+        assert not w.plot()  # one at a time
+        drawing.let.set()
+        w._drawing.result()
+        assert png.read_bytes() == b"0"  # what was recorded when it began
+        assert not w.plot()
+        clock.now += 1900  # it has taken 100 s, which are to be 5 % of the time
+        assert w.plot()
+        w._drawing.result()
+        assert png.read_bytes() == b"1"
+        w.write(2, {"lr": 0.1})
+    assert png.read_bytes() == b"2" and len(drawing.threads) == 3  # closing draws the end
+    assert threading.main_thread() not in drawing.threads and not any(thread.is_alive() for thread in drawing.threads)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "training_curves.png"]
+
+
+def test_closing_waits_for_a_drawing_under_way(tmp_path, monkeypatch):
+    drawing = Drawing(monkeypatch)
+    with writer(tmp_path, LoggingConfig()) as w:
+        w.write(1, {"lr": 0.1})
+        w.plot()
+        w.write(2, {"lr": 0.1})
+        threading.Timer(0.2, drawing.let.set).start()
+    assert (tmp_path / "training_curves.png").read_bytes() == b"2"
+    assert not any(thread.is_alive() for thread in drawing.threads)
 
 
 def test_a_picture_that_fails_does_not_end_the_run(tmp_path, monkeypatch, caplog):
@@ -403,7 +439,9 @@ def test_a_picture_that_fails_does_not_end_the_run(tmp_path, monkeypatch, caplog
         raise RuntimeError("no fonts")
     monkeypatch.setattr(metric_writer, "draw_curves", fail)
     with writer(tmp_path, LoggingConfig()) as w:
-        assert not w.plot(force=True) and not w.plot(force=True)
+        assert w.plot()
+        w._drawing.result()
+        assert not w.plot()
         w.write(1, {"lr": 0.1})
     assert caplog.text.count("could not be drawn") == 1 and len(records(tmp_path)) == 1
 

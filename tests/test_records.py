@@ -45,7 +45,8 @@ def test_a_torn_last_line_goes_without_a_word(path, caplog, torn, resume_step):
 
 
 NONSENSE = [b"oops", b"[2]", b"3", b'{"step": 2, "lr": NaN}', b'{"step": 2, "lr": 1' + 400 * b"0" + b"}", b"\xff\xfe\0",
-            b'{"step": "2"}', b'{"step": true}', b"[" * 100_000, b"9" * 10_000, b'{"step": 1, "x": "word"}', b"",
+            b'{"step": "2"}', b'{"step": true}', b'{"step": -1}', b'{"step": 9007199254740993}',
+            b"[" * 100_000, b"9" * 10_000, b'{"step": 1, "x": "word"}', b"",
             b"\x89PNG"]
 
 
@@ -86,3 +87,26 @@ def test_what_cannot_be_read_is_not_emptied(path, monkeypatch):
         patch.setattr(type(path), "read_bytes", broken)
         records.reopen(path, None)
     assert os.listdir(path.parent) == [path.name] and path.read_bytes() == ONE
+
+
+def test_what_a_run_has_recorded_is_read_without_a_change(path, caplog):
+    content = ONE + TWO + b'{"step": 1, "val/prec@1": 0.5}\n{"step": 1, "lr": 0.25}\n{"step": 3, "l'
+    path.write_bytes(content)
+    history = records.read(path.parent, "RUN")
+    steps, values = history.series()["lr"]
+    assert steps.tolist() == [1, 2] and values[0] == 0.25 and math.isnan(values[1])
+    assert history.at(1) == {"lr", "val/prec@1"} and history.highest("lr") == 0.25 and history.highest("loss") is None
+    assert path.read_bytes() == content and caplog.text == ""
+
+
+@pytest.mark.parametrize("content, error", [
+    (None, "does not exist; give the workdir of a run"),
+    (b"", "holds no record of a run; give the workdir of one that has logged a step"),
+    (b'{"st', "holds no record of a run; give the workdir of one that has logged a step"),
+    (b'{"x": 1}\n', "holds no record of a run (b'{\"x\": 1}'); give the workdir of one that has logged a step")])
+def test_what_is_no_run_is_told_where_it_was_given(path, content, error):
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        records.read(path.parent, "RUN")
+    assert str(caught.value) == f"RUN: {path} {error}"

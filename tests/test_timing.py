@@ -66,6 +66,28 @@ def test_a_rate_is_the_mean_over_the_last_minute_of_training(clock):
     assert chrono.measure(301)["img/sec"] == rates[301]  # nothing has passed
 
 
+def test_the_share_of_waiting_is_that_of_the_minute_of_the_rate(clock):
+    chrono = Chrono(10_000, 10, clock=clock)
+    chrono.start()
+
+    def step(number, wait, work):
+        with chrono.waiting():
+            clock.pass_(wait)
+        clock.pass_(work)
+        return chrono.measure(number).get("data_wait")
+
+    assert step(1, 50, 50) is None  # the pipeline starts, the step compiles
+    assert step(2, 1, 3) == pytest.approx(1 / 4)
+    with chrono.paused("evaluate"):
+        clock.pass_(500)
+        with chrono.waiting():  # for the data of an evaluator: training stands still
+            clock.pass_(500)
+    assert step(3, 0, 4) == pytest.approx(1 / 8)
+    assert [step(number, 0.25, 0.75) for number in range(4, 100)][-1] == pytest.approx(1 / 4)
+    chrono.start(99)
+    assert step(100, 5, 5) is None and step(101, 0, 1) == 0
+
+
 def test_steps_that_take_minutes_have_a_rate_as_well(clock):
     chrono = Chrono(100, 10, clock=clock)
     chrono.start()
@@ -184,6 +206,8 @@ def test_progress_line(clock):
     metrics = {"training_loss": 0.13249, "lr": 8.2e-4, "img/sec": 5821.3, "mfu": 0.3118, "l2_grads": 1.0}
     assert chrono.progress_line(1200, metrics) == (
         "step 1200/2250 (53.3%) epoch 42.7 | loss 0.132 | lr 8.2e-04 | 5821 img/s | MFU 31.2 % | ETA 0:17:30")
+    assert chrono.progress_line(1200, metrics | {"data_wait": 0.12}).endswith("| waiting for data 12 % | ETA 0:17:30")
+    assert "waiting" not in chrono.progress_line(1200, metrics | {"data_wait": 0.09})
     assert Chrono(10, 1, clock=clock).progress_line(0, {}) == "step 0/10 (0.0%)"
     assert "loss nan" in chrono.progress_line(1200, {"training_loss": float("nan")})
 

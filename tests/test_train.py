@@ -124,7 +124,7 @@ def test_a_run_leaves_the_files_of_a_workdir(whole):
 def test_metrics_have_their_names_and_are_numbers(whole):
     folder, returned = whole
     training = {"training_loss", "l2_grads", "l2_params", "l2_updates", "lr", "epoch", "examples_seen", "img/sec",
-                "img/sec/core", "core_hours", "uptime", "z/secs/evaluate", "z/secs/checkpoint"}
+                "img/sec/core", "data_wait", "core_hours", "uptime", "z/secs/evaluate", "z/secs/checkpoint"}
     last = records(folder)[-2]
     assert training <= last.keys() and last["step"] == 8 and last["epoch"] == 2 and last["examples_seen"] == 64
     assert last["lr"] == pytest.approx(1e-2)

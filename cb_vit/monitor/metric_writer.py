@@ -8,45 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import logging
 import math
 import os
-import re
 import time
-import uuid
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
-
-import numpy as np
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from cb_vit import io, records
 from cb_vit.config import ConfigError
-from cb_vit.monitor.curves import Series, draw_curves
+from cb_vit.monitor import tensorboard, wandb_run
+from cb_vit.monitor.curves import draw_curves
+from cb_vit.monitor.wandb_run import WandbConfig
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class WandbConfig:
-    """Where Weights & Biases files the run: the arguments of `wandb.init` of the same names.
-
-    Attributes:
-        project: name of the project.
-        name: name of the run; None: Weights & Biases makes one up.
-        entity: user or team that the run belongs to; None: the account's own.
-        group: name of a group of runs; None: no group.
-        tags: words to find the run by.
-        mode: "online", "offline" (to be sent later with `wandb sync`), or "disabled".
-    """
-
-    project: str
-    name: str | None = None
-    entity: str | None = None
-    group: str | None = None
-    tags: tuple[str, ...] = ()
-    mode: Literal["online", "offline", "disabled"] = "online"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,21 +93,22 @@ class MetricWriter:
         self._workdir = io.as_path(workdir)
         self._path = self._workdir / "metrics.jsonl"
         self._local = io.is_local(workdir)
-        self._series: dict[str, dict[int, float]] = {}
+        self._history = records.History()
         self._lines: list[bytes] = []  # of a remote file, which can only be written whole
         self._tensorboard = self._wandb = None
         # A bucket's file is written whole each time: as often as lines come, it would cost more the longer a run is.
         self._upload_pace, self._plot_pace = Pace(10, 0.05, clock), Pace(10, 0.05, clock)
+        self._painter, self._drawing = ThreadPoolExecutor(1, "curves"), None  # its thread starts with the first drawing
         if not primary:
             return
         with io.writing(self._path):
             self._workdir.mkdir(parents=True, exist_ok=True)
             self._open_file(resume_step)
         if cfg.tensorboard:
-            with io.writing(self._workdir / "tensorboard"):
-                self._tensorboard = _open_tensorboard(self._workdir / "tensorboard", resume_step)
+            with self._writing_tensorboard() as folder:
+                self._tensorboard = tensorboard.open_writer(folder, resume_step)
         if cfg.wandb:
-            self._wandb = _open_wandb(self._workdir, cfg.wandb, resume_step, run_config)
+            self._wandb = wandb_run.open_run(self._workdir, cfg.wandb, resume_step, run_config)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Record `scalars` at `step`.
@@ -146,7 +126,7 @@ class MetricWriter:
         if not self._primary:
             return
         scalars = {name: _number(name, value) for name, value in scalars.items()}
-        self._remember(step, scalars)
+        self._history.add(step, scalars)
         # JSON has no NaN; Python would write one that other readers refuse.
         line = json.dumps({"step": int(step), **{n: v if math.isfinite(v) else None for n, v in scalars.items()}},
                           allow_nan=False) + "\n"
@@ -156,44 +136,54 @@ class MetricWriter:
         else:
             self._lines.append(line.encode())
         if self._tensorboard:
-            with io.writing(self._workdir / "tensorboard"):
-                _write_tensorboard(self._tensorboard, step, scalars)
+            with self._writing_tensorboard():
+                tensorboard.write_scalars(self._tensorboard, step, scalars)
         if self._upload_pace.due():
             self.flush()
         self._tell_wandb(lambda run: run.log(scalars, step=int(step)))
+
+    def image(self, name: str, png: bytes, step: int) -> None:
+        """Show a picture in TensorBoard and in Weights & Biases, where they are on.
+
+        Args:
+            name: what it is called there.
+            png: the bytes of a PNG.
+            step: number of completed steps.
+
+        Raises:
+            CannotWrite: the storage fails.
+        """
+        if self._tensorboard:
+            with self._writing_tensorboard():
+                tensorboard.write_image(self._tensorboard, step, name, png)
+        self._tell_wandb(lambda run: run.log({name: wandb_run.as_image(png)}, step=int(step)))
 
     def recorded(self, step: int) -> set[str]:
         """Names of the scalars recorded at `step`, so that an evaluation there is not repeated.
 
         Only the primary process knows; where processes must agree, broadcast its answer.
         """
-        return {name for name, values in self._series.items() if step in values}
+        return self._history.at(step)
 
-    def history(self) -> dict[str, Series]:
+    def best(self, name: str) -> float | None:
+        """The highest value recorded of a metric; None: there is none."""
+        return self._history.highest(name)
+
+    def history(self) -> dict[str, records.Series]:
         """`(steps, values)` of each scalar, in the order of steps; the last record of a step counts."""
-        return {name: (np.array(sorted(values)), np.array([values[step] for step in sorted(values)], float))
-                for name, values in self._series.items()}
+        return self._history.series()
 
-    def plot(self, force: bool = False) -> bool:
-        """Bring `training_curves.png` up to date, in at most 5 % of wall time.
-
-        Args:
-            force: whether to draw at once, whatever the time.
+    def plot(self) -> bool:
+        """Bring `training_curves.png` up to date in a thread of its own, in at most 5 % of wall time.
 
         Returns:
-            Whether it was drawn.
+            Whether a drawing has begun; one at a time, and of what is recorded now.
         """
-        if not self._draws or not (force or self._plot_pace.due()):
+        under_way = self._drawing and not self._drawing.done()
+        if not self._draws or under_way or not self._plot_pace.due():
             return False
-        try:
-            self._plot_pace.run(self._draw)
-        except io.CannotWrite as error:  # a picture is not worth a run: metrics.jsonl has the numbers
-            logger.warning("%s; no more curves are drawn", error)
-            self._draws = False
-        except Exception:
-            logger.exception("training_curves.png could not be drawn; no more are")
-            self._draws = False
-        return self._draws
+        self._begin_drawing()
+        return True
 
     def flush(self) -> None:
         """Put everything written so far where a later process finds it, e.g. before a checkpoint.
@@ -216,11 +206,13 @@ class MetricWriter:
             return
         self._closed = True
         try:
+            if self._draws:
+                self._begin_drawing()
+            self._painter.shutdown()  # when all is drawn
             if self._primary:
-                self.plot(force=True)
                 self.flush()
             if self._tensorboard:
-                with io.writing(self._workdir / "tensorboard"):
+                with self._writing_tensorboard():
                     self._tensorboard.close()
         finally:
             self._tell_wandb(lambda run: run.finish(exit_code=int(failed)))
@@ -236,9 +228,7 @@ class MetricWriter:
 
     def _open_file(self, resume_step: int | None) -> None:
         lines = records.reopen(self._path, resume_step)
-        for _, record in lines:
-            if record:
-                self._remember(record["step"], {name: v for name, v in record.items() if name != "step"})
+        self._history = records.History.of(lines)
         if not self._local:
             self._lines = [line for line, _ in lines]
         elif not io.exists(self._path):
@@ -253,22 +243,38 @@ class MetricWriter:
             logger.warning("Weights & Biases fails (%s); the run goes on without it", str(error).splitlines()[0])
             self._wandb = None
 
-    def _draw(self) -> None:
-        picture, path = draw_curves(self.history(), title=self._workdir.name), self._workdir / "training_curves.png"
-        with io.writing(path):
-            io.write_atomic(path, picture)
+    def _begin_drawing(self) -> None:
+        self._drawing = self._painter.submit(self._plot_pace.run, functools.partial(self._draw, self._history.copy()))
+
+    def _draw(self, history: records.History) -> None:
+        """Draw the curves; runs in the painter's thread. After a failure no more are drawn."""
+        path = self._workdir / "training_curves.png"
+        try:
+            if self._draws:  # not if the drawing before this one has failed
+                picture = draw_curves(history.series(), title=self._workdir.name)
+                with io.writing(path):
+                    io.write_atomic(path, picture)
+        except io.CannotWrite as error:  # a picture is not worth a run: metrics.jsonl has the numbers
+            logger.warning("%s; no more curves are drawn", error)
+            self._draws = False
+        except Exception:
+            logger.exception("training_curves.png could not be drawn; no more are")
+            self._draws = False
 
     def _upload(self) -> None:
         if self._lines:
             with io.writing(self._path):
                 io.write_atomic(self._path, b"".join(self._lines))
         if self._tensorboard:
-            with io.writing(self._workdir / "tensorboard"):
+            with self._writing_tensorboard():
                 self._tensorboard.flush()
 
-    def _remember(self, step: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            self._series.setdefault(name, {})[int(step)] = value
+    @contextlib.contextmanager
+    def _writing_tensorboard(self) -> Iterator[Any]:
+        """The folder of the event files; that they cannot be written is a `CannotWrite`."""
+        folder = self._workdir / "tensorboard"
+        with io.writing(folder):
+            yield folder
 
 
 def check_installed(cfg: LoggingConfig) -> None:
@@ -293,28 +299,6 @@ def _append(path: os.PathLike, line: str) -> None:
         file.write(line)
 
 
-def check_login(cfg: LoggingConfig) -> None:
-    """Refuse to file a run with Weights & Biases where nobody has logged in; at a terminal it asks.
-
-    Raises:
-        ConfigError: at "config.wandb": no API key is known, or Weights & Biases refuses it.
-    """
-    if cfg.wandb is None or cfg.wandb.mode != "online":
-        return
-    import wandb
-    try:
-        known = wandb.login(verify=False)
-    except Exception as error:  # of wandb's own kinds
-        raise _no_wandb(error) from None
-    if not known:
-        raise _no_wandb("no API key is known")
-
-
-def _no_wandb(reason: Any) -> ConfigError:
-    return ConfigError("config.wandb", f"{str(reason).splitlines()[0]}; run `wandb login`, or set "
-                                        "config.wandb.mode='offline' and `wandb sync` later")
-
-
 def _number(name: str, value: Any) -> float:
     if name == "step":
         raise ValueError("a scalar cannot be called 'step': that is the record's own")
@@ -323,46 +307,3 @@ def _number(name: str, value: Any) -> float:
         return value if type(value) is int else float(value)
     except (TypeError, ValueError):
         raise ValueError(f"scalar {name!r} is not one number: {value!r}") from None
-
-
-def _open_tensorboard(folder: os.PathLike, resume_step: int | None) -> Any:
-    # Not FileWriter: its thread dies of a full disk unheard, and then nobody empties the queue that it reads.
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-    first = 0 if resume_step is None else resume_step + 1
-    try:  # the suffix because names differ by the second only, and a restart within it would overwrite
-        folder.mkdir(parents=True, exist_ok=True)
-        writer = EventsWriter(os.fspath(folder / "events"), filename_suffix=f".{first:09d}")
-    except ImportError as error:  # its own client for buckets is missing
-        raise ConfigError("config.tensorboard", f"cannot write to {folder}: {error}") from None
-    # TensorBoard hides what earlier event files hold from this step on.
-    now = time.time()
-    writer.write_event(Event(wall_time=now, step=first, file_version="brain.Event:2"))
-    writer.write_event(Event(wall_time=now, step=first, session_log=SessionLog(status=SessionLog.START)))
-    return writer
-
-
-def _write_tensorboard(writer: Any, step: int, scalars: Mapping[str, float]) -> None:
-    # Not SummaryWriter.add_scalar, which would file "val/prec@1" as "val/prec_1".
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.proto.summary_pb2 import Summary
-    summary = Summary(value=[Summary.Value(tag=n, simple_value=v) for n, v in scalars.items()])
-    writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-
-
-def _open_wandb(workdir: Any, cfg: WandbConfig, resume_step: int | None, run_config: Mapping[str, Any]) -> Any:
-    import wandb
-    # Kept, so that a resumed run goes on with the same curves rather than beginning others.
-    id_file = workdir / "wandb_run.txt"
-    known = None if resume_step is None else io.read(id_file)
-    if known is None:
-        known = uuid.uuid4().hex[:8].encode() + b"\n"
-        with io.writing(id_file):
-            io.write_atomic(id_file, known)
-    if not re.fullmatch(rb"[\w-]+\s*", known):
-        raise ConfigError("workdir", f"{id_file} holds no name of a Weights & Biases run ({known!r:.40}); move it away")
-    try:
-        return wandb.init(**dataclasses.asdict(cfg), id=known.decode().strip(), resume="allow",
-                          config=dict(run_config), dir=os.fspath(workdir) if io.is_local(workdir) else None)
-    except Exception as error:  # of wandb's own kinds: no network, no such entity, …
-        raise _no_wandb(error) from None

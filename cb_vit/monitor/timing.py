@@ -17,6 +17,7 @@ from typing import Any
 
 GIB = 2**30
 MINUTE = 60.0  # seconds of training that a rate is the mean of, where there are so many
+LONG_WAIT = 0.1  # share of the time; below it, waiting for data is not worth a word in the log
 
 # Peak dense bf16 TFLOP/s of one JAX device, by its whole `device_kind`; the first match wins. A partition of
 # a chip (NVIDIA MIG adds "MIG 1g.10gb" to the name) matches nothing on purpose: its peak is not the chip's.
@@ -73,6 +74,16 @@ def speed_text(images_per_second: float) -> str:
     return f"{images_per_second:.0f} img/s" if images_per_second >= 100 else f"{images_per_second:.3g} img/s"
 
 
+def time_text(seconds: float) -> str:
+    """A time to read: "0:01:12"."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def wait_text(share: float) -> str:
+    """The share of the time that went into waiting for data, to read: "waiting for data 12 %"."""
+    return f"waiting for data {100 * share:.0f} %"
+
+
 def memory_stats(device: Any) -> dict[str, float]:
     """Memory in GiB: `hbm_gib`, `hbm_peak_gib`, `hbm_limit_gib` of a JAX device where it tells, `host_peak_gib`.
 
@@ -91,9 +102,9 @@ class Chrono:
     """Times a training run; its clock is an argument.
 
     `start` it at the step the run begins from, `tick` after every step, `measure` when metrics are logged.
-    Training time runs from `start` on and stands still inside `paused`. Rates are means over its last minute, without
-    the first step, which compiles. Steps are dispatched ahead of the device, so times hold where each step's tick
-    waits for a value of the one before.
+    Training time runs from `start` on and stands still inside `paused`; what of it passes inside `waiting` went into
+    waiting for data. Rates are means over its last minute, without the first step, which compiles. Steps are
+    dispatched ahead of the device, so times hold where each step's tick waits for a value of the one before.
 
     Args:
         total_steps: number of steps of the whole run.
@@ -111,13 +122,14 @@ class Chrono:
         self.devices, self.flops_per_step = tuple(devices), flops_per_step
         self._clock = clock
         self._born = self._started = clock()
-        self._paused = 0.0  # seconds since start
+        self._paused = self._waited = 0.0  # seconds since start
         self._pauses: list[float] = []  # when each open pause began, outermost first
         self._seconds: dict[str, float] = {}
         self._carried_core_hours = 0.0
         self._first_step = 0
         self._timed: tuple[int, float] | None = None  # step, clock after the first step
-        self._minute: collections.deque[tuple[int, float]] = collections.deque()  # step, training time of its ticks
+        # Of the ticks of the last minute: step, training time, and how much of that was waiting.
+        self._minute: collections.deque[tuple[int, float, float]] = collections.deque()
 
     def start(self, step: int = 0) -> None:
         """Begin (or go on) training; what came before is not training time.
@@ -125,7 +137,7 @@ class Chrono:
         Args:
             step: number of steps that are complete.
         """
-        self._first_step, self._started, self._paused = step, self._clock(), 0.0
+        self._first_step, self._started, self._paused, self._waited = step, self._clock(), 0.0, 0.0
         self._timed = None
         self._minute.clear()
 
@@ -136,10 +148,17 @@ class Chrono:
             return
         now = self._training_time()
         self._timed = self._timed or (step, self._clock())
-        self._minute.append((step, now))
+        self._minute.append((step, now, self._waited))
         # The two newest stay, so that there is a rate also where one step takes longer than a minute.
         while len(self._minute) > 2 and self._minute[1][1] <= now - MINUTE:
             self._minute.popleft()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, the run waits for its next batch; the devices may still be at work on the step before."""
+        begin = self._training_time()
+        yield
+        self._waited += self._training_time() - begin
 
     @contextlib.contextmanager
     def paused(self, activity: str) -> Iterator[None]:
@@ -166,7 +185,8 @@ class Chrono:
             `uptime` [s, since this object was made], `examples_seen`, `epoch`, `core_hours` [device hours of
             training, pauses left out, compilation not, earlier runs included], `z/secs/<activity>` [s, earlier
             runs included], and from the second step on, as means over the last minute of training, `img/sec`,
-            `img/sec/core` and `mfu` [fraction]. `epoch` and `mfu` are left out where they are not known.
+            `img/sec/core`, `data_wait` [fraction of the time that was waiting for data] and `mfu` [fraction]. `epoch`
+            and `mfu` are left out where they are not known.
         """
         self.tick(step)
         metrics = {"uptime": self._clock() - self._born, "examples_seen": step * self.batch_size}
@@ -174,10 +194,12 @@ class Chrono:
             metrics["epoch"] = self.epoch(step)
         metrics["core_hours"] = self.core_hours()
         metrics |= {f"z/secs/{activity}": seconds for activity, seconds in self._seconds.items()}
-        if seconds_per_step := self._seconds_per_step():
-            metrics["img/sec"] = self.batch_size / seconds_per_step
+        steps, seconds, waited = self._last_minute()
+        if seconds > 0:
+            metrics["img/sec"] = steps * self.batch_size / seconds
             metrics["img/sec/core"] = metrics["img/sec"] / self._device_count()
-            utilisation = mfu(self.flops_per_step, seconds_per_step, self.devices) if self.flops_per_step else None
+            metrics["data_wait"] = waited / seconds
+            utilisation = mfu(self.flops_per_step, seconds / steps, self.devices) if self.flops_per_step else None
             metrics |= {} if utilisation is None else {"mfu": utilisation}
         return metrics
 
@@ -197,7 +219,7 @@ class Chrono:
         return pace * max(self.total_steps - step, 0)
 
     def progress_line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """One line for the console; what `metrics` lacks is left out.
+        """One line for the console; what `metrics` lacks is left out, and so is a short wait for data.
 
         `step 1200/2250 (53.3%) epoch 42.1 | loss 0.132 | lr 8.2e-04 | 5821 img/s | MFU 31.2 % | ETA 0:01:12`
 
@@ -212,9 +234,11 @@ class Chrono:
                  "img/sec": speed_text,
                  "mfu": lambda v: f"MFU {100 * v:.1f} %"}
         parts = [line, *(show(metrics[name]) for name, show in shown.items() if name in metrics)]
+        if metrics.get("data_wait", 0) >= LONG_WAIT:
+            parts.append(wait_text(metrics["data_wait"]))
         seconds = self.eta(step)
         if seconds is not None:
-            parts.append(f"ETA {datetime.timedelta(seconds=round(seconds))}")
+            parts.append(f"ETA {time_text(seconds)}")
         return " | ".join(parts)
 
     def state(self) -> dict[str, Any]:
@@ -226,10 +250,12 @@ class Chrono:
         self._carried_core_hours = float(state["core_hours"])
         self._seconds = {activity: float(seconds) for activity, seconds in state["seconds"].items()}
 
-    def _seconds_per_step(self) -> float | None:
-        """Mean over the last minute of training; None before two steps."""
-        (first, begin), (last, end) = (self._minute[0], self._minute[-1]) if self._minute else ((0, 0.0), (0, 0.0))
-        return (end - begin) / (last - first) if end > begin else None
+    def _last_minute(self) -> tuple[int, float, float]:
+        """Its steps, its seconds of training, and how many of those were waiting; nothing before two steps."""
+        if not self._minute:
+            return 0, 0.0, 0.0
+        begin, end = self._minute[0], self._minute[-1]
+        return tuple(last - first for first, last in zip(begin, end, strict=True))
 
     def _device_count(self) -> int:
         return max(len(self.devices), 1)

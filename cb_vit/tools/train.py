@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     from cb_vit import dist, train
 
     dist.initialize()
-    metrics = train.train_and_evaluate(config, workdir)
+    metrics = train.train_and_evaluate(config, workdir, terminal=sys.stdout)
     if jax.process_index() == 0:
         cli.show("", *summary(metrics, args))
 
