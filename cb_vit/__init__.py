@@ -10,6 +10,8 @@ _HOMES = {
     "load": "cb_vit.weights",
     "merge": "cb_vit.weights",
     "broadcast_context": "cb_vit.models.context",
+    "batches": "cb_vit.own_loop",
+    "get_config": "cb_vit.tools.config_files",
     "train_and_evaluate": "cb_vit.train",
 }
 __all__ = sorted(_HOMES)

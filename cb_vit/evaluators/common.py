@@ -114,6 +114,29 @@ def open_all(
 
 def _open(name: str, config: EvaluatorConfig, predict_fn: PredictFn, state_shapes: Any, sharding: NamedSharding,
           training: LoaderConfig, num_classes: int, class_names: Sequence[str] | None) -> Any:
+    pipeline = open_pipeline(name, config, sharding, training, num_classes, class_names)
+    path, (shape, _) = f"config.evals.{name}", pipeline.spec["image"]
+    try:
+        jax.eval_shape(predict_fn, state_shapes, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+    except Exception as error:  # whatever the model says to images it was not made for
+        raise ConfigError(f"{path}.pp_fn", f"the model cannot take its images, {shape}: they are not like those it "
+                                           f"was trained on ({str(error).splitlines()[0][:120]})") from None
+    return _module(config.type, path).Evaluator(
+        predict_fn, config=pipeline.config, pipeline=pipeline, sharding=sharding)
+
+
+def open_pipeline(name: str, config: EvaluatorConfig, sharding: NamedSharding, training: LoaderConfig,
+                  num_classes: int, class_names: Sequence[str] | None) -> Pipeline:
+    """The data of one evaluator, opened; its config has all that the block leaves to `training`.
+
+    Args:
+        name: name of the evaluator.
+        config: its settings.
+        sharding, training, num_classes, class_names: as for `open_all`.
+
+    Raises:
+        ConfigError: the data is not there, or not what the model takes.
+    """
     path, preprocess = f"config.evals.{name}", config.pp_fn
     unsaid = {key: getattr(training, key) for key in ("batch_size", "num_workers", "num_threads", "prefetch")
               if getattr(config, key) is None}
@@ -128,13 +151,8 @@ def _open(name: str, config: EvaluatorConfig, predict_fn: PredictFn, state_shape
     for line in describe(data, source):
         logger.info("%s", line)
     pipeline = Pipeline(config, source, preprocess, dist.local_rows(sharding, config.batch_size))
-    shape = check_example(preprocess, pipeline.spec, num_classes, f"{path}.pp_fn")
-    try:
-        jax.eval_shape(predict_fn, state_shapes, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
-    except Exception as error:  # whatever the model says to images it was not made for
-        raise ConfigError(f"{path}.pp_fn", f"the model cannot take its images, {shape}: they are not like those it "
-                                           f"was trained on ({str(error).splitlines()[0][:120]})") from None
-    return _module(config.type, path).Evaluator(predict_fn, config=config, pipeline=pipeline, sharding=sharding)
+    check_example(preprocess, pipeline.spec, num_classes, f"{path}.pp_fn")
+    return pipeline
 
 
 def measure(evaluator: Any, state: TrainState, folder: str | os.PathLike | None = None) -> dict[str, float]:

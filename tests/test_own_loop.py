@@ -1,0 +1,71 @@
+"""Batches for a loop of one's own: those of training and of its evaluators; and the notebook, cell by cell."""
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import ROOT
+from PIL import Image
+
+import cb_vit
+from cb_vit import experiment
+from cb_vit.config import ConfigError
+from cb_vit.settings import check
+from cb_vit.train_step import augmented
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`flowers`, three classes of twenty small photographs, in a folder to work in."""
+    home, rng = tmp_path_factory.mktemp("home"), np.random.default_rng(0)
+    for label, name in enumerate(("daisy", "rose", "tulip")):
+        (home / "flowers" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = rng.integers(80 * label, 80 * label + 80, (40, 48, 3), np.uint8)
+            Image.fromarray(pixels).save(home / "flowers" / name / f"{number}.jpg")
+    return home
+
+
+def config(folder, **changes):
+    made = cb_vit.get_config(f"folder:root={folder / 'flowers'},variant=mu/8,size=32,epochs=2,batch_size=16")
+    return made.to_dict() | dict(plot=False) | changes
+
+
+def test_training_batches_are_those_of_the_train_step(folder):
+    train, run = cb_vit.batches(config(folder)), experiment.build(check(config(folder)))
+    assert train.class_names == ("daisy", "rose", "tulip") and train.num_classes == 3
+    assert train.image_shape == (32, 32, 3) and len(train) == run.total_steps == 7  # 54 images, twice
+    settings = run.settings
+    seen = list(train)
+    assert len(seen) == 7
+    for step, raw in enumerate(run.pipeline.train(0, 0, 7)):
+        sent = jax.device_put(raw, run.batch_sharding)
+        expected = jax.jit(lambda batch, step: augmented(
+            batch, step, prepare=settings.input.pp.device, augment=settings.recipe, seed=0))(sent, jnp.int32(step))
+        for name in ("image", "labels", "_mask"):
+            np.testing.assert_array_equal(seen[step][name], expected[name], f"{name} of step {step}")
+    np.testing.assert_array_equal(next(iter(train))["image"], seen[0]["image"])  # a loop begins anew
+    assert seen[0]["image"].sharding.num_devices == train.replicated.num_devices == jax.device_count()
+
+
+def test_an_evaluators_batches_hold_each_example_once(folder):
+    val = cb_vit.batches(config(folder), "val")
+    batches = list(val)
+    assert len(val) == len(batches) == 1 and int(sum(batch["_mask"].sum() for batch in batches)) == 6
+    labels = batches[0]["labels"][batches[0]["_mask"]]
+    assert np.asarray(labels).sum(0).tolist() == [2, 2, 2] and batches[0]["image"].dtype == jnp.float32
+    with pytest.raises(ConfigError, match="^evaluator: unknown evaluator of this config 'vall'; did you mean val"):
+        cb_vit.batches(config(folder), "vall")
+
+
+def test_the_notebook(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]
+    assert all(not cell.get("outputs") for cell in cells)
+    names, sources = {}, ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    for number, source in enumerate(sources):
+        source = source.replace("epochs=5", "epochs=2").replace("config.lr =", "config.plot = False\nconfig.lr =")
+        exec(compile(source, f"notebook.ipynb, cell {number}", "exec"), names)
+    assert 0 <= names["metrics"]["val/prec@1"] <= 1 and names["seen"] == 6 and jnp.isfinite(names["value"])
+    assert (folder / "runs" / "notebook" / "checkpoints").is_dir()
