@@ -3,7 +3,8 @@
 Every folder directly under ROOT is a split, every folder in a split a class. Classes are numbered in the sorted
 order of their names in `train` (in all splits together where there is no `train`), the same for every split; names
 that are all whole numbers are sorted as numbers. Where `holdout` says how much, part of every class is held out as
-"val", from a root that holds the classes themselves, or from a `train` that stands alone.
+"val", from a root that holds the classes themselves, or from a `train` that stands alone. A `labels_file` tells the
+classes of images that lie in other folders, and ImageNet is also read as Kaggle gives it.
 """
 from __future__ import annotations
 
@@ -16,7 +17,10 @@ from typing import Any, SupportsIndex
 from cb_vit.config import ConfigError, parse
 from cb_vit.datasets.contents import Contents, DataError, fingerprint
 from cb_vit.datasets.core import SourceConfig, Spans, select, splits_of
-from cb_vit.datasets.layouts import EXPECTED, HeldOut, class_folders
+from cb_vit.datasets.ilsvrc import Kaggle, find_splits, has_flat_val
+from cb_vit.datasets.label_table import Keys
+from cb_vit.datasets.labelled import labelled
+from cb_vit.datasets.layouts import EXPECTED, HeldOut, Layout, class_folders
 from cb_vit.datasets.listing import Listing, listing_of
 from cb_vit.io import is_local, open_regular
 
@@ -30,14 +34,26 @@ class FolderConfig(SourceConfig):
         holdout: share of the images of each class that "val" is to have, where there is no folder to evaluate on; which
             they are is a function of their names and `holdout_seed`. None: every split is a folder.
         holdout_seed: seed of which they are.
+        labels_file: path of a file that tells the class of each image, absolute or relative to `root`; "{split}" in its
+            name stands for every split; None: the folders tell it.
+        image_key: name of the column of that file that holds the images; None: it is known, or the first.
+        label_key: name of the column that holds the classes; None: it is known, or the second.
+        split_key: name of the column that holds the splits; None: it is known, or the third, or there is none.
     """
 
     root: str
     holdout: float | None = None
     holdout_seed: int = 0
+    labels_file: str | None = None
+    image_key: str | None = None
+    label_key: str | None = None
+    split_key: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        for key in ("image_key", "label_key", "split_key"):
+            if getattr(self, key) and not self.labels_file:
+                raise ConfigError(key, "names a column of labels_file, and there is none; set labels_file")
         if self.holdout is not None and not 0 < self.holdout < 1:
             raise ConfigError("holdout", f"is a share of the images, above 0 and below 1, got {self.holdout}")
         if not is_local(self.root):
@@ -70,7 +86,7 @@ def open_source(config: FolderConfig, path: str) -> FolderSource:
 
 
 def _open(root: str, config: FolderConfig, path: str) -> FolderSource:
-    layout = class_folders(root, config.holdout, config.holdout_seed, path)
+    layout = _layout(root, config, path)
     try:
         names = splits_of(config.split, layout.splits, f"{path}.split") if layout.splits else ()
     except ConfigError as error:
@@ -80,6 +96,15 @@ def _open(root: str, config: FolderConfig, path: str) -> FolderSource:
     spans = select(config.split, {name: [len(listing)] for name, listing in listings.items()}, f"{path}.split")
     rule = {"share": layout.share, "seed": layout.seed} if isinstance(layout, HeldOut) else None
     return FolderSource(classes, listings, spans, rule)
+
+
+def _layout(root: str, config: FolderConfig, path: str) -> Layout:
+    hold_out = config.holdout, config.holdout_seed
+    if config.labels_file:
+        keys = Keys(config.image_key, config.label_key, config.split_key)
+        return labelled(root, config.labels_file, keys, *hold_out, path)
+    root = find_splits(root)
+    return Kaggle(root, path) if has_flat_val(root) else class_folders(root, *hold_out, path)
 
 
 class FolderSource:

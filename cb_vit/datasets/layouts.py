@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from cb_vit.config import ConfigError
 from cb_vit.datasets.contents import describe_left_out
-from cb_vit.datasets.labels import are_numbers
+from cb_vit.datasets.labels import in_order
 from cb_vit.datasets.listing import EXTENSIONS, Part, hold_out, images_in, place_of
 from cb_vit.texts import first_few
 
@@ -139,8 +139,7 @@ def _classes(root: str, splits: Sequence[str], names: Sequence[str], path: str) 
     found = {split: folders_in(os.path.join(root, split)) for split in splits}
     # By `train` alone: a class that only a test split has would make the head wider than what is learned.
     given_by = ["train"] if "train" in found else splits
-    classes = {name for split in given_by for name in found[split]}
-    classes = tuple(sorted(classes, key=int if are_numbers(classes) else None))
+    classes = in_order({name for split in given_by for name in found[split]})
     if not classes:
         where = os.path.join(root, "train") if "train" in found else root
         beside = ", where images lie without one" if holds_images(where) else ""
