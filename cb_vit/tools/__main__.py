@@ -20,7 +20,7 @@ from cb_vit.tools import cli
 
 COMMANDS = {  # and their modules
     "train": "train", "eval": "eval_only", "predict": "predict", "convert": "convert", "inspect": "inspect_config",
-    "configs": "list_configs"}
+    "configs": "list_configs", "import-data": "import_data"}
 
 
 def main() -> None:
