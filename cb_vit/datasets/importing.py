@@ -95,17 +95,20 @@ def _survey(incoming: Incoming, given: Sequence[str] | None) -> tuple[Mapping[st
 
 def _names(labels: Mapping[int | str, Example], given: Sequence[str] | None) -> tuple[str, ...]:
     numbers = [label for label in labels if isinstance(label, int)]
-    names = tuple(given or (map(str, range(max(numbers) + 1)) if numbers else in_order(labels)))
+    most = len(given) if given else MAX_CLASSES
     for label, example in labels.items():
-        if isinstance(label, str) and label not in names:
-            raise DataError(f"{example.where}: class {label!r} is not among the {len(names)} classes that are named")
+        if isinstance(label, str) and given and label not in given:
+            raise DataError(f"{example.where}: class {label!r} is not among the {most} classes that are named")
         # -1 stands for a label that is not public.
-        if isinstance(label, int) and not -1 <= label < min(len(names), MAX_CLASSES):
-            raise DataError(f"{example.where}: label {label} is outside 0 … {len(names) - 1}")
-    if not names or len(set(names)) < len(names):
+        if isinstance(label, int) and not -1 <= label < most:
+            raise DataError(f"{example.where}: label {label} is outside 0 … {most - 1}")
+    names = tuple(given or (map(str, range(max(numbers) + 1)) if numbers else in_order(labels)))
+    if not names:
+        raise ConfigError("--classes", "no example has a label, so the classes are to be named; give a file of names")
+    if len(set(names)) < len(names):
         raise ConfigError("--classes", "the names of classes are not different ones")
     if odd := next((name for name in names if name != name.strip() or len(name.splitlines()) != 1), None):
-        raise ConfigError("--classes", f"class {odd!r} has spaces at an end or several lines; name it otherwise")
+        raise ConfigError("--classes", f"class {odd!r} is empty, has spaces at an end or several lines; rename it")
     return names
 
 

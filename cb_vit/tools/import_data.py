@@ -25,6 +25,7 @@ from cb_vit.datasets.preparing import check_target
 from cb_vit.datasets.tfds import default_data_dir
 from cb_vit.io import is_local
 from cb_vit.pp.images import check_encoded
+from cb_vit.texts import first_few
 from cb_vit.tools import cli
 
 
@@ -55,15 +56,15 @@ def main(args: argparse.Namespace) -> None:
     if not is_local(data_dir):
         raise ConfigError("--data_dir", f"is a folder on a local or mounted disk, got {data_dir!r}")
     home = os.path.join(os.path.abspath(data_dir), name)
-    check_target(home, args.overwrite)
     try:
+        check_target(home, args.overwrite)
         classes = read_classes(args.classes) if args.classes else None
         incoming = open_incoming(args.SRC, args.image_key, args.label_key)
         for split, files in incoming.splits.items():
-            cli.show(f"read      {split}: {len(files):,} file{'s' * (len(files) > 1)}, {files[0]}" + " …" * (len(files) > 1))
+            cli.show(f"read      {split}: {first_few(map(os.path.basename, files), 3)}")
         import_data(incoming, home, classes, check_encoded, _progress)
-    except PermissionError as error:
-        raise DataError(f"{error.filename}: {error.strerror}") from None
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror or error}") from None
     cli.show(f"wrote     {home}")
     for split in incoming.splits:
         block = block_of(name, os.path.dirname(home), split)
