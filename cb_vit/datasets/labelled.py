@@ -195,11 +195,9 @@ class _Images:
 
     def find(self, path: str) -> list[str]:
         """The image at a path; or, where there is none, those that have it as their name without extension."""
-        if path in self.sizes:
-            return [path]
-        if (folder := posixpath.dirname(path)) not in self._others:
+        if path not in self.sizes and (folder := posixpath.dirname(path)) not in self._others:
             self.scan({folder})
-        return self._stems.get(path, [])
+        return [path] if path in self.sizes else self._stems.get(path, [])
 
     def hint(self, path: str) -> str:
         """What may be the matter with a path that is not there, in words for an error."""
