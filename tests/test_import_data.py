@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import refusal
 
+from cb_vit.config import ConfigError
 from cb_vit.datasets import open_source, preparing
+from cb_vit.datasets.incoming import by_split
 from cb_vit.io import CannotWrite
 from cb_vit.tools import cli, import_data
 
@@ -166,6 +168,23 @@ def test_files_that_are_not_whole_or_of_one_set(flowers, tmp_path):
     (tmp_path / "nothing").mkdir()
     assert "holds no .parquet or .tar file" in refused(tmp_path / "nothing", tmp_path)
     assert "is not there" in refused(tmp_path / "nowhere", tmp_path)
+
+
+@pytest.mark.parametrize("names, splits", [
+    (["train_small-00000-of-00001", "test/0"], {"train_small": 1, "test": 1}), (["Set-TEST-1"], {"test": 1}),
+    (["x-10", "x-9"], {"train": 2}), (["train/val-1"], "train/val-1.tar tells of two splits, val and train"),
+    (["x-train-val"], "tells of two splits, train and val"), (["dev", "test"], "dev.tar does not tell its split"),
+    (["a/x", "b/x"], "holds train 2 times"), (["train-0-of-2", "train-1-of-3"], "their numbers are not of one set")])
+def test_files_tell_their_split(tmp_path, names, splits):
+    for name in names:
+        tar(tmp_path / f"{name}.tar", [])
+    if isinstance(splits, dict):
+        found = by_split(str(tmp_path), ".tar")
+        assert {split: len(files) for split, files in found.items()} == splits
+        assert [os.path.basename(file) for file in found.get("train", [])] in ([], ["x-9.tar", "x-10.tar"])
+    else:
+        with pytest.raises(ConfigError, match=splits):
+            by_split(str(tmp_path), ".tar")
 
 
 @pytest.mark.parametrize("name, message", [

@@ -122,24 +122,28 @@ def _files(root: str, ending: str) -> list[str]:
     for folder, folders, names in os.walk(root, onerror=stop):
         folders[:] = [name for name in folders if name[0] != "."]
         found += [os.path.join(folder, name) for name in names if name.endswith(ending) and name[0] != "."]
-    return sorted(found)
+    return sorted(found, key=_by_number)
 
 
 def _split_of(file: str, root: str, ending: str) -> tuple[str | None, str]:
     """The split of a file, if it tells, and what the files of one set share."""
     folder, name = os.path.split(file)
     stem, parent = name.removesuffix(ending), os.path.basename(folder)
+    parent = parent if folder != root and parent.lower() in SPLITS else None
     shard = SHARD.fullmatch(stem)
-    words = [word for word in re.split(r"[^A-Za-z]+", stem) if word in SPLITS]
-    if len(words) > 1:
-        raise ConfigError("SRC", f"{file} tells of two splits, {words[0]} and {words[1]}; rename it")
-    if words:
-        return words[0], folder
-    if folder != root and parent in SPLITS:
-        return parent, folder
-    if shard and re.fullmatch(r"\w+", shard["name"]):
-        return shard["name"], folder
-    return None, folder
+    if shard and re.fullmatch(r"\w+", shard["name"]):  # as Hugging Face's library calls its files
+        told = [shard["name"]]
+    else:
+        told = [word.lower() for word in re.split(r"[^A-Za-z]+", stem) if word.lower() in SPLITS]
+    told = list(dict.fromkeys([*told, parent.lower()] if parent else told))
+    if len(told) > 1:
+        raise ConfigError("SRC", f"{file} tells of two splits, {told[0]} and {told[1]}; rename it")
+    return (told[0] if told else None), folder
+
+
+def _by_number(file: str) -> list[str | int]:
+    """A key to sort names by in which 10 comes after 9."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file)]
 
 
 def _check_count(files: Sequence[str], ending: str) -> None:

@@ -164,6 +164,8 @@ def _row(line: int, cells: Sequence[str], width: int, columns: Columns, wnid_fir
         if not WNID.fullmatch(label):
             raise DataError(f"{path}: line {line}: PredictionString begins with {label!r}, where ImageNet has a class "
                             "such as n01440764")
+    if re.fullmatch(r"-\d+", label):
+        raise DataError(f"{path}: line {line}: {label} is no class; take out the lines of images without a label")
     return Row(line, _inside(file, line, path), label, split)
 
 
