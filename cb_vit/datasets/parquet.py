@@ -71,8 +71,8 @@ class Parquet:
 def _open(file: str) -> Any:
     import pyarrow.parquet
 
+    open_regular(file).close()  # what cannot be opened is another matter than what is damaged
     try:
-        open_regular(file).close()
         return pyarrow.parquet.ParquetFile(file)
     except _errors() as error:
         raise DataError(f"{file}: is no whole parquet file: {_words(error)}; copy it anew") from None

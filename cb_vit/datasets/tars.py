@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from cb_vit.datasets.contents import DataError
 from cb_vit.datasets.incoming import MAX_IMAGE, Example, by_split, read_classes, to_label
@@ -88,22 +88,27 @@ def _samples(file: str, images: set[str]) -> Iterator[tuple[str, dict[str, bytes
 
 
 def _entries(file: str, images: set[str]) -> Iterator[tuple[str, bytes | None]]:
-    try:
-        with open_regular(file) as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # which would hold all that there were
-                name = member.name.removeprefix("./")
-                if member.isdir() or os.path.basename(name).startswith("."):
-                    continue
-                _check_member(member, file)
-                wanted = name.lower().rpartition(".")[2] in {*TEXTS, *images}
-                yield name, tar.extractfile(member).read() if wanted else None
-            # A tar ends with blocks of zeros; where it was cut between two entries, or is damaged, there are none.
-            opened.seek(tar.offset)
-            if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise DataError(f"{file}: is truncated or damaged at byte {tar.offset}; copy it anew")
-    except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: is no whole tar file: {error}; copy it anew") from None
+    with open_regular(file) as opened:
+        try:
+            yield from _members(opened, file, images)
+        except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: is no whole tar file: {error}; copy it anew") from None
+
+
+def _members(opened: IO[bytes], file: str, images: set[str]) -> Iterator[tuple[str, bytes | None]]:
+    with tarfile.open(fileobj=opened, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members = []  # which would hold all that there were
+            name = member.name.removeprefix("./")
+            if member.isdir() or os.path.basename(name).startswith("."):
+                continue
+            _check_member(member, file)
+            wanted = name.lower().rpartition(".")[2] in {*TEXTS, *images}
+            yield name, tar.extractfile(member).read() if wanted else None
+        # A tar ends with blocks of zeros; where it was cut between two entries, or is damaged, there are none.
+        opened.seek(tar.offset)
+        if opened.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise DataError(f"{file}: is truncated or damaged at byte {tar.offset}; copy it anew")
 
 
 def _check_member(member: Any, file: str) -> None:
