@@ -107,9 +107,15 @@ def _names(labels: Mapping[int | str, Example], given: Sequence[str] | None) -> 
         raise ConfigError("--classes", "no example has a label, so the classes are to be named; give a file of names")
     if len(set(names)) < len(names):
         raise ConfigError("--classes", "the names of classes are not different ones")
-    if odd := next((name for name in names if name != name.strip() or len(name.splitlines()) != 1), None):
-        raise ConfigError("--classes", f"class {odd!r} is empty, has spaces at an end or several lines; rename it")
+    if odd := [name for name in names if not _is_storable(name)]:
+        raise ConfigError("--classes", f"class {odd[0]!r} is empty, no text, has spaces at an end or several lines; "
+                                       "rename it")
     return names
+
+
+def _is_storable(name: str) -> bool:
+    """Whether a name comes back from a file with a name a line."""
+    return name == name.strip() and len(name.splitlines()) == 1 and name == name.encode(errors="replace").decode()
 
 
 def block_of(name: str, data_dir: str, split: str) -> dict[str, Any]:

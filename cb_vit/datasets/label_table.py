@@ -48,11 +48,21 @@ class Keys(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Places of the columns; `split` is None where there is none."""
+    """Places of the columns.
+
+    Attributes:
+        file: that of the file.
+        label: that of the class.
+        split: that of the split; None: there is none.
+        count: number of all columns.
+        prediction: whether the class is the first word of Kaggle's PredictionString.
+    """
 
     file: int
     label: int
     split: int | None
+    count: int
+    prediction: bool = False
 
 
 def read_rows(path: str, keys: Keys, block: str) -> list[Row]:
@@ -71,20 +81,12 @@ def read_rows(path: str, keys: Keys, block: str) -> list[Row]:
     lines = list(_cells(_text(path), path))
     if not lines:
         raise DataError(f"{path}: is empty; {A_LINE}")
-    (_, first), width = lines[0], len(lines[0][1])
-    columns = _named_columns(first, keys, path, block)
-    if columns:
+    if columns := _named_columns(lines[0][1], keys, path, block):
         lines = lines[1:]
-        wnid_first = bare_name(first[columns.label]) == "predictionstring"
-    elif width == 1:
-        lines, columns, wnid_first = list(_of_ilsvrc(lines, path)), Columns(0, 1, None), False
-        width = 2
-    elif width > 3:
-        raise DataError(f"{path}: line 1: {width} columns without names that are known; name them in a first line "
-                        "such as file,label,split, or set image_key and label_key")
     else:
-        columns, wnid_first = Columns(0, 1, 2 if width == 3 else None), False
-    rows = [_row(line, cells, width, columns, wnid_first, path) for line, cells in lines]
+        lines = list(_of_ilsvrc(lines, path)) if len(lines[0][1]) == 1 else lines
+        columns = _unnamed_columns(*lines[0], path)
+    rows = [_row(line, cells, columns, path) for line, cells in lines]
     if not rows:
         raise DataError(f"{path}: has no line after the names of its columns; {A_LINE}")
     _check_unique(rows, path)
@@ -149,17 +151,26 @@ def _named_columns(first: Sequence[str], keys: Keys, path: str, block: str) -> C
         if place is None:
             raise ConfigError(f"{block}.{setting}", f"which column is {what}? {path} has {', '.join(first)}; set "
                                                     f"{setting} to one of them")
-    return Columns(file, label, split)
+    return Columns(file, label, split, len(first), names[label] == "predictionstring")
 
 
-def _row(line: int, cells: Sequence[str], width: int, columns: Columns, wnid_first: bool, path: str) -> Row:
-    if len(cells) != width:
-        raise DataError(f"{path}: line {line}: has {len(cells)} columns, and the first line {width}")
-    values = [None if place is None else cells[place] for place in columns]
-    if "" in values:
-        raise DataError(f"{path}: line {line}: no {('file', 'class', 'split')[values.index('')]}; {A_LINE}")
-    file, label, split = values
-    if wnid_first:
+def _unnamed_columns(line: int, cells: Sequence[str], path: str) -> Columns:
+    if len(cells) > 3:
+        raise DataError(f"{path}: line {line}: {len(cells)} columns without names that are known; name them in a first "
+                        "line such as file,label,split, or set image_key and label_key")
+    return Columns(0, 1, 2 if len(cells) == 3 else None, len(cells))
+
+
+def _row(line: int, cells: Sequence[str], columns: Columns, path: str) -> Row:
+    if len(cells) != columns.count:
+        raise DataError(f"{path}: line {line}: has {len(cells)} columns, and the first line {columns.count}")
+    file, label, split = cells[columns.file], cells[columns.label], None
+    if columns.split is not None:
+        split = cells[columns.split]
+    for what, value in (("file", file), ("class", label), ("split", split)):
+        if value == "":
+            raise DataError(f"{path}: line {line}: no {what}; {A_LINE}")
+    if columns.prediction:
         label = label.split()[0]
         if not WNID.fullmatch(label):
             raise DataError(f"{path}: line {line}: PredictionString begins with {label!r}, where ImageNet has a class "

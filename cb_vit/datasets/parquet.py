@@ -65,7 +65,7 @@ class Parquet:
         if data is None:
             linked = f", only the path {name!r}; embed the images" if name else ""
             raise DataError(f"{where}: {self.image_key!r} holds no image{linked}")
-        return data, name
+        return data, name if isinstance(name, str) else None
 
 
 def _open(file: str) -> Any:
@@ -108,7 +108,7 @@ def _holds_images(kind: Any) -> bool:
     import pyarrow
 
     if pyarrow.types.is_struct(kind):
-        return any(field.name == "bytes" for field in kind)
+        return any(field.name == "bytes" and _holds_images(field.type) for field in kind)
     return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
 

@@ -50,7 +50,8 @@ class Tars:
             if len(found) != 1:
                 raise DataError(f"{where} has {' and '.join(found) or 'no image'} (its entries are "
                                 f"{', '.join(entries)}); each example has one image, which --image_key can choose")
-            yield Example(where, key, self._label(entries, where), entries[found[0]])
+            name = os.fsencode(key).decode(errors="replace")  # a name need not be UTF-8, and an id must
+            yield Example(where, name, self._label(entries, where), entries[found[0]])
 
     def _label(self, entries: dict[str, bytes | None], where: str) -> int | str:
         key = self.label_key or ("cls" if "cls" in entries else "label")
