@@ -11,11 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import refusal
+from PIL import Image
 
 from cb_vit.config import ConfigError
 from cb_vit.datasets import open_source, preparing
 from cb_vit.datasets.incoming import by_split
 from cb_vit.io import CannotWrite
+from cb_vit.pp import images
 from cb_vit.tools import cli, import_data
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -26,8 +28,8 @@ STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 def parquet(file, pictures, labels, names=None, struct=True, label="label"):
     """A file as Hugging Face's library writes it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    images = [dict(bytes=data, path=f"n{i}.png") for i, data in enumerate(pictures)] if struct else pictures
-    columns = pa.table({"image": pa.array(images, STRUCT if struct else pa.binary()), label: labels})
+    cells = [dict(bytes=data, path=f"n{i}.png") for i, data in enumerate(pictures)] if struct else pictures
+    columns = pa.table({"image": pa.array(cells, STRUCT if struct else pa.binary()), label: labels})
     noted = {"info": {"features": {"image": {"_type": "Image"}, label: {"names": names, "_type": "ClassLabel"}}}}
     pq.write_table(columns.replace_schema_metadata({b"huggingface": json.dumps(noted).encode()} if names else None),
                    file, row_group_size=5)
@@ -146,6 +148,16 @@ def test_labels_without_names_name_themselves(tmp_path):
 def test_rows_that_cannot_be(tmp_path, pictures, labels, message):
     parquet(tmp_path / "x" / "train.parquet", pictures, labels)
     assert re.search(message, refused(tmp_path / "x", tmp_path))
+
+
+@pytest.mark.parametrize("form", images.FORMATS)
+def test_every_format_that_is_read_is_taken(form):
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(file, form)
+    images.check_encoded(file.getvalue())
+    for content in (b"", file.getvalue()[1:], b"%PDF-1.4", b"\0" * 40):
+        with pytest.raises(ValueError, match="no image format that is read here"):
+            images.check_encoded(content)
 
 
 def test_files_that_are_not_whole_or_of_one_set(flowers, tmp_path):

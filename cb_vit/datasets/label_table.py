@@ -164,18 +164,17 @@ def _unnamed_columns(line: int, cells: Sequence[str], path: str) -> Columns:
 def _row(line: int, cells: Sequence[str], columns: Columns, path: str) -> Row:
     if len(cells) != columns.count:
         raise DataError(f"{path}: line {line}: has {len(cells)} columns, and the first line {columns.count}")
-    file, label, split = cells[columns.file], cells[columns.label], None
-    if columns.split is not None:
-        split = cells[columns.split]
-    for what, value in (("file", file), ("class", label), ("split", split)):
-        if value == "":
-            raise DataError(f"{path}: line {line}: no {what}; {A_LINE}")
+    file, label = cells[columns.file], cells[columns.label]
+    split = None if columns.split is None else cells[columns.split]
+    if not file or not label or split == "":
+        what = "file" if not file else "class" if not label else "split"
+        raise DataError(f"{path}: line {line}: no {what}; {A_LINE}")
     if columns.prediction:
         label = label.split()[0]
         if not WNID.fullmatch(label):
             raise DataError(f"{path}: line {line}: PredictionString begins with {label!r}, where ImageNet has a class "
                             "such as n01440764")
-    if re.fullmatch(r"-\d+", label):
+    if label[0] == "-" and label[1:].isdecimal():
         raise DataError(f"{path}: line {line}: {label} is no class; take out the lines of images without a label")
     return Row(line, _inside(file, line, path), label, split)
 

@@ -178,7 +178,7 @@ class _Images:
         self.root = root
         self.sizes: dict[str, int] = {}
         self._others: dict[str, collections.Counter[str]] = {}
-        self._stems: dict[str, list[str]] = {}
+        self._stems: dict[str, list[str]] | None = None  # of paths, made on first use: a list of a million needs none
 
     def scan(self, folders: set[str]) -> None:
         """Look through folders, given relative to the root."""
@@ -189,15 +189,20 @@ class _Images:
             self._others[folder] = others
             prefix = folder and f"{folder}/"
             for name, size in sorted(images):
-                path = prefix + os.fsdecode(name)
-                self.sizes[path] = size
-                self._stems.setdefault(path.rpartition(".")[0], []).append(path)
+                self.sizes[prefix + os.fsdecode(name)] = size
+        self._stems = None
 
     def find(self, path: str) -> list[str]:
         """The image at a path; or, where there is none, those that have it as their name without extension."""
         if path not in self.sizes and (folder := posixpath.dirname(path)) not in self._others:
             self.scan({folder})
-        return [path] if path in self.sizes else self._stems.get(path, [])
+        if path in self.sizes:
+            return [path]
+        if self._stems is None:
+            self._stems = {}
+            for other in self.sizes:
+                self._stems.setdefault(other.rpartition(".")[0], []).append(other)
+        return self._stems.get(path, [])
 
     def hint(self, path: str) -> str:
         """What may be the matter with a path that is not there, in words for an error."""

@@ -142,7 +142,7 @@ def _classes(root: str, splits: Sequence[str], names: Sequence[str], path: str) 
     classes = in_order({name for split in given_by for name in found[split]})
     if not classes:
         where = os.path.join(root, "train") if "train" in found else root
-        beside = ", where images lie without one" if holds_images(where) else ""
+        beside = ", where images lie without one; a labels_file can tell their classes" if holds_images(where) else ""
         raise ConfigError(f"{path}.root", f"no class folders in {where}{beside}; {EXPECTED}")
     for split in names:
         if unknown := [name for name in found[split] if name not in classes]:
