@@ -16,7 +16,7 @@ from PIL import Image
 from scipy import stats
 
 from cb_vit.config import ConfigError
-from cb_vit.datasets import folder
+from cb_vit.datasets import listing
 from cb_vit.pp import builder, images, ops_device
 from cb_vit.pp.builder import build
 from cb_vit.pp.ops_image import InceptionCrop
@@ -500,7 +500,7 @@ def test_content_that_is_no_image_is_named(words, data):
 
 def test_formats_are_those_of_the_files_that_are_listed():
     known = Image.registered_extensions()
-    assert set(images.FORMATS) == {known[ending] for ending in folder.EXTENSIONS}
+    assert set(images.FORMATS) == {known[ending] for ending in listing.EXTENSIONS}
     for form in (*images.FORMATS, "MPO"):
         more = dict(save_all=True, append_images=[Image.new("RGB", (9, 8))]) if form in ("MPO", "GIF") else {}
         assert run("decode", encoded(Image.new("RGB", (9, 8)), form, **more))["image"].shape == (8, 9, 3)

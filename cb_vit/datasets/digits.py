@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import io
 import logging
 import os
@@ -26,6 +25,7 @@ from cb_vit.config import ConfigError, parse
 from cb_vit.datasets import tfds as prepared
 from cb_vit.datasets.contents import fingerprint
 from cb_vit.datasets.core import SourceConfig
+from cb_vit.datasets.preparing import lock
 from cb_vit.io import as_path, is_local
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def prepare(data_dir: str) -> None:
         OSError: the folder cannot be written.
     """
     os.makedirs(data_dir, exist_ok=True)
-    with _lock(os.path.join(data_dir, f".{NAME}.lock")) as alone:
+    with lock(os.path.join(data_dir, f".{NAME}.lock")) as alone:
         if _complete(data_dir):  # another process may have prepared it while this one waited for the lock
             return
         # Without a lock, what looks like a leftover may be the work of another process.
@@ -120,19 +120,6 @@ def _remove_leftovers(data_dir: str) -> None:
     for name in os.listdir(home) if os.path.isdir(home) else []:
         if name.startswith("incomplete.") or name == VERSION:
             shutil.rmtree(os.path.join(home, name))
-
-
-@contextlib.contextmanager
-def _lock(path: str) -> Iterator[bool]:
-    """Hold a lock that the system frees when its owner dies; False if the disk cannot lock."""
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): several processes may prepare the digits at once", path, error)
-            yield False
-        else:
-            yield True
 
 
 def _build(data_dir: str) -> None:

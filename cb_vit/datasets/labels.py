@@ -65,6 +65,11 @@ def are_numbers(names: Collection[str]) -> bool:
     return all(map(_is_number, names)) and len(set(map(int, names))) == len(names)
 
 
+def in_order(names: Collection[str]) -> tuple[str, ...]:
+    """Different names in the order of their classes: sorted, as numbers where all are."""
+    return tuple(sorted(names, key=int if are_numbers(names) else None))
+
+
 @functools.cache
 def wnids() -> tuple[str, ...]:
     """WordNet's numbers of ImageNet-1k's classes, in the order of ILSVRC-2012."""

@@ -44,6 +44,8 @@ _OTHERS = tuple((re.compile(start, re.DOTALL | re.IGNORECASE), words) for start,
     (rb"\xff\xd8|\x89PNG|GIF8|RIFF.{4}WEBP|II\*\0|MM\0\*|BM", "it is damaged or truncated; copy it anew"),
     (rb"([\t\n\r -~]|[\xc3-\xf4][\x80-\xbf]{0,3})+\Z", "it is text, no image"),
 ))
+# How files in one of FORMATS begin.
+_BEGINNINGS = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM|RIFF.{4}WEBP|II[*+]\0|MM\0[*+]", re.DOTALL)
 POINT_METHODS = ("nearest", "bilinear", "bicubic")  # those that Pillow can sample without widening the filter
 
 
@@ -71,6 +73,16 @@ def decode_image(data: bytes) -> Image.Image:
     # Pillow reads pixels on first use; damage is to show here, where the example is known.
     image.load()
     return image
+
+
+def check_encoded(data: bytes) -> None:
+    """Refuse bytes that do not begin as a file in one of `FORMATS`; nothing is decoded.
+
+    Raises:
+        ValueError: names what it is, where that is known.
+    """
+    if not _BEGINNINGS.match(data):
+        raise ValueError(f"no image format that is read here, {', '.join(FORMATS)}; {name_content(data)}")
 
 
 def name_content(data: bytes) -> str:

@@ -24,7 +24,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from cb_vit import io, retry
 from cb_vit.analysis import attention_maps
 from cb_vit.config import ConfigError, Failure
-from cb_vit.datasets.folder import EXTENSIONS
+from cb_vit.datasets.listing import EXTENSIONS
 from cb_vit.monitor.timing import Chrono, speed_text
 from cb_vit.prediction import Prediction, Predictor, preprocessing
 from cb_vit.texts import parse_json, printable
