@@ -602,11 +602,16 @@ def test_part_of_each_class_is_held_out_by_a_rule_of_names(tmp_path, inside):
 
 def test_where_there_is_a_split_to_evaluate_on_nothing_is_held_out(tmp_path):
     make_folder(tmp_path, {("train", "cat"): 5, ("train", "dog"): 5, ("test", "cat"): 2, ("test", "dog"): 2})
+    lengths = {split: len(folder(tmp_path, split, holdout=0.2)) for split in ("train", "val", "test", "val+test")}
+    assert lengths == {"train": 8, "val": 2, "test": 4, "val+test": 6}  # what is called test is left for the end
+    with pytest.raises(ConfigError, match=r"no split 'dev'.*Splits: train, val, test \(with those that holdout makes"):
+        folder(tmp_path, "dev", holdout=0.2)
+    make_folder(tmp_path, {("valid", "cat"): 2, ("valid", "dog"): 2})
     assert len(folder(tmp_path, holdout=0.2)) == 10 and folder(tmp_path, holdout=0.2).contents.held_out is None
-    with pytest.raises(ConfigError, match=r"no split 'val' in 'val'.*Splits: test, train"):
+    with pytest.raises(ConfigError, match=r"no split 'val' in 'val'; did you mean valid\? Splits: test, train, valid"):
         folder(tmp_path, "val", holdout=0.2)
     make_folder(tmp_path, {(".", "bird"): 2})
-    with pytest.raises(ConfigError, match=r"\.root: .* holds splits \(test, train\) and folders of images \(bird\);"):
+    with pytest.raises(ConfigError, match=r"\.root: .* holds splits \(test, train, valid\) and folders of images \(bird\);"):
         folder(tmp_path, "val", holdout=0.2)
     for share in (0.0, 1.0, -0.1):
         with pytest.raises(ConfigError, match=rf"\.holdout: is a share .* below 1, got {share}"):

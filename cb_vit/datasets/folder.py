@@ -3,8 +3,8 @@
 Every folder directly under ROOT is a split, every folder in a split a class. Classes are numbered in the sorted
 order of their names in `train` (in all splits together where there is no `train`), the same for every split; names
 that are all whole numbers are sorted as numbers. Where `holdout` says how much, part of every class is held out as
-"val", from a root that holds the classes themselves, or from a `train` that stands alone. A `labels_file` tells the
-classes of images that lie in other folders, and ImageNet is also read as Kaggle gives it.
+"val", from a root that holds the classes themselves, or from a `train` beside which no split is called so. A
+`labels_file` tells the classes of images that lie in other folders, and ImageNet is also read as Kaggle gives it.
 """
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any, SupportsIndex
+
+import numpy as np
 
 from cb_vit.config import ConfigError, parse
 from cb_vit.datasets.contents import Contents, DataError, fingerprint
@@ -129,6 +131,11 @@ class FolderSource:
 
     def __len__(self) -> int:
         return len(self.spans)
+
+    def all_labels(self) -> np.ndarray:
+        """The label of every example, int64 [n]."""
+        return np.concatenate([self.listings[name].labels[start:stop] for name, start, stop in self.spans.spans]
+                              ).astype(np.int64)
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         span, number = self.spans.locate(index)

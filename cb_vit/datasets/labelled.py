@@ -13,7 +13,7 @@ from cb_vit.config import ConfigError
 from cb_vit.datasets.contents import DataError
 from cb_vit.datasets.label_table import Keys, Row, read_rows
 from cb_vit.datasets.labels import in_order
-from cb_vit.datasets.layouts import SPLITS, THREADS, TRAIN, HeldOut, Layout, Parts
+from cb_vit.datasets.layouts import SPLITS, THREADS, TO_EVALUATE, TRAIN, HeldOut, Layout, Parts
 from cb_vit.datasets.listing import Part, images_in, place_of
 
 ANY = "{split}"
@@ -110,8 +110,10 @@ def labelled(root: str, labels_file: str, keys: Keys, share: float | None, seed:
         raise ConfigError(f"{path}.labels_file", f"there is no file {file}; give its path, absolute "
                                                  "or relative to root")
     layout = Labelled(root, files, keys, path)
-    if share and (layout.splits == [TRAIN] or not layout.tells_splits):
+    if share and not layout.tells_splits:
         return HeldOut(layout, layout.splits[0], share, seed)
+    if share and TRAIN in layout.splits and not TO_EVALUATE.intersection(layout.splits):
+        return HeldOut(layout, TRAIN, share, seed)
     return layout
 
 

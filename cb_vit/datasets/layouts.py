@@ -15,10 +15,11 @@ from cb_vit.datasets.listing import EXTENSIONS, Part, hold_out, images_in, place
 from cb_vit.texts import first_few
 
 EXPECTED = ("expected ROOT/train/<class>/*.jpg (also png, webp, bmp, tif, gif) and ROOT/val/<class>/…, one folder a "
-            "class")
+            "class; or with holdout=0.1 ROOT/<class>/…")
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # as people call them
 THREADS = 16
 TRAIN, HELD_OUT = "train", "val"
+TO_EVALUATE = {"val", "valid", "validation"}
 Parts = tuple[tuple[str, ...], dict[str, Part]]
 
 
@@ -72,7 +73,7 @@ class ClassFolders:
 
 
 class HeldOut:
-    """Another layout, of which a split is taken for all there is, and part of that held out as "val".
+    """Another layout, of which a split is taken for "train", and part of it held out as "val"; its others stay.
 
     Args:
         layout: the other layout.
@@ -81,22 +82,24 @@ class HeldOut:
         seed: seed of what is held out.
     """
 
-    splits = TRAIN, HELD_OUT
-
     def __init__(self, layout: Layout, split: str, share: float, seed: int):
         self.layout, self.split, self.share, self.seed = layout, split, share, seed
+        self.splits = [TRAIN, HELD_OUT, *(name for name in layout.splits if name != split)]
 
     def find(self, names: Sequence[str]) -> Parts:
         """See `Layout`."""
-        classes, parts = self.layout.find([self.split])
-        part = parts[self.split]
-        files = dict(zip(self.splits, hold_out(part.files, self.share, self.seed), strict=True))
-        return classes, {name: part._replace(files=files[name], left_out=part.left_out if name == names[0] else {})
-                         for name in names}
+        made = [name for name in names if name in (TRAIN, HELD_OUT)]
+        classes, parts = self.layout.find([self.split] * bool(made) + [name for name in names if name not in made])
+        if made:
+            part = parts.pop(self.split)
+            files = dict(zip((TRAIN, HELD_OUT), hold_out(part.files, self.share, self.seed), strict=True))
+            parts |= {name: part._replace(files=files[name], left_out=part.left_out if name == made[0] else {})
+                      for name in made}
+        return classes, {name: parts[name] for name in names}
 
     def missing(self, error: ConfigError) -> ConfigError:
         """See `Layout`."""
-        return ConfigError(error.path, f"{error.message} (those that holdout makes)")
+        return ConfigError(error.path, f"{error.message} (with those that holdout makes)")
 
 
 def class_folders(root: str, share: float | None, seed: int, path: str) -> Layout:
@@ -116,7 +119,7 @@ def class_folders(root: str, share: float | None, seed: int, path: str) -> Layou
     if held_out is None:
         return ClassFolders(root, folders, path)
     parent, name = os.path.split(held_out)
-    return HeldOut(ClassFolders(parent, [name], path), name, share, seed)
+    return HeldOut(ClassFolders(parent, [name] if parent != root else folders, path), name, share, seed)
 
 
 def _to_hold_out(root: str, folders: list[str], path: str) -> str | None:
@@ -132,7 +135,7 @@ def _to_hold_out(root: str, folders: list[str], path: str) -> str | None:
                                           f"({first_few(classes, 3)}); {EXPECTED}")
     if classes:
         return root
-    return os.path.join(root, TRAIN) if folders == [TRAIN] else None
+    return os.path.join(root, TRAIN) if TRAIN in folders and not TO_EVALUATE.intersection(folders) else None
 
 
 def _classes(root: str, splits: Sequence[str], names: Sequence[str], path: str) -> tuple[str, ...]:
