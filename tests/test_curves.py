@@ -32,12 +32,21 @@ def picture(data):
 
 @pytest.mark.filterwarnings("error")
 def test_curves_can_be_drawn_from_anything():
-    others = ("ema/val", r"$\frac{", "an_evaluator_whose_name_has_forty_letters")
+    others = ("ema/val", "train", r"$\frac{", "an_evaluator_whose_name_has_forty_letters")
     seen = [picture(draw_curves(values, r"a $run$ of $\others")) for values in (
         {}, history(1, nan=[0]), history(500, nan=range(100, 200), evals=others),
         {"training_loss": (np.arange(3), np.array([np.inf, -1e308, 2])), "val/prec@1": (np.zeros(1), np.ones(1))})]
     assert all(image.shape == seen[0].shape and image.std() > 1 for image in seen)
     assert len({image.tobytes() for image in seen}) == len(seen)
+
+
+def test_an_evaluator_called_train_is_not_the_training_loss(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("cb_vit.monitor.curves.label_ends", lambda ax, ends: drawn.append([end[0] for end in ends]))
+    monkeypatch.setattr("cb_vit.monitor.curves.to_png", lambda figure: b"")
+    draw_curves({name: (np.array([1]), np.array([value])) for name, value in [
+        ("training_loss", 2.5), ("train/loss", 2.25), ("ema/train/loss", 2.0), ("ema/train/prec@1", 0.5)]})
+    assert drawn[:2] == [["training 2.50", "train 2.25", "ema/train 2.00"], ["ema/train 50.0%"]]
 
 
 @pytest.fixture

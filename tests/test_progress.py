@@ -126,12 +126,18 @@ def test_a_pipe_sees_what_is_logged_and_nothing_more(terminal, run):
     assert stream.getvalue() == "logged\nlogged\n"
 
 
-def test_a_narrow_terminal_keeps_it_in_one_line(terminal, run):
-    stream = terminal(columns=40)
-    live, chrono, _, clock = run(stream)
+@pytest.mark.parametrize("columns", [20, 40, 60, 61, 80, 100, 120])
+def test_a_narrow_terminal_has_fewer_words_but_whole_ones(terminal, run, columns):
+    stream = terminal(columns=columns)
+    live, chrono, writer, clock = run(stream, device=GPU)
+    words = {"40/100", "epoch 2.0 of 5.0", "5 img/s", "ETA 0:02:00", "best val/prec@1 0.7500", "waiting for data 25 %",
+             "0:00:40 an epoch", "device 3.0 GiB"}
     with live:
+        writer.write(40, {"val/prec@1": 0.75})
         advance(live, chrono, clock, range(1, 41))
-        assert all(len(part) < 40 for part in stream.getvalue().split("\r")) and "| 40/100 |" in stream.screen()[-1]
+        assert all(len(part) < columns for part in stream.getvalue().split("\r"))
+        shown = stream.screen()[-1].split("| ", 1)[1].split(" | ")
+    assert columns < 40 or words.issuperset(shown) and shown[0] == "40/100" and len(shown) >= columns // 20 - 1
 
 
 def test_steps_that_fly_are_not_drawn_one_by_one(terminal, run, monkeypatch):

@@ -21,40 +21,43 @@ def draw_curves(history: Mapping[str, Series], title: str = "") -> bytes:
         history: `(steps, values)` of each metric, by its name; NaN leaves a gap.
         title: text above the panels, before the step reached.
     """
-    evals = _evaluators(history)
-    looks = {"train": Look(), "": Look()} | {name: Look.number(i) for i, name in enumerate(evals)}
-    panels = (  # heading, metric by the name of its curve
-        (f"loss ({RING} lowest)", {"train": "training_loss"} | {name: f"{name}/loss" for name in evals}),
-        (f"top-1 accuracy ({RING} best)", {name: f"{name}/prec@1" for name in evals}),
-        ("images a second", {"": "img/sec"}),
-        ("learning rate", {"": "lr"}),
-        ("gradient norm", {"": "l2_grads"}),
-        ("share of time waiting for data", {"": "data_wait"}),
+    lone = ("", Look())
+    panels = (  # heading, and by the name of each metric what its curve is called and how it looks
+        (f"loss ({RING} lowest)", {"training_loss": ("training", Look())} | _evaluations(history, "/loss")),
+        (f"top-1 accuracy ({RING} best)", _evaluations(history, "/prec@1")),
+        ("images a second", {"img/sec": lone}),
+        ("learning rate", {"lr": lone}),
+        ("gradient norm", {"l2_grads": lone}),
+        ("share of time waiting for data", {"data_wait": lone}),
     )
     last = max((int(steps[-1]) for steps, _ in history.values() if len(steps)), default=0)
-    epochs = [(s, e) for s, e in zip(*history.get("epoch", ((), ())), strict=True) if s > 0 and e > 0]
+    ratios = [s / e for s, e in zip(*history.get("epoch", ((), ())), strict=True) if s > 0 and e > 0]
+    per_epoch = ratios[-1] if ratios else None
     picture, axes = figure(2, 3, width=5.6, height=3.6)
-    labels = short(looks)
-    for ax, (heading, names) in zip(axes.flat, panels, strict=True):
-        kind = kind_of(next(iter(names.values()), "prec@1"))
-        drawn = {label: draw_curve(ax, history[name], looks[label], kind_of(name))
-                 for label, name in names.items() if name in history}
-        style(ax, heading, kind, pad=20 if epochs and ax in axes[0] else 7)
-        label_ends(ax, [(plain(f"{labels[label]} {end[1]}".strip()), end[0], looks[label].colour)
-                        for label, end in drawn.items() if end])
-    for ax in axes[0] if epochs else ():
-        _epoch_axis(ax, steps_per_epoch=epochs[-1][0] / epochs[-1][1])
+    for ax, (heading, curves) in zip(axes.flat, panels, strict=True):
+        ends = []
+        for metric, (label, look) in curves.items():
+            if metric in history and (end := draw_curve(ax, history[metric], look, kind_of(metric))):
+                ends.append((plain(f"{label} {end[1]}".strip()), end[0], look.colour))
+        style(ax, heading, kind_of(next(iter(curves), "")), pad=20 if per_epoch and ax in axes[0] else 7)
+        label_ends(ax, ends)
+    for ax in axes[0] if per_epoch else ():
+        _epoch_axis(ax, per_epoch)
     for ax in axes[1]:
         step_axis(ax, last)
-    reached = [f"step {thousands(last)}"] + ([f"epoch {epochs[-1][1]:.1f}"] if epochs else [])
+    reached = [f"step {thousands(last)}"] + ([f"epoch {last / per_epoch:.1f}"] if per_epoch else [])
     picture.suptitle("  \u00b7  ".join(filter(None, [plain(title), *reached])), x=0.01, ha="left", fontsize=11)
     return to_png(picture)
 
 
-def _evaluators(history: Mapping[str, Series]) -> list[str]:
-    """Names of those that have measured something, each followed by what it found of the averaged parameters."""
-    names = {name.removesuffix(score) for name in history for score in SCORES if name.endswith(score)}
-    return sorted(names, key=lambda name: (name.removeprefix("ema/"), name.startswith("ema/")))
+def _evaluations(history: Mapping[str, Series], score: str) -> dict[str, tuple[str, Look]]:
+    """What every evaluator's curve of one score is called, and how it looks, by the name of the metric.
+
+    What was measured with the averaged parameters follows what was measured with those that are trained.
+    """
+    names = {name.removesuffix(ending) for name in history for ending in SCORES if name.endswith(ending)}
+    names = sorted(names, key=lambda name: (name.removeprefix("ema/"), name.startswith("ema/")))
+    return {f"{name}{score}": (label, Look.number(index)) for index, (name, label) in enumerate(short(names).items())}
 
 
 def _epoch_axis(ax: Any, steps_per_epoch: float) -> None:

@@ -18,6 +18,7 @@ from cb_vit.monitor.timing import Chrono, memory_stats, speed_text, time_text, w
 from cb_vit.texts import printable
 
 INTERVAL = 0.5  # seconds between two drawings of the line
+BAR, BAR_WIDTH = "{percentage:3.0f}%|{bar:8}| ", 15  # what stands before the words
 
 
 class LiveLine:
@@ -25,7 +26,7 @@ class LiveLine:
 
     `53%|████▎   | 1200/2250 | epoch 42.7 of 80.1 | 5821 img/s | ETA 0:17:30 | best val/prec@1 0.9361 | …`
 
-    What is not known yet is left out, and so is what a narrow terminal has no room for.
+    What is not known yet is left out, and so is all that a narrow terminal has no room for.
 
     Args:
         chrono: clock of the run.
@@ -43,7 +44,7 @@ class LiveLine:
         self._stack = contextlib.ExitStack()
         # Some terminals know nothing of their size, where tqdm finds no row to write in: `nrows` is any that has one.
         self._settings = dict(total=chrono.total_steps, initial=step, file=stream, mininterval=INTERVAL, miniters=1,
-                              leave=False, bar_format="{percentage:3.0f}%|{bar:8}| {words}", nrows=24,
+                              leave=False, bar_format=BAR + "{words}", nrows=24,
                               disable=stream is None or not stream.isatty())
 
     def __enter__(self) -> LiveLine:
@@ -70,7 +71,15 @@ class LiveLine:
         finally:
             self._activity = ""
 
-    def _words(self) -> str:
+    def _words(self, room: int) -> str:
+        """As many of the parts as there is room for in so many columns; half a number would be another number."""
+        words, *parts = filter(None, map(printable, self._parts()))
+        for part in parts:
+            words += f" | {part}" if len(words) + 3 + len(part) <= room else ""
+        return words
+
+    def _parts(self) -> list[str]:
+        """What the line says, the most important first."""
         chrono, step = self._chrono, self._step
         now = chrono.measure(step) | memory_stats(self._device)
         epoch, left = chrono.epoch(step), chrono.eta(step)
@@ -89,7 +98,7 @@ class LiveLine:
             if epoch is not None:
                 parts.append(f"{time_text(chrono.examples_per_epoch / now['img/sec'])} an epoch")
         parts.append(f"device {now['hbm_gib']:.1f} GiB" if "hbm_gib" in now else f"host {now['host_peak_gib']:.1f} GiB")
-        return printable(" | ".join(filter(None, parts)))
+        return parts
 
 
 class _Bar(tqdm):
@@ -97,7 +106,7 @@ class _Bar(tqdm):
 
     monitor_interval = 0  # seconds: no thread looks after it
 
-    def __init__(self, words: Callable[[], str], **settings: Any):
+    def __init__(self, words: Callable[[int], str], **settings: Any):
         self._words = words
         super().__init__(**settings)
 
@@ -106,7 +115,7 @@ class _Bar(tqdm):
         """What the line is made of."""
         # Not tqdm's width, which is negative there.
         width = shutil.get_terminal_size().columns - 1
-        return super().format_dict | {"words": self._words(), "ncols": width}
+        return super().format_dict | {"words": self._words(width - BAR_WIDTH), "ncols": width}
 
 
 _Bar.set_lock(threading.RLock())  # not tqdm's own, with which a process for semaphores would begin
