@@ -120,5 +120,5 @@ def _caption(weights: Float[np.ndarray, " classes"], names: Sequence[str]) -> li
         return [Line("no label", colour=FAINT)]
     if len(there) == 1 and weights[there[0]] > 1 - SHOWN:
         return [Line(names[there[0]])]
-    lines = [Line(names[number], f" {weights[number]:.2f}") for number in there[:2]]
+    lines = [Line(names[number], f"  {weights[number]:.2f}") for number in there[:2]]
     return lines + [Line(f"and {len(there) - 2} more", colour=FAINT)] * (len(there) > 2)

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from cb_vit import Model
-from cb_vit.analysis.attention_maps import View, draw_maps, overlay, patch_map, reading_tokens, rollout
+from cb_vit.analysis.attention_maps import View, patch_map, reading_tokens, rollout
+from cb_vit.analysis.attention_pictures import Scale, draw_index, draw_maps, overlay
+from cb_vit.monitor.contact_sheet import Line
 
 GRID = (2, 3)
 
@@ -95,8 +97,30 @@ def test_colours_over_grey():
     rng = np.random.default_rng(0)
     image, colours = rng.random((4, 5, 3)), rng.random((4, 5, 3))
     grey = (image @ [0.299, 0.587, 0.114])[..., None]
-    np.testing.assert_allclose(overlay(image, colours, np.zeros((4, 5))), (grey + colours) / 2)
-    np.testing.assert_allclose(overlay(image, colours, np.ones((4, 5))), 0.15 * grey + 0.85 * colours)
+    np.testing.assert_allclose(overlay(image, colours, np.zeros((4, 5))), np.broadcast_to(grey, (4, 5, 3)))
+    np.testing.assert_allclose(overlay(image, colours, np.ones((4, 5))), 0.2 * grey + 0.8 * colours)
+
+
+@pytest.mark.parametrize("low, high", [(0.9, 1.1), (0.02, 7.0), (0.3, 0.31)])
+def test_a_scale_spans_what_there_is(low, high):
+    scale = Scale.of(np.linspace(low, high, 1001))
+    assert scale.high == pytest.approx(high, rel=0.01)
+    assert scale.low == pytest.approx(max(low + 0.005 * (high - low), scale.high / 100))
+    assert scale.extend == "both"
+    found = scale.strength(np.array([0, scale.low, np.sqrt(scale.low * scale.high), scale.high, 99]))
+    np.testing.assert_allclose(found, [0, 0, 0.5, 1, 1], atol=1e-12)
+    assert scale.ticks()[0] == pytest.approx(scale.low) and scale.ticks()[-1] == pytest.approx(scale.high)
+
+
+def test_a_scale_shows_neither_noise_nor_more_than_two_decades():
+    flat = Scale.of(1 + 1e-6 * np.random.default_rng(0).normal(size=500))
+    np.testing.assert_allclose((flat.low, flat.high), (1 / 1.02**0.5, 1.02**0.5), rtol=1e-5)
+    assert flat.extend == "neither"
+    np.testing.assert_allclose(flat.strength(np.ones(3)), 0.5, atol=1e-3)
+    steep = Scale.of(np.array([0] * 50 + [50.0] * 50))
+    assert (steep.low, steep.high, steep.extend) == (0.5, 50, "min")
+    nothing = Scale.of(np.zeros(9))
+    np.testing.assert_array_equal(nothing.strength(np.zeros(9)), 0)
 
 
 def pixels(png):
@@ -114,15 +138,43 @@ def test_a_picture(shape):
     np.testing.assert_allclose(drawn.shape[:2], (120 * (0.98 + tile + 0.15), 120 * (0.15 + 3 * 2.02 + 0.75)), atol=1)
     at = lambda column, y, x: drawn[int(120 * (0.98 + y * tile)), int(120 * (0.15 + column * 2.02 + x * 1.9))]  # noqa: E731
     np.testing.assert_array_equal(at(0, 0.5, 0.5), [100] * 3)  # the input, as it is
-    np.testing.assert_allclose(at(2, 0.5, 0.5), [50] * 3, atol=2)  # no attention: half of it, under black
-    assert at(1, 0.15, 0.9).sum() > 500 and at(1, 0.9, 0.1).sum() < 160
+    np.testing.assert_array_equal(at(2, 0.5, 0.5), [100] * 3)  # no attention: the image in grey
+    np.testing.assert_array_equal(at(1, 0.9, 0.1), [100] * 3)
+    assert at(1, 0.15, 0.9).sum() > 500
 
 
-def test_many_maps_stand_in_rows_and_uniform_ones_are_not_stretched():
+def test_many_maps_stand_in_rows_and_uniform_ones_are_even():
     image = np.zeros((8, 12, 3), np.uint8)
     drawn = pixels(draw_maps(image, {str(i): np.ones(GRID) for i in range(8)}, ""))
     tile = 1.9 * 8 / 12
     expected = 120 * (0.98 + 2 * tile + 0.32 + 0.15), 120 * (0.15 + 5 * 2.02 + 0.75)
     np.testing.assert_allclose(drawn.shape[:2], expected, atol=1)
-    middle = drawn[int(120 * (0.98 + tile / 2)), int(120 * (0.15 + 2.02 + 0.95))]
-    assert middle.max() < 200  # 1 is below the end of the scale, which is 2 at least
+    row = drawn[int(120 * (0.98 + tile / 2)), int(120 * (0.15 + 2.02)) + 5:int(120 * (0.15 + 2.02 + 1.9)) - 5]
+    assert (row == row[0]).all() and 10 < row[0].max() < 200  # of the middle of the scale
+
+
+def test_a_map_that_hardly_differs_from_uniform_shows_its_structure():
+    weak = np.full(GRID, 0.95)
+    weak[0, 2] = 1.05
+    picture = Scale.of(weak).paint(np.full((60, 90, 1), 100, np.uint8), weak)
+    np.testing.assert_array_equal(picture[55, 5], [100] * 3)
+    assert np.abs(picture[5, 85].astype(int) - 100).max() > 100
+
+
+def test_a_map_on_another_level_leaves_the_others_their_colours():
+    image, weak = np.full((8, 12, 3), 100, np.uint8), np.linspace(0.95, 1.05, 6).reshape(GRID)
+    alone, beside = (pixels(draw_maps(image, maps, "", apart=("rollout",)))
+                     for maps in ({"weak": weak}, {"weak": weak, "rollout": weak / 9}))
+    at = slice(int(120 * 0.98) + 2, int(120 * (0.98 + 1.9 * 8 / 12)) - 2)
+    first, second = (slice(int(120 * (0.15 + i * 2.02)) + 2, int(120 * (0.15 + i * 2.02 + 1.9)) - 2) for i in (1, 2))
+    np.testing.assert_array_equal(alone[at, first], beside[at, first])
+    assert np.abs(beside[at, first] - beside[at, second]).max() < 12  # alike, each on its own scale
+
+
+def test_an_index_shows_images_and_maps_side_by_side():
+    images = [np.full((16, 16, 3), 10 * number, np.uint8) for number in range(5)]
+    maps = [np.full(GRID, 1.0 + number) for number in range(5)]
+    drawn = pixels(draw_index(images, maps, [[Line("name")]] * 5, "title", "what"))
+    for number in range(1, 5):
+        assert (drawn == 10 * number).all(-1).sum() >= 160 * 160
+    assert (drawn == 10).all(-1).sum() == 160 * 160  # its map is coloured; that of 0 is the image in grey

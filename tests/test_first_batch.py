@@ -103,8 +103,8 @@ def test_captions(monkeypatch):
         draw_batch(np.zeros((6, 8, 8, 3), np.uint8), weights, readable, class_names=names, title="", note="")
         said = [" · ".join(line.text + line.end for line in tile.lines) for tile in tiles]
         one, two, three = ("ant", "bee", "cat") if names else ("class 0", "class 1", "class 2")
-        assert said == [two, f"{three} 0.62 · {one} 0.38", "no label", f"{one} 0.50 · {three} 0.25 · and 2 more",
-                        "could not be read", f"{one} 1.00 · {two} 1.00"]
+        assert said == [two, f"{three}  0.62 · {one}  0.38", "no label", f"{one}  0.50 · {three}  0.25 · and 2 more",
+                        "could not be read", f"{one}  1.00 · {two}  1.00"]
 
 
 def test_it_is_left_in_the_workdir_and_failing_is_a_warning(tmp_path, caplog):

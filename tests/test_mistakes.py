@@ -101,7 +101,7 @@ def test_the_sheets_show_the_most_wrong_and_the_least_sure(devices, batch_size, 
     guesses, losses = logits.argmax(1), -log_p[np.arange(N), labels]
     first, second = np.sort(np.exp(log_p), 1)[:, :-3:-1].T
     wrong = [i for i in np.argsort(-losses) if guesses[i] != labels[i]][:9]
-    say = lambda i: (f"image {i}", f"is {'abcdef'[labels[i]]}", f"says {'abcdef'[guesses[i]]} {first[i]:.2f}")  # noqa: E731
+    say = lambda i: (f"image {i}", f"is {'abcdef'[labels[i]]}", f"says {'abcdef'[guesses[i]]}  {first[i]:.0%}")  # noqa: E731
     assert shown(evaluator, monkeypatch) == [
         [say(i) for i in wrong], [say(i) for i in np.argsort(first - second)[:9]]]
 

@@ -20,7 +20,9 @@ from cb_vit.checkpoint import Checkpointer
 from cb_vit.config import ConfigError, Failure
 from cb_vit.pp.normalisation import IMAGENET
 from cb_vit.prediction import Predictor, ahead, preprocessing
+from cb_vit.tools import attention_folder
 from cb_vit.tools import predict as tool
+from cb_vit.tools.attention_folder import AttentionFolder
 from cb_vit.tools.predict import Options, find_images, pick_layers, read_names
 from cb_vit.train_state import TrainState
 from cb_vit.weights import open_weights
@@ -279,9 +281,12 @@ def test_pictures_of_the_attention(deit, folder, tmp_path):
     looks, files = tmp_path / "looks", [f"{folder}/a.png", f"{folder}/b/9.webp"]
     options = Options(attention=str(looks), layers="all", rollout=True, top=1)
     tool.predict(files, deit, options)
-    assert sorted(str(path.relative_to(looks)) for path in looks.rglob("*.*")) == ["a.png", "b/9.png"]
+    assert sorted(str(path.relative_to(looks)) for path in looks.rglob("*.*")) == ["a.png", "b/9.png", "index.png"]
     with Image.open(looks / "a.png") as picture:
         assert picture.size == pytest.approx((120 * (0.15 + 4 * 2.02 + 0.75), 120 * (0.98 + 1.9 + 0.15)), abs=1)
+
+    with Image.open(looks / "index.png") as picture:  # two pairs of 320 by 160
+        assert picture.size[0] > 320 and picture.size[1] > 160
 
     (looks / "a.png").unlink()
     with pytest.raises(ConfigError, match=r"^--attention: .*b/9\.png is already there; choose another fo"):
@@ -290,6 +295,36 @@ def test_pictures_of_the_attention(deit, folder, tmp_path):
     tool.predict(files, deit, dataclasses.replace(options, overwrite=True, layers="last"))
     with Image.open(looks / "b" / "9.png") as picture:  # input, rollout, mean and two heads
         assert picture.size[0] == pytest.approx(120 * (0.15 + 5 * 2.02 + 0.75), abs=1)
+
+
+def test_the_true_label_is_that_of_the_folder_if_it_is_a_class(deit, tmp_path, monkeypatch):
+    pixels, titles, sheets = Image.fromarray(np.zeros((20, 20, 3), np.uint8)), [], []
+    for folder in ("cat", "zoo"):
+        (tmp_path / folder).mkdir()
+        pixels.save(tmp_path / folder / "index.jpg")
+    monkeypatch.setattr(attention_folder, "draw_maps", lambda image, maps, title, *_: titles.append(title) or b"")
+    monkeypatch.setattr(attention_folder, "draw_index", lambda *args: sheets.append(args) or b"")
+    weights = dataclasses.replace(deit, class_names=NAMES)
+    files = find_images([f"{tmp_path}/cat", f"{tmp_path}/zoo"])
+    tool.predict(files, weights, Options(attention=str(tmp_path / "looks"), top=1))
+    assert re.fullmatch(r"[a-z]{3}   [\d.]+%   \(true label: cat\)", titles[0]) and "true" not in titles[1]
+    (_, maps, captions, title, what), = sheets
+    assert [line.text for line in captions[0]][1:] == ["true label: cat", "index.jpg"]
+    assert [line.text for line in captions[1]][1:] == ["index.jpg"] and maps[0].shape == (4, 4)
+    assert title == "Where the model looks: 2 of 2 images" and what.startswith("block 1, mean of heads, ")
+
+
+def test_the_index_takes_no_images_place(deit, tmp_path):
+    for name in ("index.jpg", "b.jpg"):
+        Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / name)
+    files = find_images([str(tmp_path)])
+    pictures = AttentionFolder(str(tmp_path / "looks"), files, overwrite=False).pictures
+    names = {os.path.basename(name) for name in pictures.values()}
+    assert names == {"b.png", "index.jpg.png"}
+    (tmp_path / "looks").mkdir()
+    (tmp_path / "looks" / "index.png").touch()
+    with pytest.raises(ConfigError, match=r"^--attention: .*index\.png is already there; choose another folder"):
+        AttentionFolder(str(tmp_path / "looks"), files, overwrite=False)
 
 
 @pytest.mark.parametrize("options", [dict(layers="all"), dict(rollout=True), dict(overwrite=True)])
@@ -349,7 +384,8 @@ def test_pictures_never_meet_nor_replace_an_image(deit, tmp_path):
     assert len(files) == len(names)
     tool.predict(files, deit, Options(attention=str(tmp_path / "looks"), top=1))
     found = {str(path.relative_to(tmp_path / "looks")) for path in (tmp_path / "looks").rglob("*.png")}
-    assert found == {"0.png", "a.jpg.png", "a.png.png", "a.jpg.png.png", "deep/a.png", os.fsdecode(b"n\xff\x1b.png")}
+    assert found == {"index.png", "0.png", "a.jpg.png", "a.png.png", "a.jpg.png.png", "deep/a.png",
+                     os.fsdecode(b"n\xff\x1b.png")}
     before = {path: path.read_bytes() for path in scans.rglob("*.*")}
     with pytest.raises(ConfigError, match=r"^--attention: .*0\.png is one of the images; choose another folder"):
         tool.predict(files, deit, Options(attention=str(scans), overwrite=True))

@@ -168,7 +168,7 @@ class Evaluator:
             colour = RIGHT if guess.true == guess.predicted else WRONG
             tiles.append(Tile(image, [
                 Line(f"is {self._names[guess.true]}"),
-                Line(f"says {self._names[guess.predicted]}", f" {guess.probability:.2f}", colour),
+                Line(f"says {self._names[guess.predicted]}", f"  {guess.probability:.0%}", colour),
                 Line(str(features.get("id", guess.index)), colour=FAINT)]))
         return tiles
 

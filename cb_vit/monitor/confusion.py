@@ -61,7 +61,7 @@ def _worst_pairs(pairs: Pairs, names: Sequence[str], title: str) -> bytes:
                    key=lambda one: (-one[0], -one[0] / totals[one[1]], one[1:]))[:MOST_PAIRS]
     columns = MARGIN, MARGIN + NAME + 12, MARGIN + 2 * (NAME + 12)
     picture, draw = _begin(columns[2] + bar + 110 + MARGIN, TOP + line * (len(worst) + 1) + MARGIN, title,
-                           "the pairs of classes that are most often taken for each other")
+                           "the mistakes that are made most often")
     for x, heading in zip(columns, ("true class", "taken for", "of the true class"), strict=True):
         draw.text((x, TOP), heading, FAINT, font(SMALL))
     for row, (number, true, predicted) in enumerate(worst, 1):

@@ -113,10 +113,11 @@ def _measure(evaluators: Mapping[str, Any], state: TrainState, output: str | Non
     for name, evaluator in evaluators.items():
         start = time.monotonic()
         values = measure(evaluator, state, output)
-        _tell(*(f"{metric:<24}{value:.4f}" for metric, value in values.items()),
-              f"{name + ' took':<24}{time.monotonic() - start:.1f} s")
+        width = max(24, *(len(metric) + 2 for metric in values))
+        _tell(*(f"{metric:<{width}}{value:.4f}" for metric, value in values.items()),
+              f"{name + ' took':<{width}}{time.monotonic() - start:.1f} s")
         if has_files(evaluator):
-            _tell(f"{name + ' is in':<24}{output}" if output else f"{name} has more to show: give --output=FOLDER")
+            _tell(f"{name + ' is in':<{width}}{output}" if output else f"{name} has more to show: give --output=FOLDER")
 
 
 def _tell(*lines: str) -> None:

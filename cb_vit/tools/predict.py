@@ -11,7 +11,6 @@ on stderr; the rest goes on, and the exit status is 1.
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
 import datetime
 import json
@@ -19,16 +18,16 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from cb_vit import io, retry
-from cb_vit.analysis import attention_maps
 from cb_vit.config import ConfigError, Failure
 from cb_vit.datasets.listing import EXTENSIONS
 from cb_vit.monitor.timing import Chrono, speed_text
 from cb_vit.prediction import Prediction, Predictor, preprocessing
 from cb_vit.texts import parse_json, printable
 from cb_vit.tools import cli, source
+from cb_vit.tools.attention_folder import AttentionFolder
 from cb_vit.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -60,7 +59,8 @@ def arguments(parser: cli.Parser) -> None:
     parser.add_argument("--classes", help="Names of the classes: a file with one a line, or JSON of names.")
     parser.add_argument("--pp", help="Preprocessing in place of the model's, e.g. 'resize(256)|central_crop(224)'.")
     parser.add_argument("--batch_size", type=cli.at_least_one, help="Images at once.")
-    parser.add_argument("--attention", help="Folder for pictures of the attention, a PNG for each image.")
+    parser.add_argument("--attention", help="Folder for pictures of the attention, a PNG for each image, "
+                                              "and of several images an index.png.")
     parser.add_argument("--layers", help="Blocks in those pictures: last, all, or numbers from 0, e.g. 3,7.")
     parser.add_argument("--rollout", action="store_true", help="Attention rollout in those pictures too.")
     parser.add_argument("--overwrite", action="store_true", help="Replace pictures that are there.")
@@ -84,11 +84,12 @@ def predict(files: Sequence[str], weights: Weights, options: Options) -> None:
         Failure: some files could not be read; raised at the end.
     """
     preprocess = preprocessing(weights, options.pp)
-    pictures = _pictures(files, options)
-    layers = pick_layers(options.layers, weights.model.config.depth) if pictures else None
+    looks = _looks(files, options)
+    layers = pick_layers(options.layers, weights.model.config.depth) if looks else None
     predictor = Predictor(weights, preprocess, options.top, layers, options.rollout)
     number = weights.model.num_classes
     names = read_names(options.classes, number) if options.classes else weights.class_names or [None] * number
+    labels = [f"class {number}" if name is None else name for number, name in enumerate(names)]
     for line in (f"{weights}: {weights.format}, {number} classes", *weights.notes, f"images: {preprocess.text}"):
         cli.show(line, file=sys.stderr)
 
@@ -99,10 +100,12 @@ def predict(files: Sequence[str], weights: Weights, options: Options) -> None:
             broken += 1
             cli.show(f"{found.path}: {found.error}", file=sys.stderr)
             continue
-        lines = [json.dumps(as_json(found, names))] if options.format == "json" else as_table(found, names, width)
+        lines = [json.dumps(as_json(found, names))] if options.format == "json" else as_table(found, labels, width)
         cli.show(*lines)
-        if pictures:
-            _draw(pictures[found.path], found, predictor.view, names)
+        if looks:
+            looks.add(found, predictor.view, labels)
+    if looks:
+        looks.finish()
     if broken:
         raise Failure(f"{broken} of {len(files)} images could not be read")
 
@@ -150,10 +153,10 @@ def as_json(found: Prediction, names: Sequence[str | None]) -> dict:
         for number, probability in zip(found.classes, found.probabilities, strict=True)]}
 
 
-def as_table(found: Prediction, names: Sequence[str | None], width: int) -> Iterator[str]:
+def as_table(found: Prediction, labels: Sequence[str], width: int) -> Iterator[str]:
     """A line for each class: path (in the first alone), probability, name; `width` is that of the longest path."""
     for row, (number, probability) in enumerate(zip(found.classes, found.probabilities, strict=True)):
-        yield f"{'' if row else printable(found.path):<{width}}  {100 * probability:6.2f} %  {_label(names, number)}"
+        yield f"{'' if row else printable(found.path):<{width}}  {100 * probability:6.2f} %  {labels[number]}"
 
 
 def read_names(path: str, num_classes: int) -> list[str]:
@@ -189,10 +192,6 @@ def read_names(path: str, num_classes: int) -> list[str]:
     return [name.strip() for name in names]
 
 
-def _label(names: Sequence[str | None], number: int) -> str:
-    return f"class {number}" if names[number] is None else names[number]
-
-
 def pick_layers(text: str, depth: int) -> tuple[int, ...]:
     """The numbers of the blocks that `--layers` names.
 
@@ -212,44 +211,14 @@ def pick_layers(text: str, depth: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(numbers))
 
 
-def _pictures(files: Sequence[str], options: Options) -> dict[str, str]:
-    """By image, where the picture of its attention goes.
-
-    Folders that differ are kept, and `a.jpg` becomes `a.png`; where two would meet, they keep their extensions too.
-    """
-    if options.attention is None:
-        if options.layers != "last" or options.rollout or options.overwrite:
-            raise ConfigError("--attention", "not given, and --layers, --rollout and --overwrite are about its "
-                                             "pictures; for example --attention=looks")
-        return {}
-    common = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
-    inside = {file: os.path.relpath(file, common) for file in files}
-    names = _unique_pictures(set(inside.values()))
-    pictures = {file: os.path.join(options.attention, names[name]) for file, name in inside.items()}
-    if eaten := set(map(os.path.realpath, pictures.values())) & set(map(os.path.realpath, files)):
-        raise ConfigError("--attention", f"{min(eaten)} is one of the images; choose another folder for the pictures")
-    there = next(filter(os.path.lexists, pictures.values()), None)
-    if there and not options.overwrite:
-        raise ConfigError("--attention", f"{there} is already there; choose another folder, or give --overwrite")
-    return pictures
-
-
-def _unique_pictures(names: Collection[str]) -> dict[str, str]:
-    """`a/b.jpg` → `a/b.png`, or `a/b.jpg.png` where another image has that already."""
-    pictures = {name: f"{os.path.splitext(name)[0]}.png" for name in names}
-    while len(set(pictures.values())) < len(pictures):
-        counts = collections.Counter(pictures.values())
-        pictures = {name: f"{name}.png" if counts[picture] > 1 else picture for name, picture in pictures.items()}
-    return pictures
-
-
-def _draw(picture: str, found: Prediction, view: attention_maps.View, names: Sequence[str | None]) -> None:
-    title = printable(f"{_label(names, found.classes[0])}   {found.probabilities[0]:.1%}")
-    png = attention_maps.draw_maps(found.image, dict(zip(view.titles, found.maps, strict=True)), title,
-                                   printable(f"attention of {view.who}  \u00b7  {os.path.basename(found.path)}"))
-    with io.writing(picture):
-        os.makedirs(os.path.dirname(picture), exist_ok=True)
-        io.write_atomic(picture, png)
+def _looks(files: Sequence[str], options: Options) -> AttentionFolder | None:
+    """Where pictures of the attention go; None: none are asked for."""
+    if options.attention is not None:
+        return AttentionFolder(options.attention, files, options.overwrite)
+    if options.layers != "last" or options.rollout or options.overwrite:
+        raise ConfigError("--attention", "not given, and --layers, --rollout and --overwrite are about its pictures; "
+                                         "for example --attention=looks")
+    return None
 
 
 def _progress(predictions: Iterable[Prediction], total: int, batch_size: int) -> Iterator[Prediction]:
