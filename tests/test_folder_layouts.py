@@ -223,7 +223,7 @@ def test_splits_are_a_column_or_files_or_held_out(images):
 def test_what_is_no_split_of_a_folder_that_is_held_out_of(tmp_path):
     for name in ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "flat/train/1.jpg"):
         put(tmp_path / name)
-    with pytest.raises(ConfigError, match=r"\.split: no split 'test'.*Splits: train, val \(with those that holdout makes\)"):
+    with pytest.raises(ConfigError, match=r"\.split: no split 'test'.*Splits: train, val \(with those that holdout m"):
         folder(tmp_path, "test", holdout=0.5)
     with pytest.raises(ConfigError, match="images lie without one; a labels_file can tell their classes"):
         folder(tmp_path / "flat")

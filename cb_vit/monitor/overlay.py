@@ -18,7 +18,7 @@ def draw_overlay(runs: Mapping[str, Mapping[str, Series]], metrics: Sequence[str
         metrics: names of those that are drawn, at least one.
     """
     from matplotlib.lines import Line2D
-    columns = min(COLUMNS, len(metrics))
+    columns = 2 if len(metrics) == 4 else min(COLUMNS, len(metrics))  # without holes
     picture, axes = figure(-(-len(metrics) // columns), columns, width=5.2, height=3.6)
     looks = {run: Look.number(index) for index, run in enumerate(runs)}
     headings = short(metrics, 48)
