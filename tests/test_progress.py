@@ -41,7 +41,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def terminal(monkeypatch):
+def terminal(monkeypatch, caplog):
     """A terminal of 200 columns, on which the log is shown as well."""
     def make(tty=True, columns=200):
         stream = Terminal(tty)
@@ -50,7 +50,7 @@ def terminal(monkeypatch):
         monkeypatch.setattr(logging.root, "handlers", [logging.StreamHandler(stream)])
         return stream
 
-    monkeypatch.setattr(logging.root, "level", logging.INFO)
+    caplog.set_level(logging.INFO)  # of the root; to set the attribute alone would leave what loggers remember of it
     monkeypatch.setattr(progress, "INTERVAL", 0)
     return make
 
