@@ -43,12 +43,13 @@ def main(args: argparse.Namespace) -> None:
 def summary(metrics: dict[str, float], args: argparse.Namespace) -> Iterator[str]:
     """The end of a run in a few lines, the last of them a command: to evaluate, or to go on."""
     from cb_vit import io
-    from cb_vit.workdir import read_run
+    from cb_vit.workdir import read_config, read_run
 
     lines = [(name, f"{value:.4f}") for name, value in metrics.items() if name.endswith(("/prec@1", "/loss"))]
+    evals = (read_config(args.workdir) or {}).get("evals") or {}
     lines += [(what, os.path.join(args.workdir, name)) for what, name in (
         ("checkpoints", "checkpoints"), ("metrics", "metrics.jsonl"), ("curves", "training_curves.png"),
-        ("first batch", "first_batch.png"))
+        ("first batch", "first_batch.png"), *((name, block.get("prefix") or name) for name, block in evals.items()))
         if io.exists(io.as_path(args.workdir) / name)]
     total = read_run(args.workdir)["total_steps"]
     if metrics["step"] == total:
