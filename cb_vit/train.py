@@ -95,7 +95,8 @@ def train_and_evaluate(
         profiler = stack.enter_context(Profiler(run.settings.profile, workdir, primary))
         stop = stack.enter_context(stop_signal(checkpointer))
         judge = Judge(run.pipeline, "config.input.skip_errors", run.settings.seed, **meta.get("errors", {}))
-        accuracy = next((f"{evaluator.config.prefix}prec@1" for evaluator in evals.values()), None)
+        accuracy = next((f"{evaluator.config.prefix}prec@1" for evaluator in evals.values()
+                         if evaluator.config.type == "classification"), None)
         live = stack.enter_context(LiveLine(
             chrono, writer, step=int(state.step), metric=accuracy, device=jax.local_devices()[0],
             stream=terminal if primary else None))

@@ -24,9 +24,10 @@ def get_config(arg=None):
     """Arguments: root (required), init (a run, a file of weights or hf://ORG/NAME; empty: from scratch), variant (from
     scratch Ti/16, else as in init), context (none, cb, cb_s; from scratch cb, else as in init), size in pixels (224,
     from scratch 160), epochs (20, from scratch 200), batch_size (64, from scratch 128; the learning rate follows), val
-    (the folder to evaluate on, where it is not called so)."""
+    (the folder to evaluate on, where it is not called so), labels_file (a file that tells the classes of the images,
+    where folders do not)."""
     arg = c.parse_arg(arg, root="", init="", variant=None, context=None, size=None, epochs=None, batch_size=None,
-                      val="val")
+                      val="val", labels_file="")
     if not arg.root:
         raise ValueError("argument root is not set: the folder of the images, as in folder:root=/data/flowers")
     defaults = FINE_TUNING if arg.init else FROM_SCRATCH
@@ -34,16 +35,16 @@ def get_config(arg=None):
     decode = "decode(exif=True)"
     config = c.deit(arg, test=arg.val, crop=f"{decode}|inception_crop({arg.size})|flip_lr",
                     evaluation=c.centre(arg.size, 0.875, decode))
-    for block in [config.input, config.evals.val] * (arg.val == "val"):
-        block.data.holdout = 0.1
+    val = config.evals.val
+    for block in config.input, val:
+        block.data.update(holdout=0.1 if arg.val == "val" else None, labels_file=arg.labels_file or None)
     config.input.repeats = 1
     config.input.skip_errors = True
     del config.ema
     config.grad_clip_norm = 1.0
     config.log_training_steps = 10
-    val = config.evals.val
     config.evals.mistakes = dict(type="mistakes", data=val.data, pp_fn=val.pp_fn, log_percent=1.0)
-    config.evals.val.log_epochs = config.ckpt_epochs = max(1.0, arg.epochs / 20)
+    val.log_epochs = config.ckpt_epochs = max(1.0, arg.epochs / 20)
     config.lr_reference_batch = defaults["batch_size"]
     config.schedule = dict(decay_type="cosine", warmup_percent=0.1, warmup_lr=1e-6, min_lr=1e-6)
     if arg.init:
