@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 
 from cb_vit.config import ConfigError, Failure
 from cb_vit.datasets.core import DataError
@@ -94,6 +95,17 @@ class Numbered:
 def predict_numbered(state, images):
     """Logits of the example that the image names."""
     return state.params["logits"][images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 0, 1]], {}
+
+
+def photographs(home, each):
+    """`home` itself, with `flowers/CLASS/NUMBER.jpg`, so many of three classes that are told apart by brightness."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("daisy", "rose", "tulip")):
+        (home / "flowers" / name).mkdir(parents=True)
+        for number in range(each):
+            pixels = rng.integers(80 * label, 80 * label + 80, (40, 48, 3), np.uint8)
+            Image.fromarray(pixels).save(home / "flowers" / name / f"{number}.jpg")
+    return home
 
 
 # Weights of other codebases.

@@ -1,13 +1,12 @@
-"""docs/folder.md as a reader follows it, from top to bottom on a small folder; only sizes are made small."""
+"""docs/folder.md and docs/notebook.ipynb as a reader follows them, on a small folder; only sizes are made small."""
+import json
 import re
 import shlex
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from helpers import ROOT
-from PIL import Image
+from helpers import ROOT, photographs
 
 import cb_vit
 from cb_vit.pp.normalisation import Normalisation
@@ -22,22 +21,22 @@ BLOCKS = re.findall(r"^```(python|)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
 SMALL = "root=flowers,size=32,epochs=1,batch_size=16"
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
     """Three classes of ten photographs, and a file of a small model of other classes."""
-    rng = np.random.default_rng(0)
-    for label, name in enumerate(("daisy", "rose", "tulip")):
-        (tmp_path / "flowers" / name).mkdir(parents=True)
-        for number in range(10):
-            pixels = rng.integers(80 * label, 80 * label + 80, (40, 48, 3), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "flowers" / name / f"{number}.jpg")
+    folder = photographs(tmp_path_factory.mktemp("home"), 10)
     model = cb_vit.Model(7, "mu/16", pool_type="tok", gelu="erf")
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     imagenet = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    write_safetensors(tmp_path / "deit.safetensors", to_timm(jax.device_get(params), model.config),
+    write_safetensors(folder / "deit.safetensors", to_timm(jax.device_get(params), model.config),
                       describe(model.config, imagenet))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def home(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    return folder
 
 
 def run(command):
@@ -67,6 +66,18 @@ def test_the_page_from_top_to_bottom(home, capsys):
     assert (home / "both.png").exists() and (home / "looked_at").exists() and (home / "flowers.safetensors").exists()
     out = capsys.readouterr().out
     assert "flowers/rose/3.jpg" in out and names["val"].class_names == ("daisy", "rose", "tulip")
+
+
+def test_the_notebook_cell_by_cell(home):
+    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+    names, sources = {}, ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    for number, source in enumerate(sources):
+        source = re.sub(r"root={root}.*?(?=\")", f"{SMALL},variant=mu/16", source)
+        source = source.replace("metrics = ", "config.plot = False\nmetrics = ")
+        exec(compile(source, f"notebook.ipynb, cell {number}", "exec"), names)
+    assert 0 <= names["metrics"]["val/prec@1"] <= 1 and names["seen"] == 3 and jnp.isfinite(names["value"])
+    assert (home / "runs" / "notebook" / "checkpoints").is_dir()
 
 
 def test_every_command_is_on_some_page():

@@ -1,12 +1,9 @@
-"""Batches for a loop of one's own: those of training and of its evaluators; and the notebook, cell by cell."""
-import json
-
+"""Batches for a loop of one's own: those of training and of its evaluators."""
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ROOT
-from PIL import Image
+from helpers import photographs
 
 import cb_vit
 from cb_vit import experiment
@@ -17,14 +14,7 @@ from cb_vit.train_step import augmented
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """`flowers`, three classes of twenty small photographs, in a folder to work in."""
-    home, rng = tmp_path_factory.mktemp("home"), np.random.default_rng(0)
-    for label, name in enumerate(("daisy", "rose", "tulip")):
-        (home / "flowers" / name).mkdir(parents=True)
-        for number in range(20):
-            pixels = rng.integers(80 * label, 80 * label + 80, (40, 48, 3), np.uint8)
-            Image.fromarray(pixels).save(home / "flowers" / name / f"{number}.jpg")
-    return home
+    return photographs(tmp_path_factory.mktemp("home"), 20)
 
 
 def config(folder, **changes):
@@ -57,15 +47,3 @@ def test_an_evaluators_batches_hold_each_example_once(folder):
     assert np.asarray(labels).sum(0).tolist() == [2, 2, 2] and batches[0]["image"].dtype == jnp.float32
     with pytest.raises(ConfigError, match="^evaluator: unknown evaluator of this config 'vall'; did you mean val"):
         cb_vit.batches(config(folder), "vall")
-
-
-def test_the_notebook(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]
-    assert all(not cell.get("outputs") for cell in cells)
-    names, sources = {}, ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    for number, source in enumerate(sources):
-        source = source.replace("epochs=5", "epochs=2").replace("config.lr =", "config.plot = False\nconfig.lr =")
-        exec(compile(source, f"notebook.ipynb, cell {number}", "exec"), names)
-    assert 0 <= names["metrics"]["val/prec@1"] <= 1 and names["seen"] == 6 and jnp.isfinite(names["value"])
-    assert (folder / "runs" / "notebook" / "checkpoints").is_dir()
