@@ -96,6 +96,12 @@ class Experiment:
         """Whether the model keeps its blocks in scan layout."""
         return getattr(self.settings.model, "scan", False)
 
+    @property
+    def loss(self) -> losses.Loss:
+        """The loss of each example in training, in which classes count as they are to."""
+        loss = losses.LOSSES[self.settings.loss]
+        return loss if self.class_weights is None else losses.weighted(loss, jnp.asarray(self.class_weights))
+
     def active_mesh(self) -> contextlib.AbstractContextManager[None]:
         """Trace and run jitted functions in this."""
         return sharding.active_mesh(self.mesh, self.settings.sharding_rules)
@@ -179,12 +185,9 @@ class Experiment:
     def jit_train_step(self) -> Any:
         """`(state, batch, teacher) -> (state, metrics)`, jitted; the state is donated."""
         settings = self.settings
-        loss = losses.LOSSES[settings.loss]
-        if self.class_weights is not None:
-            loss = losses.weighted(loss, jnp.asarray(self.class_weights))
         step = functools.partial(
             train_step_lib.train_step, model=self.model, tx=self.tx,
-            trainable=cb_optax.trainable(settings, self.shapes.params), loss=loss,
+            trainable=cb_optax.trainable(settings, self.shapes.params), loss=self.loss,
             prepare=settings.input.pp.device, augment=settings.recipe, seed=settings.seed,
             distil=self.teacher and self.teacher.loss, ema=settings.ema, grad_accum_steps=settings.grad_accum_steps)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)

@@ -13,7 +13,6 @@ from cb_vit.monitor import progress
 from cb_vit.monitor.metric_writer import LoggingConfig, MetricWriter
 from cb_vit.monitor.progress import LiveLine
 from cb_vit.monitor.timing import Chrono
-from configs import debug
 
 CPU = types.SimpleNamespace(device_kind="cpu", memory_stats=lambda: None)
 GPU = types.SimpleNamespace(device_kind="gpu", memory_stats=lambda: {"bytes_in_use": 3 * 2**30})
@@ -152,9 +151,13 @@ def test_steps_that_fly_are_not_drawn_one_by_one(terminal, run, monkeypatch):
 
 def test_the_line_of_a_run(terminal, tmp_path):
     stream = terminal()
-    config = debug.get_config()
-    config.total_steps, config.plot = 2, False
-    train_and_evaluate(config, tmp_path, terminal=stream)
+    data, pp = dict(name="fake", num_examples=160, image_size=8, num_classes=3), "value_range(-1, 1)|onehot(3)"
+    train_and_evaluate(dict(
+        seed=0, total_steps=2, lr=1e-2, schedule=dict(decay_type="constant"), plot=False,
+        input=dict(data=dict(data, split="train"), batch_size=16, pp=pp),
+        model=dict(patch_size=4, width=8, depth=1, mlp_dim=8, num_heads=2),
+        evals=dict(val=dict(type="classification", data=dict(data, split="test"), log_steps=1, pp_fn=pp))),
+        tmp_path, terminal=stream)
     drawn = stream.getvalue().split("\r")
     for words in ("compiling | 0/2", "| 1/2 |", "evaluating val | 2/2 |", "best val/prec@1 0."):
         assert any(words in line for line in drawn), words
