@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,41 +22,51 @@ SHOWN = 0.005  # weight from which a class is named, as two decimals show it
 
 
 class FirstBatch:
-    """The picture of the batch that a run begins with, or goes on with.
+    """The picture of the batch that a run begins with, or goes on with; a context manager, at whose end it is there.
 
-    What prepares and augments in the train step is compiled once more, without the model, in a thread: to be made
-    beside the train step, which takes far longer.
+    What prepares and augments in the train step is compiled once more, without the model. One process does that in a
+    thread while it trains; several run their programs in one order, and so do it at once.
 
     Args:
         run: the experiment.
+        workdir: the run's folder.
+        show: function of (name, PNG, step) that shows the picture elsewhere as well.
     """
 
-    def __init__(self, run: Experiment):
-        self._run = run
-        with_the_step = ThreadPoolExecutor(1)
-        self._samples = with_the_step.submit(self._compile)
-        with_the_step.shutdown(wait=False)
+    def __init__(self, run: Experiment, workdir: str | os.PathLike,
+                 show: Callable[[str, bytes, int], None] = lambda *_: None):
+        self._run, self._workdir, self._show = run, workdir, show
+        self._thread = ThreadPoolExecutor(1, "first_batch")
 
-    def write(self, batch: dict[str, jax.Array], step: int, workdir: str | os.PathLike,
-              show: Callable[[str, bytes, int], None] = lambda *_: None) -> None:
-        """Draw the batch into the run's folder: all processes take part, the first writes, and failing is a warning.
+    def __enter__(self) -> FirstBatch:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._thread.shutdown()
+
+    def draw(self, batch: dict[str, jax.Array], step: int) -> None:
+        """Draw the batch: all processes take part, the first writes, and failing is a warning.
 
         Args:
             batch: the global batch as the host delivers it.
             step: the number of completed steps.
-            workdir: the run's folder.
-            show: function of (name, PNG, step) that shows it elsewhere as well.
         """
+        if jax.process_count() > 1:
+            self._draw(batch, step)
+        else:
+            self._thread.submit(self._draw, batch, step)
+
+    def _draw(self, batch: dict[str, jax.Array], step: int) -> None:
         def pictures() -> Iterator[tuple[str, bytes]]:
-            samples = jax.device_get(self._samples.result()(batch, jnp.int32(step)))
+            samples = jax.device_get(self._compile()(batch, jnp.int32(step)))
             if jax.process_index() == 0:
                 note = f"{len(samples['image'])} images of a batch of {batch['_mask'].shape[0]}, after all augmentation"
                 picture = draw_batch(**samples, class_names=self._run.class_names,
                                      title=f"What the model sees at step {step + 1}", note=note)
                 yield NAME, picture
-                show(NAME.removesuffix(".png"), picture, step)
+                self._show(NAME.removesuffix(".png"), picture, step)
 
-        io.try_to_write(workdir, pictures())
+        io.try_to_write(self._workdir, pictures())
 
     def _compile(self) -> Callable[..., dict[str, jax.Array]]:
         run = self._run

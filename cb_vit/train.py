@@ -150,13 +150,13 @@ class Loop:
     def run(self, state: TrainState) -> TrainState:
         """Train to the last step, or to where the run is told to stop."""
         first, total = int(state.step), self.experiment.total_steps
-        first_batch = FirstBatch(self.experiment) if first < total and self.experiment.settings.plot else None
         with self.live.doing("compiling"):
             train_step = self._compile() if first < total else None
         teacher = self.experiment.read_teacher()
         metrics = None  # those of the last step, until they are logged
         self.chrono.start(first)
-        with contextlib.closing(self._batches(first)) as batches:
+        with (contextlib.closing(self._batches(first)) as batches,
+              FirstBatch(self.experiment, self.workdir, self.writer.image) as picture):
             for step in range(first, total + 1):
                 stopping = self.stop(step)
                 # Told to stop, there may be seconds left: the run that goes on from here makes an evaluation up.
@@ -172,9 +172,8 @@ class Loop:
                     break
                 with self.chrono.waiting():
                     batch = next(batches)
-                if step == first and first_batch:
-                    with self.chrono.paused("first_batch"):
-                        first_batch.write(batch, step, self.workdir, self.writer.image)
+                if step == first and self.experiment.settings.plot:
+                    picture.draw(batch, step)
                 with self.profiler.step(step + 1, state):
                     state, following = train_step(state, batch, teacher)
                 if metrics:

@@ -109,11 +109,13 @@ def test_captions(monkeypatch):
 
 def test_it_is_left_in_the_workdir_and_failing_is_a_warning(tmp_path, caplog):
     run, batch = build()
-    FirstBatch(run).write(batch, 3, tmp_path / "run")
+    with FirstBatch(run, tmp_path / "run") as picture:
+        picture.draw(batch, 3)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["first_batch.png"]
     with Image.open(io.BytesIO((tmp_path / "run" / "first_batch.png").read_bytes())) as picture:
         assert picture.format == "PNG" and min(picture.size) > 500
     (tmp_path / "file").touch()
     with caplog.at_level(logging.WARNING):
-        FirstBatch(run).write(batch, 3, tmp_path / "file")
+        with FirstBatch(run, tmp_path / "file") as picture:
+            picture.draw(batch, 3)
     assert "not all that belongs into" in caplog.text and "File exists" in caplog.text
