@@ -22,6 +22,7 @@ import jax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from cb_vit import datasets, experiment  # noqa: E402
+from cb_vit.model_init import with_model  # noqa: E402
 from cb_vit.settings import check  # noqa: E402
 from cb_vit.tools import cli  # noqa: E402
 
@@ -36,7 +37,7 @@ def arguments(parser):
 
 def main(args):
     """Compile and report."""
-    settings = check(cli.config_of(args))
+    settings = with_model(check(cli.config_of(args)))
     fake = dict(name="fake", split="train", num_examples=1_281_167, image_size=max(settings.input.pp.image_size),
                 num_classes=settings.input.pp.num_classes, encoded=True)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices

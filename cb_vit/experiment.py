@@ -26,7 +26,7 @@ from cb_vit import train_state as train_state_lib
 from cb_vit import train_step as train_step_lib
 from cb_vit.config import ConfigError, Duration, at, under
 from cb_vit.datasets.contents import report
-from cb_vit.datasets.rare_classes import class_weights
+from cb_vit.datasets.rare_classes import class_weights, labelled
 from cb_vit.distillation import Teacher, make_teacher
 from cb_vit.evaluators import common as evaluators
 from cb_vit.input_pipeline import Pipeline, Spec, check_example
@@ -259,8 +259,10 @@ def build(
     shapes = train_state_lib.state_shapes(init, tx, settings.ema is not None)
     shardings = train_state_lib.state_shardings(shapes, settings.sharding_strategy, mesh)
     shapes = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
-    weights = settings.class_weights and class_weights(
-        settings.class_weights, pipeline.source, "config.class_weights")
+    weights = None
+    if settings.class_weights:
+        weights = dist.together(lambda: class_weights(
+            settings.class_weights, pipeline.source, bool(training.skip_errors), "config.class_weights"))
     teacher = settings.distillation and make_teacher(
         settings.distillation, open_weights(settings.distillation.teacher, "config.distillation.teacher"), training.pp,
         image_shape, num_classes, datasets.known_names(pipeline.source))
@@ -296,6 +298,8 @@ def open_data(
     training = settings.input
     pipeline = Pipeline(training, source, training.pp, dist.local_rows(batch_sharding, training.batch_size))
     check_example(training.pp, pipeline.spec, num_classes, "config.input.pp")
+    if training.balance:
+        dist.together(lambda: labelled(pipeline.labels, "config.input.balance"))
     with at(f"config.total_{settings.total.unit}"):
         total_steps = settings.total.steps(training.batch_size, pipeline.examples_per_epoch)
     if total_steps < 1:

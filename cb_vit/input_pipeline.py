@@ -28,7 +28,7 @@ from cb_vit import dist
 from cb_vit.config import ConfigError, Read
 from cb_vit.datasets import DataError, Source, check_source
 from cb_vit.datasets.core import SourceConfig
-from cb_vit.datasets.rare_classes import labelled, labels_of
+from cb_vit.datasets.rare_classes import labels_of
 from cb_vit.order import BalancedOrder, Reordered, RepeatedOrder, Rows
 from cb_vit.pp.builder import Preprocess, build
 from cb_vit.texts import printable
@@ -82,7 +82,8 @@ class InputConfig(LoaderConfig):
         repeats: number of differently augmented copies of an image in a batch (repeated augmentation, arXiv 1901.09335;
             DeiT has 3); an epoch, of as many steps as ever, sees 1/repeats of the images.
         balance: how far the classes are evened out in an epoch, from 0, as they are, to 1, all alike: a class of n
-            examples has a share that grows with n^(1 - balance), so that images of rare ones come more often.
+            examples has a share that grows with n^(1 - balance), so that images of rare ones come more often. Then
+            examples without a label do not come.
         virtual_ranks: number of parts of a batch that count as the ranks of DeiT's distributed training: copies of an
             image go to different ranks, and mixup's groups are their rows. DeiT has 4 in a batch of 1024.
     """
@@ -237,8 +238,13 @@ class Pipeline:
         return RepeatedOrder(len(self.source), cfg.batch_size, cfg.virtual_ranks, cfg.repeats)
 
     @functools.cached_property
-    def _labels(self) -> np.ndarray:
-        return labelled(labels_of(self.source), "config.input.balance")
+    def labels(self) -> np.ndarray:
+        """The label of each example, int64 [n]; -1: it has none. They may have to be read, once.
+
+        Raises:
+            DataError: an example cannot be read, and `skip_errors` is not set.
+        """
+        return labels_of(self.source, bool(self.config.skip_errors))
 
     @property
     def examples_per_epoch(self) -> int:
@@ -256,13 +262,9 @@ class Pipeline:
         return self._batches(self.order(seed), _fold(seed, "augment"), start_step, total_steps)
 
     def order(self, seed: int) -> grain.MapDataset:
-        """The global order of training: position → index in the source; for `balance`, labels are looked at.
-
-        Raises:
-            ConfigError: examples without a label are to be balanced.
-        """
+        """The global order of training: position → index in the source."""
         if self.config.balance:
-            order = BalancedOrder(self._labels, self.config.balance, _fold(seed, "shuffle"))
+            order = BalancedOrder(self.labels, self.config.balance, _fold(seed, "shuffle"))
         else:
             order = grain.MapDataset.range(len(self.source)).shuffle(seed=_fold(seed, "shuffle")).repeat()
         return Reordered(order, self._order) if self.config.repeats > 1 else order

@@ -35,14 +35,19 @@ def open_init(settings: Settings) -> Weights:
 
 def with_model_of(settings: Settings, weights: Weights) -> Settings:
     """`settings`, whose model is that of `weights` in all that they leave open; the log says in what."""
-    trained = dataclasses.asdict(weights.model.config)
+    trained, module = dataclasses.asdict(weights.model.config), models.get(settings.model_name)
     taken = settings.with_model(trained)
-    ours, default = settings.raw.get("model") or {}, models.get(settings.model_name).Config()
-    told = [f"{name} {value!r}" for name, value in dataclasses.asdict(taken.model).items()
-            if ours.get(name) is None and name in trained and value == trained[name] != getattr(default, name)]
+    ours, default = settings.raw.get("model") or {}, module.Config()
+    told = [f"{name} {value!r}" for name, value in module.inherit(ours, trained).items()
+            if ours.get(name) is None and value != getattr(default, name)]
     if told:
         logger.info("config.model: as in %s, where it is not set: %s", weights, ", ".join(told))
     return taken
+
+
+def with_model(settings: Settings) -> Settings:
+    """`settings` with the whole model, of which a `model_init` may have a part."""
+    return with_model_of(settings, open_init(settings)) if settings.model_init else settings
 
 
 def fit(run: Experiment, weights: Weights) -> Callable[[], tuple[TrainState, dict[str, Any]]]:

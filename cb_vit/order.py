@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 from typing import Any
 
 import grain
@@ -59,32 +60,36 @@ class BalancedOrder(grain.MapDataset):
     examples, permuted, before one comes again, from epoch to epoch. A pure function of seed and position.
 
     Args:
-        labels: the class of each example, [n].
+        labels: the class of each example, [n]; those of -1, which have none, do not come.
         balance: from 0, as the classes are, to 1, all alike.
         seed: seed of the permutations.
     """
 
     def __init__(self, labels: np.ndarray, balance: float, seed: int):
         super().__init__()
-        self._members = [found for label in np.unique(labels) if len(found := np.flatnonzero(labels == label))]
+        self._members = [np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0])]
         self._quotas = _shares(np.array([len(found) for found in self._members]) ** (1 - balance), len(labels))
         self._length, self._seed = len(labels), seed
-        self._epochs: dict[int, np.ndarray] = {}
+        self._epochs, self._lock = {}, threading.Lock()  # loader threads ask for rows of several epochs
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_epochs": {}}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_epochs", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _epochs={}, _lock=threading.Lock())
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
         epoch, place = divmod(index, self._length)
-        if (order := self._epochs.get(epoch)) is None:
-            order = self._order(epoch)
-            # Two, since a batch may hold the end of one and the beginning of the next.
-            self._epochs = {number: self._epochs[number] for number in list(self._epochs)[-1:]} | {epoch: order}
+        with self._lock:
+            if (order := self._epochs.get(epoch)) is None:
+                order = self._order(epoch)
+                # Two, since a batch may hold the end of one and the beginning of the next.
+                self._epochs = dict([*self._epochs.items()][-1:]) | {epoch: order}
         return int(order[place])
 
     def _order(self, epoch: int) -> np.ndarray:

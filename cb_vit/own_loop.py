@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import NamedSharding
 
-from cb_vit import dist, experiment
+from cb_vit import dist, experiment, workdir
+from cb_vit.config import ConfigError
 from cb_vit.evaluators import common as evaluators
 from cb_vit.input_pipeline import Pipeline, to_device
+from cb_vit.model_init import open_init
 from cb_vit.registry import Registry
 from cb_vit.settings import check
 from cb_vit.train_step import augmented
@@ -70,11 +72,14 @@ class Batches:
                 yield self.prepare(batch, jnp.int32(step))
 
 
-def batches(config: ml_collections.ConfigDict | Mapping[str, Any], evaluator: str | None = None) -> Batches:
+def batches(config: ml_collections.ConfigDict | Mapping[str, Any] | str, evaluator: str | None = None) -> Batches:
     """The batches of a config: those that training would see, from the first step to the last; or an evaluator's.
 
+    Classes have the numbers that they have in training: those of the run, or of `config.model_init` where it knows the
+    same classes. What cannot be read is masked where `skip_errors` is set, and not counted.
+
     Args:
-        config: the settings of a run, as `get_config` or a config file gives them.
+        config: the settings of a run, as `get_config` or a config file gives them; or the folder of a run.
         evaluator: name of a block of `config.evals`, whose examples come once each, in their order, without
             augmentation; None: training.
 
@@ -82,9 +87,16 @@ def batches(config: ml_collections.ConfigDict | Mapping[str, Any], evaluator: st
         ConfigError: the config cannot work, or has no such evaluator.
         DataError: not even the first example can be read.
     """
+    known = None
+    if isinstance(config, str):
+        known, run, config = workdir.recorded_classes(config), config, workdir.read_config(config)
+        if config is None:
+            raise ConfigError("config", f"{run} is not the folder of a run: it has no config.json")
     settings = check(config)
+    if known is None and settings.model_init:
+        known = open_init(settings).class_names
     _, sharding = experiment.lay_out(settings)
-    settings, training, steps = experiment.open_data(settings, sharding)
+    settings, training, steps = experiment.open_data(settings, sharding, known_classes=known)
     source = training.source
     if evaluator is None:
         def prepare(batch: Batch, step: jax.Array) -> Batch:

@@ -44,7 +44,8 @@ def check_stream(run: Experiment, recorded: Mapping[str, Any] | None, workdir: s
         ConfigError: the batches are others, and `allow_changed_data` is not set.
     """
     now, config = stream_of(run), workdir_lib.read_config(workdir)
-    if recorded:  # a setting that only one version has tells nothing of a change
+    if recorded:  # a setting that only one version has tells nothing of a change, unless its absence does
+        recorded = {**recorded, "config": {"input.balance": 0.0} | recorded["config"]}
         both = recorded["config"].keys() & now["config"].keys()
         recorded, now = ({**one, "config": {key: one["config"][key] for key in both}} for one in (recorded, now))
     if recorded is None:

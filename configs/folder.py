@@ -38,12 +38,12 @@ def get_config(arg=None):
     val = config.evals.val
     for block in config.input, val:
         block.data.update(holdout=0.1 if arg.val == "val" else None, labels_file=arg.labels_file or None)
+        block.skip_errors = True
     config.input.repeats = 1
-    config.input.skip_errors = True
     del config.ema
     config.grad_clip_norm = 1.0
     config.log_training_steps = 10
-    config.evals.mistakes = dict(type="mistakes", data=val.data, pp_fn=val.pp_fn, log_percent=1.0)
+    config.evals.mistakes = dict(type="mistakes", data=val.data, pp_fn=val.pp_fn, skip_errors=True, log_percent=1.0)
     val.log_epochs = config.ckpt_epochs = max(1.0, arg.epochs / 20)
     config.lr_reference_batch = defaults["batch_size"]
     config.schedule = dict(decay_type="cosine", warmup_percent=0.1, warmup_lr=1e-6, min_lr=1e-6)

@@ -8,6 +8,7 @@ import pytest
 from helpers import refusal
 from PIL import Image
 
+from cb_vit.analysis.survey import Survey, Surveyor
 from cb_vit.config import Failure
 from cb_vit.tools import check_data, cli
 
@@ -81,8 +82,8 @@ def test_each_finding_is_named_and_counted(root, capsys):
                 ("odd", "train/c/strip.png"), ("odd", "train/c/webp.jpg"), ("odd", "train/c/flat.png"),
                 ("odd", "train/a/many.gif"), ("odd", "train/b/clear.png"), ("odd", "train/b/deep.png")}
     assert {finding[:2] for finding in found} == expected
-    assert failed == ("the data has examples that are broken and leaked and contradiction; mend them, or leave them "
-                      "out")
+    assert failed == ("the data has images that are broken and in two sets and under two classes; mend them, or leave "
+                      "them out")
     assert "broken: 2, cannot be read" in printed and "20×9 pixels" in printed
     assert f"the same pixels as {train / 'a' / '0.png'} of config.input.data" in printed
 
@@ -100,6 +101,24 @@ def test_many_findings_are_cut_short_and_what_cannot_be_done_is_said(root, capsy
     assert look(root, capsys, "--all")[1].count("8×8 pixels\n") == 12
     assert not look(root, capsys, "--smallest=8")[0]
     config = f"--config=folder:root={root}"
-    assert "found.csv exists; give another name" in refusal(check_data, config, f"--output={root / 'found.csv'}")
+    assert "found.csv is already there; choose" in refusal(check_data, config, f"--output={root / 'found.csv'}")
+    assert "there is no folder" in refusal(check_data, config, f"--output={root / 'no' / 'found.csv'}")
     assert refusal(check_data).startswith("--config: not given")
     assert "is no folder" in refusal(check_data, f"--config=folder:root={root / 'nowhere'}")
+
+
+def test_an_image_without_a_label_contradicts_none():
+    class Two:
+        class_names, num_classes = ("a", "b"), 2
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return {"image": np.full((9, 9, 3), 7, np.uint8), "label": (0, -1, 1)[index], "id": str(index)}
+
+    survey = Survey()
+    for index in range(3):
+        survey.add(Surveyor("x", Two(), True, 1)(index))
+    assert [(f.kind, f.where, f.label) for f in survey.findings if f.kind != "odd"] == [
+        ("duplicate", "1", "no label"), ("contradiction", "2", "b")]

@@ -124,6 +124,15 @@ def test_a_copy_elsewhere_is_the_same_data(run, animals, tmp_path, caplog):
     assert "config.input.data.root" in caplog.text and "stream of batches" not in caplog.text
 
 
+def test_a_run_from_before_there_was_an_evened_order_goes_on_without_one(run, animals, tmp_path):
+    shutil.copytree(run[2], tmp_path / "run")
+    rewrite(tmp_path / "run", lambda meta: meta["stream"]["config"].pop("input.balance"))
+    settings = run[0]
+    assert int(restore(settings, tmp_path / "run").step) == 12
+    with pytest.raises(ConfigError, match=r"^config\.input\.balance: was 0\.0 when this run began, now 1\.0"):
+        restore(settings | dict(input=dict(settings["input"], balance=1.0)), tmp_path / "run")
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda root: (root / "train/cat/0.png").unlink(), "has 23 examples, 24 when"),
     (lambda root: shutil.copy(root / "train/cat/0.png", root / "train/cat/9.png"), "has 25 examples, 24 when"),

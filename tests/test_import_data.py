@@ -246,3 +246,20 @@ def test_a_tar_that_was_cut_anywhere_is_not_whole(tmp_path):
         file.write_bytes(content)
         said = refused(tmp_path / "x", tmp_path)
         assert "is no whole tar file" in said or "is truncated or damaged at byte" in said, (len(content), said)
+
+
+def test_an_extension_of_several_parts_can_be_the_image(tmp_path):
+    entries = [(f"{i:04d}.{part}", content) for i in range(3) for part, content in (
+        ("input.png", PICTURES[i]), ("target.png", PICTURES[i + 3]), ("cls", str(i).encode()))]
+    src = tar(tmp_path / "src" / "train.tar", entries)
+    assert "which --image_key can choose" in refused(src, tmp_path)
+    run(src, tmp_path, "--image_key=.Input.PNG")
+    assert read(tmp_path)[1] == PICTURES[:3]
+
+
+@pytest.mark.parametrize(("file", "split"), [
+    ("test/data-00000-of-00001.parquet", "test"), ("extra-00000-of-00001.parquet", "extra"), ("a.parquet", "train")])
+def test_a_folder_called_as_splits_are_tells_more_than_a_name_that_is_none(tmp_path, file, split):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    assert list(by_split(str(tmp_path), ".parquet")) == [split]

@@ -18,8 +18,8 @@ LAYERS = {name: number for number, names in enumerate((
     "distillation prediction",
     "settings",
     "experiment",
-    "model_init stream first_batch own_loop",
-    "startup",
+    "model_init stream first_batch",
+    "startup own_loop",
     "train",
     "tools",
 )) for name in names.split()}

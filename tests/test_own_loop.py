@@ -6,7 +6,7 @@ import pytest
 from helpers import photographs
 
 import cb_vit
-from cb_vit import experiment
+from cb_vit import experiment, workdir
 from cb_vit.config import ConfigError
 from cb_vit.settings import check
 from cb_vit.train_step import augmented
@@ -37,6 +37,22 @@ def test_training_batches_are_those_of_the_train_step(folder):
             np.testing.assert_array_equal(seen[step][name], expected[name], f"{name} of step {step}")
     np.testing.assert_array_equal(next(iter(train))["image"], seen[0]["image"])  # a loop begins anew
     assert seen[0]["image"].sharding.num_devices == train.replicated.num_devices == jax.device_count()
+
+
+def test_the_batches_of_a_run_have_its_numbers_of_the_classes(folder, tmp_path):
+    order = ("tulip", "daisy", "rose")
+    given = config(folder)
+    model = check(given).model
+    notes = workdir.run_notes("vit", model, 3, order, (32, 32, 3), given["input"]["pp"], pp_evals={}, total_steps=7)
+    workdir.write_notes(tmp_path / "run", given, notes)
+    val = cb_vit.batches(str(tmp_path / "run"), "val")
+    batch, plain = next(iter(val)), next(iter(cb_vit.batches(given, "val")))
+    assert val.class_names == order
+    there = np.asarray(batch["_mask"])
+    named = [order[label] for label in np.asarray(batch["labels"]).argmax(-1)[there]]
+    assert named == [("daisy", "rose", "tulip")[label] for label in np.asarray(plain["labels"]).argmax(-1)[there]]
+    with pytest.raises(ConfigError, match="^config: .*/nothing is not the folder of a run"):
+        cb_vit.batches(str(tmp_path / "nothing"))
 
 
 def test_an_evaluators_batches_hold_each_example_once(folder):

@@ -1,5 +1,8 @@
 """Rare classes: the order that shows them more often, and the weights that let them count more."""
 import dataclasses
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +11,7 @@ import scipy.special
 
 from cb_vit import datasets, experiment, losses
 from cb_vit.config import ConfigError
-from cb_vit.datasets.contents import Contents
+from cb_vit.datasets.contents import Contents, DataError
 from cb_vit.datasets.rare_classes import class_weights, labels_of
 from cb_vit.datasets.relabel import Relabelled
 from cb_vit.input_pipeline import Pipeline
@@ -91,7 +94,7 @@ def test_the_pipeline_follows_it_from_any_step_and_for_any_rows(repeats):
 def test_weights_are_what_they_say_and_one_in_the_mean(how):
     from sklearn.utils.class_weight import compute_class_weight
 
-    found = class_weights(how, Listed(LABELS), "config.class_weights")
+    found = class_weights(how, Listed(LABELS), False, "x")
     expected = compute_class_weight("balanced", classes=np.arange(4), y=LABELS)
     np.testing.assert_allclose(np.mean(found[LABELS]), 1, rtol=1e-6)
     proportional = expected if how == "balanced" else np.sqrt(expected)
@@ -99,23 +102,60 @@ def test_weights_are_what_they_say_and_one_in_the_mean(how):
 
 
 def test_classes_without_examples_weigh_nothing_and_names_can_be_given():
-    found = class_weights("balanced", Listed(LABELS[LABELS != 2]), "config.class_weights")
+    found = class_weights("balanced", Listed(LABELS[LABELS != 2]), False, "x")
     assert found[2] == 0 and np.isfinite(found).all()
-    np.testing.assert_array_equal(class_weights({"b": 2.5, "d": 0}, Listed(LABELS), "x"), [1, 2.5, 1, 0])
-    for given, message in (({"bb": 1.0}, "x.bb: no class is called 'bb'; did you mean b"),
+    np.testing.assert_array_equal(class_weights({"b": 2.5, "d": 0}, Listed(LABELS), False, "x"), [1, 2.5, 1, 0])
+    for given, message in (({"bb": 1.0}, "x.bb: no class of the 4 is called so; did you mean b"),
                            ({"b": -1.0}, "x.b: a weight is a number of 0 or more, got -1")):
         with pytest.raises(ConfigError, match=message):
-            class_weights(given, Listed(LABELS), "x")
+            class_weights(given, Listed(LABELS), False, "x")
 
 
-def test_labels_come_through_relabelling_and_missing_ones_are_refused():
-    moved = Relabelled(Listed(np.array([0, 1, 3, -1])), (2, 0, 1, -1), 3, None)
-    assert labels_of(moved).tolist() == [2, 0, -1, -1]
-    for block in (dict(balance=1.0), dict(balance=0.0)):
-        with pytest.raises(ConfigError, match="goes by labels, and 2 of 4 examples have none"):
-            settings = check(config() | dict(input=config()["input"] | block)).input
-            class_weights("sqrt", moved, "config.class_weights")
-            Pipeline(settings, moved, settings.pp, np.arange(8)).order(0)
+def test_labels_come_through_relabelling_and_those_without_are_left_out():
+    moved = Relabelled(Listed(np.array([0, 1, 3, -1, 1])), (2, 0, 1, -1), 3, None)
+    assert labels_of(moved).tolist() == [2, 0, -1, -1, 0]
+    np.testing.assert_allclose(class_weights("balanced", moved, False, "x"), [0.75, 0, 1.5])
+    order = BalancedOrder(labels_of(moved), 1.0, 0)
+    assert {order[place] for place in range(50)} == {0, 1, 4}
+    with pytest.raises(ConfigError, match="^x: goes by labels, and not one example has one"):
+        class_weights("sqrt", Listed(np.array([-1, -1])), False, "x")
+
+
+def test_an_example_that_cannot_be_read_has_no_label_where_that_is_allowed():
+    class Broken(Listed):
+        def __getitem__(self, index):
+            if index == 1:
+                raise OSError("gone")
+            return super().__getitem__(index)
+
+    assert labels_of(Broken(np.array([0, 1, 2])), skip_errors=True).tolist() == [0, -1, 2]
+    with pytest.raises(DataError, match="^example 1: gone"):
+        labels_of(Broken(np.array([0, 1, 2])))
+
+
+def test_labels_that_cannot_be_gone_by_are_refused_before_anything_is_written(monkeypatch):
+    monkeypatch.setattr(datasets, "open_source", lambda block, path: Listed(np.full(64, -1)))
+    with pytest.raises(ConfigError, match="^config.input.balance: goes by labels"):
+        experiment.build(check(config()))
+
+
+def test_threads_that_ask_for_several_epochs_get_what_one_gets():
+    order, alone = (BalancedOrder(LABELS, 1.0, seed=0) for _ in range(2))
+    places = [84 * epoch + place for place in range(40) for epoch in range(9)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(order.__getitem__, places))
+    finally:
+        sys.setswitchinterval(before)
+    assert found == [alone[place] for place in places]
+    assert pickle_copy(order)[5] == alone[5]
+
+
+def pickle_copy(order):
+    """As it comes to a worker process."""
+    return ForkingPickler.loads(ForkingPickler.dumps(order))
 
 
 def test_the_weighted_loss_is_that_of_numpy_on_mixed_labels():
@@ -147,5 +187,5 @@ def test_contents_that_know_the_counts_are_not_read():
         def __getitem__(self, index):
             raise AssertionError("no example is to be read")
 
-    np.testing.assert_array_equal(class_weights("balanced", Counted(LABELS), "x"),
-                                  class_weights("balanced", Listed(LABELS), "x"))
+    np.testing.assert_array_equal(class_weights("balanced", Counted(LABELS), False, "x"),
+                                  class_weights("balanced", Listed(LABELS), False, "x"))

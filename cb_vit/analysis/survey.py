@@ -24,6 +24,7 @@ KINDS = {  # of findings, and what is said of each
 SUFFIXES = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "MPO": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png",),
             "GIF": (".gif",), "BMP": (".bmp",), "WEBP": (".webp",), "TIFF": (".tif", ".tiff")}
 KNOWN = {suffix for suffixes in SUFFIXES.values() for suffix in suffixes}
+NO_LABEL = "no label"
 NARROW = 4  # times as long as wide, from which a crop hardly shows what is there
 
 
@@ -80,7 +81,8 @@ class Surveyor:
         where, label = f"example {index}", ""
         try:
             example = self.source[index]
-            where, label = example["id"], class_name(self.source.class_names, example["label"])
+            where = example["id"]
+            label = NO_LABEL if example["label"] < 0 else class_name(self.source.class_names, example["label"])
             image = example["image"]
             image = decode_image(image) if is_encoded(image) else as_pil(image)
             findings = tuple(self._findings(image, where))
@@ -136,11 +138,11 @@ class Survey:
         data, label, where = self._seen.setdefault(look.pixels, here)
         if (data, where) == here[::2]:
             return
-        if label != look.label:
+        if label != look.label and NO_LABEL not in (label, look.label):
             yield "contradiction", f"the same pixels as {where} of class {label}"
         if data != look.data:
             yield "leaked", f"the same pixels as {where} of {data}"
-        elif label == look.label:
+        elif label == look.label or NO_LABEL in (label, look.label):
             yield "duplicate", f"the same pixels as {where}"
 
     def summary(self) -> Iterator[str]:

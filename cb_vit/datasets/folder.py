@@ -132,8 +132,8 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self.spans)
 
-    def all_labels(self) -> np.ndarray:
-        """The label of every example, int64 [n]."""
+    def all_labels(self, skip_errors: bool) -> np.ndarray:
+        """See `rare_classes.labels_of`; no image is read for it."""
         return np.concatenate([self.listings[name].labels[start:stop] for name, start, stop in self.spans.spans]
                               ).astype(np.int64)
 

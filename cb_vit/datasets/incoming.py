@@ -131,7 +131,8 @@ def _split_of(file: str, root: str, ending: str) -> tuple[str | None, str]:
     stem, parent = name.removesuffix(ending), os.path.basename(folder)
     parent = parent if folder != root and parent.lower() in SPLITS else None
     shard = SHARD.fullmatch(stem)
-    if shard and re.fullmatch(r"\w+", shard["name"]):  # as Hugging Face's library calls its files
+    named = shard and re.fullmatch(r"\w+", shard["name"])  # as Hugging Face's library calls its files
+    if named and not (parent and shard["name"].lower() not in SPLITS):  # a folder called as splits are tells it better
         told = [shard["name"]]
     else:
         told = [word.lower() for word in re.split(r"[^A-Za-z]+", stem) if word.lower() in SPLITS]

@@ -45,10 +45,10 @@ class Relabelled:
     def __len__(self) -> int:
         return len(self.source)
 
-    def all_labels(self) -> np.ndarray:
-        """The label of every example, int64 [n]; -1: it has none here."""
+    def all_labels(self, skip_errors: bool) -> np.ndarray:
+        """See `labels_of`; a class that is none here is no label."""
         # The last of the places is for -1, no label.
-        return np.array([*self.places, -1])[labels_of(self.source)]
+        return np.array([*self.places, -1])[labels_of(self.source, skip_errors)]
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         example = self.source[index]

@@ -32,7 +32,7 @@ class Tars:
 
     def __init__(self, root: str, image_key: str | None, label_key: str | None):
         self.splits = by_split(root, ENDING)
-        self.images = {image_key.removeprefix(".")} if image_key else IMAGES
+        self.images = {image_key.removeprefix(".").lower()} if image_key else IMAGES
         self.label_key = label_key
         folder = root if os.path.isdir(root) else os.path.dirname(root)
         names = os.path.join(folder, "classnames.txt")
@@ -75,8 +75,7 @@ def _samples(file: str, images: set[str]) -> Iterator[tuple[str, dict[str, bytes
     current, entries = None, {}
     for name, content in _entries(file, images):
         folder, base = os.path.split(name)
-        stem, _, extension = base.partition(".")
-        key, extension = os.path.join(folder, stem), extension.lower()
+        key, extension = os.path.join(folder, base.partition(".")[0]), _extension(name)
         if key != current:
             if current is not None:
                 yield current, entries
@@ -86,6 +85,11 @@ def _samples(file: str, images: set[str]) -> Iterator[tuple[str, dict[str, bytes
         entries[extension] = content
     if current is not None:
         yield current, entries
+
+
+def _extension(name: str) -> str:
+    """What stands after the first dot of a name, as webdataset has it: "input.png"."""
+    return os.path.basename(name).partition(".")[2].lower()
 
 
 def _entries(file: str, images: set[str]) -> Iterator[tuple[str, bytes | None]]:
@@ -104,7 +108,7 @@ def _members(opened: IO[bytes], file: str, images: set[str]) -> Iterator[tuple[s
             if member.isdir() or os.path.basename(name).startswith("."):
                 continue
             _check_member(member, file)
-            wanted = name.lower().rpartition(".")[2] in {*TEXTS, *images}
+            wanted = _extension(name) in {*TEXTS, *images}
             yield name, tar.extractfile(member).read() if wanted else None
         # A tar ends with blocks of zeros; where it was cut between two entries, or is damaged, there are none.
         opened.seek(tar.offset)

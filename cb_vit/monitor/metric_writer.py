@@ -35,7 +35,7 @@ class LoggingConfig:
     Attributes:
         tensorboard: whether event files are written in `workdir/tensorboard`; needs tensorboardX.
         wandb: the Weights & Biases run to log to, which needs wandb and an account; None: none.
-        plot: whether `workdir/training_curves.png` is drawn; needs matplotlib.
+        plot: whether `training_curves.png` and `first_batch.png` are drawn in the workdir; needs matplotlib.
     """
 
     tensorboard: bool = False

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io as std_io
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from cb_vit import datasets, io
 from cb_vit.analysis.survey import KINDS, Finding, Survey, Surveyor
-from cb_vit.config import ConfigError, Failure
+from cb_vit.config import Failure
 from cb_vit.datasets.contents import describe
 from cb_vit.monitor.timing import speed_text
 from cb_vit.pp.ops_image import Decode
@@ -30,7 +29,7 @@ from cb_vit.prediction import ahead
 from cb_vit.settings import Settings, check
 from cb_vit.tools import cli
 
-GRAVE = ("broken", "leaked", "contradiction")
+GRAVE = {"broken": "broken", "leaked": "in two sets", "contradiction": "under two classes"}
 SHOWN = 10  # findings of a kind, without --all
 
 
@@ -47,8 +46,8 @@ def arguments(parser: cli.Parser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Print what is found."""
-    if args.output and os.path.exists(args.output) and not args.overwrite:
-        raise ConfigError("--output", f"{args.output} exists; give another name, or --overwrite")
+    if args.output:
+        cli.check_output(args.output, args.overwrite)
     settings = check(cli.config_of(args, args.workdir))
     begin, survey = time.monotonic(), Survey()
     surveyors = list(_surveyors(settings, args.smallest))
@@ -67,8 +66,9 @@ def main(args: argparse.Namespace) -> None:
             io.write_atomic(io.as_path(args.output), as_csv(survey.findings))
         cli.show(f"written to {args.output}: {len(survey.findings):,} findings")
     cli.show(f"{count:,} images, {speed_text(count / (time.monotonic() - begin))}")
-    if grave := [kind for kind in GRAVE if any(finding.kind == kind for finding in survey.findings)]:
-        raise Failure(f"the data has examples that are {' and '.join(grave)}; mend them, or leave them out")
+    kinds = {finding.kind for finding in survey.findings}
+    if grave := [words for kind, words in GRAVE.items() if kind in kinds]:
+        raise Failure(f"the data has images that are {' and '.join(grave)}; mend them, or leave them out")
 
 
 def _surveyors(settings: Settings, smallest: int | None) -> Iterator[Surveyor]:

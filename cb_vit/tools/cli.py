@@ -130,6 +130,23 @@ def required(value: str | None, flag: str, example: str) -> str:
     return value
 
 
+def check_output(path: str, overwrite: bool) -> None:
+    """Refuse a file that cannot be written, before time is spent on what it is to hold.
+
+    Raises:
+        ConfigError: at "--output".
+    """
+    io.check_address(path, "--output")
+    if io.is_local(path) and not io.as_path(path).parent.is_dir():
+        raise ConfigError("--output", f"{path}: there is no folder {io.as_path(path).parent}; make it first")
+    if not io.is_taken(path):
+        return
+    if not overwrite:
+        raise ConfigError("--output", f"{path} is already there; choose another name, or give --overwrite")
+    if io.is_local(path) and (there := io.kind(path)) in (io.FOLDER, io.DEVICE):
+        raise ConfigError("--output", f"{path} is {there}; choose another name")
+
+
 def config_of(args: argparse.Namespace, run: str | None = None) -> dict[str, Any]:
     """The config that the command line asks for, with its settings laid over.
 

@@ -113,7 +113,7 @@ def table(runs: Mapping[str, Run]) -> Iterator[str]:
     """A line for each accuracy of each run: run and steps, then its best value, at which step, and its last one."""
     rows = [("run", "steps", "accuracy", "best", "at step", "last")]
     for name, run in runs.items():
-        steps = max(steps[-1] for steps, _ in run.values())
+        steps = max((steps[-1] for steps, _ in run.values()), default=0)
         accuracies = [metric for metric in run if re.fullmatch(r"(.*/)?prec@\d+", metric)]
         found = [(metric, *_best_and_last(*run[metric])) for metric in accuracies] or [("none yet", "", "", "")]
         rows += [(*((name, f"{steps:,}") if number == 0 else ("", "")), *row) for number, row in enumerate(found)]
@@ -142,17 +142,9 @@ def _outputs(picture: str, overwrite: bool) -> tuple[str, str]:
     stem, extension = os.path.splitext(picture)
     if extension.lower() != ".png":
         raise ConfigError("--output", f"{picture}: expected a name that ends in .png")
-    io.check_address(picture, "--output")
-    if io.is_local(picture) and not io.as_path(picture).parent.is_dir():
-        raise ConfigError("--output", f"{picture}: there is no folder {io.as_path(picture).parent}; make it first")
     outputs = picture, f"{stem}.csv"
     for path in outputs:
-        if not io.is_taken(path):
-            continue
-        if not overwrite:
-            raise ConfigError("--output", f"{path} is already there; choose another name, or give --overwrite")
-        if io.is_local(path) and (there := io.kind(path)) in (io.FOLDER, io.DEVICE):
-            raise ConfigError("--output", f"{path} is {there}; choose another name")
+        cli.check_output(path, overwrite)
     return outputs
 
 

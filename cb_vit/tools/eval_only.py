@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -48,13 +49,15 @@ def main(args: argparse.Namespace) -> None:
         raise ConfigError("--weights", "takes the place of --workdir; give one of them")
     if args.weights is None and source.given(args):
         raise ConfigError("--weights", "not given, and --ema, --key, --prefix and --model are about it")
-    if args.output is not None:
-        io.check_address(args.output, "--output")
     path = args.weights or cli.required(args.workdir, "--workdir", "runs/digits")
     run, _ = as_run(path) or (args.workdir, None)
     settings = check(cli.config_of(args, run))
     if not settings.evals:
         raise ConfigError("config.evals", "has no evaluator; add one to the config, as in configs/digits.py")
+    if args.output is not None:
+        io.check_address(args.output, "--output")
+        with io.writing(io.as_path(args.output)):  # before time is spent
+            io.as_path(args.output).mkdir(parents=True, exist_ok=True)
     if args.weights is None:
         _evaluate_run(settings, path, args.output)
     else:
@@ -117,7 +120,8 @@ def _measure(evaluators: Mapping[str, Any], state: TrainState, output: str | Non
         _tell(*(f"{metric:<{width}}{value:.4f}" for metric, value in values.items()),
               f"{name + ' took':<{width}}{time.monotonic() - start:.1f} s")
         if has_files(evaluator):
-            _tell(f"{name + ' is in':<{width}}{output}" if output else f"{name} has more to show: give --output=FOLDER")
+            place = output and os.path.join(output, evaluator.config.prefix)
+            _tell(f"{name + ' is in':<{width}}{place}" if place else f"{name} has more to show: give --output=FOLDER")
 
 
 def _tell(*lines: str) -> None:

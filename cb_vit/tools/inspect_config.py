@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import math
 import sys
@@ -20,7 +21,7 @@ from cb_vit.config import ConfigError
 from cb_vit.datasets.contents import describe
 from cb_vit.datasets.core import Source
 from cb_vit.experiment import Experiment
-from cb_vit.model_init import open_init, with_model_of
+from cb_vit.model_init import with_model
 from cb_vit.settings import Settings, check
 from cb_vit.tools import cli
 from cb_vit.tree import flatten_with_names
@@ -43,9 +44,9 @@ def arguments(parser: cli.Parser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Print the report."""
-    settings = check(cli.config_of(args))
-    if settings.model_init:
-        settings = with_model_of(settings, open_init(settings))
+    settings = with_model(check(cli.config_of(args)))
+    if args.examples:  # which tell nothing of how rare a class is
+        settings = dataclasses.replace(settings, class_weights=None)
     run = experiment.build(settings, source=_source(settings, args.examples))
     data = (_line("data", line.removeprefix("data: ")) for line in describe("data", run.pipeline.source))
     cli.show(*data, *_run(run, args.speed), *_model(run), *_memory(run, args.compile))
