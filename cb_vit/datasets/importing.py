@@ -33,7 +33,8 @@ def open_incoming(src: str, image_key: str | None, label_key: str | None) -> Inc
         raise ConfigError("SRC", f"{root} is not there; give a folder of {' or '.join(FORMS)} files")
     found = [ending for ending in FORMS if parquet.by_split(root, ending)]
     if len(found) != 1:
-        fault = f"holds {' and '.join(found)} files" if found else f"holds no {' or '.join(FORMS)} file"
+        fault = f"holds {' and '.join(found)} files" if found else (
+            f"holds no {' or '.join(FORMS)} file (image folders need no import: --config=folder:root=…)")
         raise ConfigError("SRC", f"{root} {fault}; give a folder of one kind")
     return FORMS[found[0]](root, image_key, label_key)
 

@@ -56,6 +56,8 @@ def main(args: argparse.Namespace) -> None:
         raise ConfigError("config.evals", "has no evaluator; add one to the config, as in configs/digits.py")
     if args.output is not None:
         io.check_address(args.output, "--output")
+        if io.is_local(args.output) and (there := io.kind(args.output)) not in (None, io.FOLDER):
+            raise ConfigError("--output", f"{args.output} is {there}; give a folder")
         with io.writing(io.as_path(args.output)):  # before time is spent
             io.as_path(args.output).mkdir(parents=True, exist_ok=True)
     if args.weights is None:
