@@ -194,6 +194,13 @@ def test_columns_are_chosen_where_they_are_not_clear(images):
         folder(images, labels_file="../pipe")
 
 
+@pytest.mark.parametrize("name", ["labels.csv", "labels"])
+def test_a_file_of_labels_beside_the_images_is_not_left_out(images, name):
+    put(images / name, table(","))
+    put(images / "other.csv")
+    assert folder(images, labels_file=name).contents.left_out == {".csv": 1, "deeper folders": 1}
+
+
 def test_splits_are_a_column_or_files_or_held_out(images):
     splits = ["train", "train", "val", "train", "val"]
     put(images.parent / "labels", table(",", [(*row, split) for row, split in zip(ROWS, splits, strict=True)]))

@@ -160,7 +160,7 @@ def part_of(folder: str, rows: Sequence[Row], numbers: Mapping[str, int], source
         files.append((place_of(row.label, name), numbers[row.label], name, images.sizes[found[0]]))
     if absent:
         raise _absent(absent, images, source)
-    return Part(folder, False, sorted(files), images.left_out(listed, counted, os.path.basename(source)))
+    return Part(folder, False, sorted(files), images.left_out(listed, counted, source))
 
 
 def _absent(rows: Sequence[Row], images: _Images, source: str) -> DataError:
@@ -214,13 +214,15 @@ class _Images:
         return f" (there is {alike!r}, written otherwise)" if alike else ""
 
     def left_out(self, listed: set[str], counted: set[str], source: str) -> collections.Counter[str]:
-        """What else is there, by reason, in folders that are not counted yet."""
+        """What else than images and the file of labels is there, by reason, in folders that are not counted yet."""
         new = {folder for folder in self._others if os.path.join(self.root, folder) not in counted}
         counted.update(os.path.join(self.root, folder) for folder in new)
         total = sum((self._others[folder] for folder in new), collections.Counter())
+        if os.path.relpath(os.path.dirname(source), self.root).removeprefix(".") in new:
+            total[os.path.splitext(source)[1].lower() or "without extension"] -= 1
         unlisted = sum(path not in listed and path.rpartition(".")[0] not in listed
                        and posixpath.dirname(path) in new for path in self.sizes)
-        return total + collections.Counter({f"not in {source}": unlisted})
+        return total + collections.Counter({f"not in {os.path.basename(source)}": unlisted})
 
 
 def _alike(path: str) -> str:
