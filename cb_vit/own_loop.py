@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -72,7 +73,9 @@ class Batches:
                 yield self.prepare(batch, jnp.int32(step))
 
 
-def batches(config: ml_collections.ConfigDict | Mapping[str, Any] | str, evaluator: str | None = None) -> Batches:
+def batches(
+    config: ml_collections.ConfigDict | Mapping[str, Any] | str | os.PathLike, evaluator: str | None = None
+) -> Batches:
     """The batches of a config: those that training would see, from the first step to the last; or an evaluator's.
 
     Classes have the numbers that they have in training: those of the run, or of `config.model_init` where it knows the
@@ -88,7 +91,7 @@ def batches(config: ml_collections.ConfigDict | Mapping[str, Any] | str, evaluat
         DataError: not even the first example can be read.
     """
     known = None
-    if isinstance(config, str):
+    if isinstance(config, str | os.PathLike):
         known, run, config = workdir.recorded_classes(config), config, workdir.read_config(config)
         if config is None:
             raise ConfigError("config", f"{run} is not the folder of a run: it has no config.json")

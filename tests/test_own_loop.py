@@ -45,7 +45,7 @@ def test_the_batches_of_a_run_have_its_numbers_of_the_classes(folder, tmp_path):
     model = check(given).model
     notes = workdir.run_notes("vit", model, 3, order, (32, 32, 3), given["input"]["pp"], pp_evals={}, total_steps=7)
     workdir.write_notes(tmp_path / "run", given, notes)
-    val = cb_vit.batches(str(tmp_path / "run"), "val")
+    val = cb_vit.batches(tmp_path / "run", "val")
     batch, plain = next(iter(val)), next(iter(cb_vit.batches(given, "val")))
     assert val.class_names == order
     there = np.asarray(batch["_mask"])
