@@ -123,9 +123,9 @@ class Experiment:
         init = lambda key, *loaded: merge(self.init(key), *loaded)  # noqa: E731
         return train_state_lib.create(init, self.tx, shardings, key, *loaded)
 
-    def predict(self, state: TrainState, images: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """(logits, out) of the model in evaluation; what evaluators get."""
-        return self.model.apply({"params": state.params}, images, train=False)
+    def predict(self, state: TrainState, images: jax.Array, **options: Any) -> tuple[jax.Array, dict[str, Any]]:
+        """(logits, out) of the model in evaluation; what evaluators get. The options are those of the model."""
+        return self.model.apply({"params": state.params}, images, train=False, **options)
 
     def open_evaluators(self, class_names: Sequence[str] | None = None) -> dict[str, Any]:
         """The evaluators of `config.evals`, by name, their data opened.

@@ -194,6 +194,20 @@ def test_attention_appears_when_asked_for_and_costs_nothing_else():
     assert flops[0] == flops[1]
 
 
+@pytest.mark.parametrize("options", [{}, {"scan": True}, {"scan": True, "remat_policy": "nothing_saveable"},
+                                     {"remat_policy": "dots_saveable"}], ids=str)
+def test_attention_is_reduced_where_it_is_made(options):
+    model = Model(7, **SMALL, pool_type="tok", **options)
+    params = init(model)
+    reduce = lambda maps: {"largest": maps.max(-1), "sum": maps.sum((1, 2, 3))}  # noqa: E731
+    apply = jax.jit(lambda p, attention: model.apply({"params": p}, IMAGES, attention=attention)[1]["encoder"],
+                    static_argnums=1)
+    whole, reduced = apply(params, True), apply(params, reduce)
+    for block in ("block00", "block01"):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6),
+                     reduced[block]["attention"], reduce(whole[block]["attention"]))
+
+
 def test_drop_path_drops_whole_examples_at_the_stated_rate_and_keeps_the_mean():
     x = jnp.ones((20_000, 2, 3))
     y = drop_path(x, 0.3, jax.random.key(0))

@@ -8,7 +8,8 @@ An evaluator is a module of this room with a `Config` and an `Evaluator`:
 One that has more to show of its last run than numbers says so in `files() -> yields (file name, content)`, which is
 asked on the first process alone, and stored by the caller.
 
-`predict_fn(train_state, images)` → (logits, out) is pure; evaluators jit it with their own arithmetic.
+`predict_fn(train_state, images, **options)` → (logits, out) is pure; evaluators jit it with their own arithmetic. The
+options are those of the model's call, such as `attention`.
 """
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 EMA = "ema/"  # stands before the names of metrics of the averaged parameters
 EVALUATORS = Registry("evaluator", {name: f"cb_vit.evaluators.{name}" for name in ("classification", "mistakes")})
 T = TypeVar("T")
-PredictFn = Callable[[TrainState, jax.Array], tuple[jax.Array, dict[str, Any]]]
+PredictFn = Callable[..., tuple[jax.Array, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

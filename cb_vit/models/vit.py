@@ -8,7 +8,7 @@ key map. The block, in timm's order:
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -35,7 +35,11 @@ from cb_vit.models.layers import (
 from cb_vit.models.resample import Grid, resample_patch, resample_posemb, square
 from cb_vit.models.vit_config import VARIANTS, Config, check_image_size, check_images, inherit, patch_grid, resolve
 
-__all__ = ["VARIANTS", "Config", "Model", "ViT", "check_image_size", "inherit", "merge", "patch_grid", "resolve"]
+__all__ = ["VARIANTS", "Attention", "Config", "Model", "ViT", "check_image_size", "inherit", "merge", "patch_grid",
+           "resolve"]
+
+# Whether attention probabilities are among the intermediates, or the function of those of a block that is.
+Attention = bool | Callable[[Float[Array, "b h n m"]], Any]
 
 
 def Model(num_classes: int | None, variant: str | None = None, **kw: Any) -> ViT:  # noqa: N802
@@ -123,22 +127,24 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, image: Any, *, train: bool = False, attention: bool = False
+        self, image: Any, *, train: bool = False, attention: Attention = False
     ) -> tuple[Float[Array, " b *out"], dict[str, Any]]:
         """Classify images.
 
         Args:
             image: [b y x c], pixels as the model's preprocessing scales them, in float32 or narrower.
             train: whether dropout and drop path apply; they draw from the Linen stream "dropout".
-            attention: whether every block's attention probabilities are among the intermediates.
+            attention: whether every block's attention probabilities are among the intermediates; or a function of a
+                block's, float32 [b h n n], whose result is there in their place, so that the maps of all blocks never
+                exist at once.
 
         Returns:
             `(logits, out)`: logits [b, num_classes] (the mean of both heads if distilled), and the
             named intermediates, big_vision's and ours: "stem" [b gy gx d]; "with_posemb" [b n d];
-            "encoder/blockXX" with "sa", "+sa", "mlp", "+mlp" [b n d] and, if asked for, "attention" [b h n n];
-            "encoder/pre_ln" [b n d], what the last block gives; "encoded" [b n d], after the norm; "head_input" [b d],
-            the pooled tokens (not with pool_type="none"); "pre_logits" and "logits", what the head sees and says;
-            "pre_logits_2d" [b gy gx …] and "logits_2d" [b gy gx num_classes], the same layers on each patch;
+            "encoder/blockXX" with "sa", "+sa", "mlp", "+mlp" [b n d] and, if asked for, "attention" [b h n n] or what
+            is made of it; "encoder/pre_ln" [b n d], what the last block gives; "encoded" [b n d], after the norm;
+            "head_input" [b d], the pooled tokens (not with pool_type="none"); "pre_logits" and "logits", what the head
+            sees and says; "pre_logits_2d" [b gy gx …] and "logits_2d" [b gy gx num_classes], the same on each patch;
             "logits_cls" and "logits_dist" if distilled, and "logits_2d" is then of the first one's head. What is not
             used costs nothing under `jax.jit`.
 
@@ -207,11 +213,11 @@ class Encoder(nn.Module):
 
     Attributes:
         config: the model's resolved settings.
-        attention: whether attention probabilities are collected.
+        attention: whether attention probabilities are collected, or the function of them that is.
     """
 
     config: Config
-    attention: bool = False
+    attention: Attention = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], key: Key[Array, ""] | None) -> tuple[Float[Array, "b n d"], dict]:
@@ -256,12 +262,12 @@ class Block(nn.Module):
     Attributes:
         config: the model's resolved settings.
         has_context: whether this block broadcasts context; under scan, whether any block does.
-        attention: whether the attention probabilities are returned.
+        attention: whether the attention probabilities are returned, or the function of them that is.
     """
 
     config: Config
     has_context: bool
-    attention: bool
+    attention: Attention
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"], xs: tuple) -> tuple[Float[Array, "b n d"], dict]:
@@ -286,7 +292,7 @@ class Block(nn.Module):
         y = layer_norm(cfg)(x)
         y, probabilities = MultiHeadDotProductAttention(cfg)(y, y)
         if self.attention:
-            out["attention"] = probabilities
+            out["attention"] = self.attention(probabilities) if callable(self.attention) else probabilities
         y = dropout(y, cfg.dropout, keys[0])
         if at == "msa_end":
             y = context(self, y, flag)

@@ -108,8 +108,8 @@ def _predictor(weights: Weights, config: EvaluatorConfig) -> PredictFn:
     if not weights.normalisation.same(preprocess.normalisation(len(weights.normalisation.mean))):
         _tell(f"normalised pixels of {preprocess.text} are brought to the model's own mean and std")
 
-    def predict(state: TrainState, images: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        return weights.model.apply({"params": state.params}, adapt(images), train=False)
+    def predict(state: TrainState, images: jax.Array, **options: Any) -> tuple[jax.Array, dict[str, Any]]:
+        return weights.model.apply({"params": state.params}, adapt(images), train=False, **options)
 
     return predict
 
