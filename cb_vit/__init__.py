@@ -11,6 +11,7 @@ _HOMES = {
     "merge": "cb_vit.weights",
     "broadcast_context": "cb_vit.models.context",
     "batches": "cb_vit.own_loop",
+    "compare": "cb_vit.analysis.comparison",
     "get_config": "cb_vit.tools.config_files",
     "train_and_evaluate": "cb_vit.train",
 }

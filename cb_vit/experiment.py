@@ -162,7 +162,8 @@ class Experiment:
             settings.model_name, settings.model, self.num_classes, self.class_names, self.example_spec["image"][0],
             settings.input.pp.text, pp_evals={name: config.pp_fn.text for name, config in settings.evals.items()},
             total_steps=self.total_steps, model_init=model_init,
-            data={name: report(source) for name, source in sources.items()})
+            data={name: report(source) for name, source in sources.items()},
+            devices=f"{self.mesh.devices.size} \u00d7 {self.mesh.devices.flat[0].device_kind}")
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a global training batch."""

@@ -15,6 +15,7 @@ from cb_vit.config import ConfigError
 from cb_vit.texts import parse_json
 
 logger = logging.getLogger(__name__)
+EMA = "ema/"  # stands before the names of metrics of the averaged parameters
 BEGIN = b'{"step": '  # of every record
 MOST_STEPS = 2**53  # the whole numbers that a float64, and so a picture's axis, tells apart
 Line = tuple[bytes, dict[str, Any] | None]

@@ -1,9 +1,10 @@
 """What others wrote: how it is shown to people, and the one way in which JSON is read."""
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 MAX_DEPTH = 64  # of lists and objects in each other; all that reads it afterwards may recurse
@@ -21,6 +22,13 @@ def first_few(names: Iterable[str], most: int = 5) -> str:
     """The first few of many names in one line, and how many more there are."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def short_names(places: Sequence[str]) -> list[str]:
+    """The ends of some paths that differ: as many of their parts as tell all of them apart."""
+    parts = [tuple(part for part in place.split("/") if part) for place in places]
+    ends = (["/".join(path[-count:]) for path in parts] for count in itertools.count(1))
+    return next(names for names in ends if len(set(names)) == len(names))
 
 
 def parse_json(content: bytes, encodable: bool = False) -> Any:

@@ -7,11 +7,14 @@ import itertools
 import json
 import logging
 import os
+import platform
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from importlib import metadata
+from typing import IO, Any
 
 from etils import epath
 
+import cb_vit
 from cb_vit import io
 from cb_vit.config import ConfigError
 from cb_vit.datasets.contents import pad
@@ -28,19 +31,27 @@ CONTENTS = {
                     (io.FOLDER, os.R_OK | os.W_OK | os.X_OK))}
 
 
+class Locked(ConfigError):
+    """Another process that is alive has the lock of a folder."""
+
+
 @contextlib.contextmanager
-def lock(workdir: str | os.PathLike, primary: bool = True) -> Iterator[None]:
+def lock(workdir: str | os.PathLike, primary: bool = True) -> Iterator[IO[str] | None]:
     """Keep a second run out of a local workdir; the system lets go of the lock however the run ends.
 
     Args:
         workdir: the run's folder; one in a bucket is not locked, as buckets have no locks.
         primary: whether this process holds the lock; one of a run is enough.
 
+    Yields:
+        The file that is locked, until it is closed here and in all processes that have inherited it; None: none is.
+
     Raises:
-        ConfigError: another run is in the folder, or it cannot be written.
+        Locked: another run is in the folder.
+        ConfigError: it cannot be written.
     """
     if not primary or not io.is_local(workdir):
-        yield
+        yield None
         return
     import fcntl  # which Windows does not have
 
@@ -54,10 +65,10 @@ def lock(workdir: str | os.PathLike, primary: bool = True) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError("workdir", f"another run is in {path}; wait for it, or use another folder") from None
+            raise Locked("workdir", f"another run is in {path}; wait for it, or use another folder") from None
         except OSError as error:  # some network file systems have no locks
             logger.warning("cannot lock %s (%s): see to it that no second run uses it", path, error.strerror)
-        yield
+        yield file
 
 
 def check_writable(workdir: str | os.PathLike) -> None:
@@ -215,7 +226,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tupl
 def run_notes(
     model_name: str, model: Any, num_classes: int | None, class_names: Sequence[str] | None,
     image_shape: Sequence[int], pp: str, *, pp_evals: Mapping[str, str], total_steps: int,
-    model_init: Mapping[str, Any] | None = None, data: Mapping[str, Any] | None = None,
+    model_init: Mapping[str, Any] | None = None, data: Mapping[str, Any] | None = None, devices: str | None = None,
 ) -> dict[str, Any]:
     """What `run.json` says: all that one needs beside the parameters to use the model; and where those began.
 
@@ -230,12 +241,23 @@ def run_notes(
         total_steps: length of the run in steps.
         model_init: where the first parameters came from; None: they were drawn.
         data: what each source holds, as `datasets.contents.report` gives it; None: not known.
+        devices: number and kind of the devices, in words; None: not known.
     """
     return {
         "format": 1, "model_name": model_name, "model": dataclasses.asdict(model), "num_classes": num_classes,
         "class_names": list(class_names) if class_names else None, "image_shape": list(image_shape), "pp": pp,
         "pp_evals": dict(pp_evals), "total_steps": total_steps, "model_init": model_init, "data": data,
+        "versions": versions(), "devices": devices,
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers of a run hang on, by name."""
+    found = {"cb_vit": cb_vit.__version__, "python": platform.python_version()}
+    for name in ("jax", "jaxlib", "flax", "optax", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # as where somebody has put a folder on the path
+            found[name] = metadata.version(name)
+    return found
 
 
 def write_notes(workdir: str | os.PathLike, config: Mapping[str, Any] | None, run: Mapping[str, Any]) -> None:

@@ -107,7 +107,7 @@ except AttributeError as error:
     assert "'cb_vit' has no attribute 'modle'" in str(error)
 from cb_vit import Model, train_and_evaluate
 assert Model.__module__ == "cb_vit.models.vit" and train_and_evaluate.__module__ == "cb_vit.train"
-""") == ["Model", "batches", "broadcast_context", "get_config", "load", "merge", "train_and_evaluate"]
+""") == ["Model", "batches", "broadcast_context", "compare", "get_config", "load", "merge", "train_and_evaluate"]
 
 
 def test_importing_everything_has_no_effects():

@@ -32,12 +32,12 @@ from cb_vit.datasets.contents import describe
 from cb_vit.input_pipeline import LoaderConfig, Pipeline, check_example, to_device
 from cb_vit.pp import builder
 from cb_vit.pp.builder import Preprocess
+from cb_vit.records import EMA
 from cb_vit.registry import Registry
 from cb_vit.skip_errors import Judge
 from cb_vit.train_state import TrainState
 
 logger = logging.getLogger(__name__)
-EMA = "ema/"  # stands before the names of metrics of the averaged parameters
 EVALUATORS = Registry("evaluator", {name: f"cb_vit.evaluators.{name}" for name in ("classification", "mistakes")})
 T = TypeVar("T")
 PredictFn = Callable[..., tuple[jax.Array, dict[str, Any]]]

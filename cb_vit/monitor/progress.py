@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -42,15 +42,12 @@ class LiveLine:
         self._chrono, self._writer, self._metric, self._device = chrono, writer, metric, device
         self._step, self._activity = step, ""
         self._stack = contextlib.ExitStack()
-        # Some terminals know nothing of their size, where tqdm finds no row to write in: `nrows` is any that has one.
-        self._settings = dict(total=chrono.total_steps, initial=step, file=stream, mininterval=INTERVAL, miniters=1,
-                              leave=False, bar_format=BAR + "{words}", nrows=24,
-                              disable=stream is None or not stream.isatty())
+        self._settings = dict(total=chrono.total_steps, initial=step, stream=stream)
 
     def __enter__(self) -> LiveLine:
-        self._bar = self._stack.enter_context(_Bar(self._words, **self._settings))
+        self._bar = self._stack.enter_context(Bar(self._words, **self._settings))
         if not self._bar.disable:
-            self._stack.enter_context(logging_redirect_tqdm(tqdm_class=_Bar))
+            self._stack.enter_context(logging_redirect_tqdm(tqdm_class=Bar))
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -72,11 +69,7 @@ class LiveLine:
             self._activity = ""
 
     def _words(self, room: int) -> str:
-        """As many of the parts as there is room for in so many columns; half a number would be another number."""
-        words, *parts = filter(None, map(printable, self._parts()))
-        for part in parts:
-            words += f" | {part}" if len(words) + 3 + len(part) <= room else ""
-        return words
+        return fitting(self._parts(), room)
 
     def _parts(self) -> list[str]:
         """What the line says, the most important first."""
@@ -101,14 +94,25 @@ class LiveLine:
         return parts
 
 
-class _Bar(tqdm):
-    """tqdm's bar with words of ours, which are found only when it is drawn."""
+def fitting(parts: Iterable[str], room: int) -> str:
+    """As many of the parts as there is room for in so many columns; half a number would be another number."""
+    words, *parts = filter(None, map(printable, parts))
+    for part in parts:
+        words += f" | {part}" if len(words) + 3 + len(part) <= room else ""
+    return words
+
+
+class Bar(tqdm):
+    """tqdm's bar with words of ours, which are found only when it is drawn: a function of the columns that there are.
+    """
 
     monitor_interval = 0  # seconds: no thread looks after it
 
-    def __init__(self, words: Callable[[int], str], **settings: Any):
+    def __init__(self, words: Callable[[int], str], *, total: int, initial: int, stream: Any):
         self._words = words
-        super().__init__(**settings)
+        # Some terminals know nothing of their size, where tqdm finds no row to write in: `nrows` is any that has one.
+        super().__init__(total=total, initial=initial, file=stream, mininterval=INTERVAL, miniters=1, leave=False,
+                         bar_format=BAR + "{words}", nrows=24, disable=stream is None or not stream.isatty())
 
     @property
     def format_dict(self) -> dict[str, Any]:
@@ -118,4 +122,4 @@ class _Bar(tqdm):
         return super().format_dict | {"words": self._words(width - BAR_WIDTH), "ncols": width}
 
 
-_Bar.set_lock(threading.RLock())  # not tqdm's own, with which a process for semaphores would begin
+Bar.set_lock(threading.RLock())  # not tqdm's own, with which a process for semaphores would begin

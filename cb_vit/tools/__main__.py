@@ -20,7 +20,8 @@ from cb_vit.tools import cli
 
 COMMANDS = {  # and their modules
     "train": "train", "eval": "eval_only", "predict": "predict", "convert": "convert", "inspect": "inspect_config",
-    "check-data": "check_data", "import-data": "import_data", "curves": "curves", "configs": "list_configs"}
+    "check-data": "check_data", "import-data": "import_data", "curves": "curves", "sweep": "sweep",
+    "compare": "compare", "report": "report", "configs": "list_configs"}
 
 
 def main() -> None:

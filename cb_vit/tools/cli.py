@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -112,6 +113,17 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """The type of an argument that is a share of a whole, neither none nor all of it."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share between 0 and 1, such as 0.95 for 95 %, got {text!r}")
+    return value
+
+
 def one_of(*choices: str) -> Callable[[str], str]:
     """The type of an argument that is one of a few words."""
     def read(text: str) -> str:
@@ -130,21 +142,21 @@ def required(value: str | None, flag: str, example: str) -> str:
     return value
 
 
-def check_output(path: str, overwrite: bool) -> None:
+def check_output(path: str, overwrite: bool, flag: str = "--output") -> None:
     """Refuse a file that cannot be written, before time is spent on what it is to hold.
 
     Raises:
-        ConfigError: at "--output".
+        ConfigError: at `flag`, which names the file.
     """
-    io.check_address(path, "--output")
+    io.check_address(path, flag)
     if io.is_local(path) and not io.as_path(path).parent.is_dir():
-        raise ConfigError("--output", f"{path}: there is no folder {io.as_path(path).parent}; make it first")
+        raise ConfigError(flag, f"{path}: there is no folder {io.as_path(path).parent}; make it first")
     if not io.is_taken(path):
         return
     if not overwrite:
-        raise ConfigError("--output", f"{path} is already there; choose another name, or give --overwrite")
+        raise ConfigError(flag, f"{path} is already there; choose another name, or give --overwrite")
     if io.is_local(path) and (there := io.kind(path)) in (io.FOLDER, io.DEVICE):
-        raise ConfigError("--output", f"{path} is {there}; choose another name")
+        raise ConfigError(flag, f"{path} is {there}; choose another name")
 
 
 def config_of(args: argparse.Namespace, run: str | None = None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io as text_io
-import itertools
 import os
 import re
 import sys
@@ -23,7 +22,7 @@ from cb_vit import io, records
 from cb_vit.config import ConfigError
 from cb_vit.monitor.overlay import draw_overlay
 from cb_vit.records import Series
-from cb_vit.texts import first_few, printable
+from cb_vit.texts import first_few, printable, short_names
 from cb_vit.tools import cli
 
 DRAWN = r"training_loss|(.*/)?(loss|prec@1)|img/sec"
@@ -69,13 +68,6 @@ def read_runs(paths: Sequence[str]) -> dict[str, Run]:
         places[place] = path
     names = short_names(list(places))
     return {name: records.read(path, "RUN").series() for name, path in zip(names, places.values(), strict=True)}
-
-
-def short_names(places: Sequence[str]) -> list[str]:
-    """The ends of some paths that differ: as many of their parts as tell all of them apart."""
-    parts = [tuple(part for part in place.split("/") if part) for place in places]
-    ends = (["/".join(path[-count:]) for path in parts] for count in itertools.count(1))
-    return next(names for names in ends if len(set(names)) == len(names))
 
 
 def pick_metrics(runs: Mapping[str, Run], pattern: str) -> list[str]:

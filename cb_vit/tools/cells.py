@@ -1,0 +1,337 @@
+"""The runs of a sweep as processes: so many at once, shared with other machines by locks, and ended as they should be.
+
+A cell is claimed by a lock in the sweep's folder, which the process of its run inherits: whichever of the two lives on
+keeps it, so that a cell is never started twice, and is free again as soon as both have gone.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
+
+from etils import epath
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from cb_vit import io
+from cb_vit import workdir as workdir_lib
+from cb_vit.analysis.runs import Run, read_run
+from cb_vit.analysis.sweeps import LOG
+from cb_vit.checkpoint_reading import STEP
+from cb_vit.config import ConfigError
+from cb_vit.monitor.progress import Bar, fitting
+from cb_vit.monitor.timing import time_text
+from cb_vit.texts import parse_json
+from cb_vit.tools import cli
+
+logger = logging.getLogger(__name__)
+CLAIMS = ".claims"  # folder of the locks, in that of the sweep
+POLL, LOOK = 0.2, 5.0  # seconds between looks at whether runs have ended, and at how far they are
+TAIL = 4096  # bytes at the end of a log, or of records, in which the last line is
+# By which a run would take itself for a part of one that several processes do together.
+TOGETHER = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """A cell that is to be run.
+
+    Attributes:
+        name: name of the cell.
+        folder: folder of its run.
+        words: what its command line says.
+        config: its whole config, as it was checked.
+    """
+
+    name: str
+    folder: epath.Path
+    words: Sequence[str]
+    config: Mapping[str, Any]
+
+    def last_words(self) -> str:
+        """The last line that its run has said."""
+        lines = [line for line in _tail(self.folder / LOG).splitlines() if line.strip()]
+        return lines[-1].strip() if lines else "it has said nothing"
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of the cells.
+
+    Attributes:
+        complete: those whose runs have come to their last step, now or before.
+        failed: those whose runs have ended in an error.
+        stopped: those whose runs were told to end before their last step.
+        elsewhere: those that another process is running.
+        left: those that were not begun, as the sweep was told to stop.
+    """
+
+    complete: list[Job] = dataclasses.field(default_factory=list)
+    failed: list[Job] = dataclasses.field(default_factory=list)
+    stopped: list[Job] = dataclasses.field(default_factory=list)
+    elsewhere: list[Job] = dataclasses.field(default_factory=list)
+    left: list[Job] = dataclasses.field(default_factory=list)
+
+
+def run_all(jobs: Sequence[Job], workdir: epath.Path, parallel: int, terminal: Any) -> Outcome:
+    """Run every cell that is not complete and that nobody else runs.
+
+    Args:
+        jobs: the cells.
+        workdir: the sweep's folder.
+        parallel: number of runs at once.
+        terminal: stream on which a line says how far the sweep is; where it is no terminal, there is none.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C has come twice; all runs have ended.
+        CannotWrite: the log of a cell cannot be written; all runs have been told to end, and have ended.
+    """
+    with _signals() as told, contextlib.ExitStack() as stack:
+        scheduler = Scheduler(jobs, workdir, parallel, told)
+        stack.callback(scheduler.end)
+        bar = stack.enter_context(Bar(scheduler.line, total=len(jobs), initial=0, stream=terminal))
+        if not bar.disable:
+            stack.enter_context(logging_redirect_tqdm(tqdm_class=Bar))
+        while scheduler.work():
+            bar.update(len(scheduler.outcome.complete) - bar.n)
+            bar.refresh()
+            time.sleep(POLL)
+    if told.count(signal.SIGINT) > 1:
+        raise KeyboardInterrupt
+    return scheduler.outcome
+
+
+class Scheduler:
+    """Which cells run, wait and are done.
+
+    Args:
+        jobs: the cells.
+        workdir: the sweep's folder.
+        parallel: number of runs at once.
+        told: signals that have come, in their order; the first stops the sweep, and each goes on to the runs.
+    """
+
+    def __init__(self, jobs: Sequence[Job], workdir: epath.Path, parallel: int, told: list[int]):
+        self.outcome = Outcome()
+        self._workdir, self._parallel, self._told = workdir, parallel, told
+        self._running: dict[Job, tuple[subprocess.Popen, contextlib.ExitStack]] = {}
+        self._passed_on, self._next_look, self._next_share = 0, 0.0, 0.0
+        self._waiting = list(jobs)
+        for job in jobs:
+            if is_complete(job):
+                self._waiting.remove(job)
+                self.outcome.complete.append(job)
+        if skipped := len(self.outcome.complete):
+            logger.info("%d of %d cells are complete already", skipped, len(jobs))
+        self._all, self._shares = list(jobs), {job: share(job) for job in jobs}
+        self._began, self._at_first = time.monotonic(), sum(self._shares.values())
+
+    def work(self) -> bool:
+        """See what has ended, pass signals on, start what there is room for; whether there is more to do."""
+        self._reap()
+        self._pass_signals_on()
+        if self._told:
+            self.outcome.left, self._waiting = [*self.outcome.left, *self._waiting], []
+        elif self._waiting and len(self._running) < self._parallel and time.monotonic() >= self._next_look:
+            self._fill()
+        if not self._running:
+            self.outcome.elsewhere, self._waiting = self._waiting, []
+        return bool(self._running)
+
+    def end(self) -> None:
+        """Tell the runs that are left to save and end, and wait for them."""
+        for process, _ in self._running.values():
+            process.terminate()
+        while self._running:
+            self._reap()
+            time.sleep(POLL)
+
+    def line(self, room: int) -> str:
+        """How far the sweep is, in so many columns."""
+        if time.monotonic() >= self._next_share:
+            self._shares |= {job: share(job) for job in self._running}
+            self._next_share = time.monotonic() + LOOK
+        done, spent = sum(self._shares.values()), time.monotonic() - self._began
+        parts = [f"{len(self.outcome.complete)}/{len(self._all)} cells", f"{len(self._running)} running"]
+        if failed := len(self.outcome.failed):
+            parts.append(f"{failed} failed")
+        if self._told:
+            parts.append("stopping")
+        elif done > self._at_first:
+            parts.append(f"ETA {time_text(spent * (len(self._all) - done) / (done - self._at_first))}")
+        return fitting([*parts, *(job.name for job in self._running)], room)
+
+    def _fill(self) -> None:
+        """Start what there is room for. What others run is looked at again later: they may have given it up."""
+        for job in list(self._waiting):
+            if len(self._running) == self._parallel:
+                return
+            if (claim := _claim(self._workdir, job)) is None:
+                continue
+            stack, file = claim
+            self._waiting.remove(job)
+            with stack:
+                if is_complete(job):  # by another process, by now
+                    self._complete(job)
+                    continue
+                process = _start(job, file)
+                self._running[job] = process, stack.pop_all()
+                logger.info("%s  %s", job.name, "goes on" if self._shares[job] else "begins")
+        self._next_look = time.monotonic() + LOOK
+
+    def _reap(self) -> None:
+        for job, (process, claim) in list(self._running.items()):
+            if (status := process.poll()) is None:
+                continue
+            del self._running[job]
+            claim.close()
+            self._next_look = 0.0
+            if is_complete(job):
+                self._complete(job)
+            elif self._told or status == 0:  # a run that was told to stop ends well
+                logger.info("%s  stopped; the same command goes on with it", job.name)
+                self.outcome.stopped.append(job)
+            else:
+                logger.info("%s  FAILED with status %d: %s", job.name, status, job.last_words())
+                self.outcome.failed.append(job)
+
+    def _complete(self, job: Job) -> None:
+        self.outcome.complete.append(job)
+        self._shares[job] = 1.0
+        logger.info("%s  complete", job.name)
+
+    def _pass_signals_on(self) -> None:
+        for number in self._told[self._passed_on:]:
+            self._passed_on += 1
+            again = "; Ctrl-C again ends them at once, without saving" * (number == signal.SIGINT)
+            if self._passed_on == 1:
+                logger.info("told to stop: the runs save and end%s", again)
+            for process, _ in self._running.values():
+                process.send_signal(number)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals that tell a sweep to stop, as they come. SIGHUP counts as SIGTERM, unless it is ignored."""
+    told: list[int] = []
+    handlers = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        handlers[signal.SIGHUP] = signal.SIGTERM
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
+    previous = {number: signal.signal(number, lambda *_, meant=meant: told.append(meant))
+                for number, meant in handlers.items()}
+    try:
+        yield told
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _start(job: Job, claim: IO[str] | None) -> subprocess.Popen:
+    """The process of a cell's run, in a session of its own: a terminal's Ctrl-C comes to it through the sweep alone."""
+    command = [sys.executable, "-m", "cb_vit.tools", "train", *job.words]
+    now = datetime.datetime.now().isoformat(" ", "seconds")
+    with io.writing(job.folder / LOG):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        log = open(job.folder / LOG, "ab")
+    with log:
+        with io.writing(job.folder / LOG):
+            log.write(f"--- {now}  {shlex.join([*cli.called('train', 'train'), *job.words])}\n".encode())
+            log.flush()
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            pass_fds=[claim.fileno()] if claim else [],
+            env={name: value for name, value in os.environ.items() if name not in TOGETHER})
+
+
+def _claim(workdir: epath.Path, job: Job) -> tuple[contextlib.ExitStack, IO[str] | None] | None:
+    """The lock of a cell and its file; None: somebody else has it, or runs the cell by hand."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(workdir_lib.lock(workdir / CLAIMS / job.name))
+            with workdir_lib.lock(job.folder):
+                pass
+        except workdir_lib.Locked:
+            return None
+        return stack.pop_all(), file
+
+
+def is_claimed(workdir: epath.Path, job: Job) -> bool:
+    """Whether somebody runs a cell; nothing is written."""
+    for folder in (workdir / CLAIMS / job.name, job.folder):
+        try:
+            if os.path.lexists(folder / ".lock"):
+                with workdir_lib.lock(folder):
+                    pass
+        except workdir_lib.Locked:
+            return True
+    return False
+
+
+def is_complete(job: Job) -> bool:
+    """Whether a run has come to its last step, as it would find itself: saved there, and evaluated by all it has.
+
+    A run that was told to stop just there has saved, and makes its evaluation up when it goes on.
+
+    Raises:
+        ConfigError: the folder holds the run of another config, or what no run has written.
+    """
+    run = _read(job)
+    return run is not None and run.finished and run.total_steps in saved_steps(job)
+
+
+def _read(job: Job) -> Run | None:
+    """The run in a cell's folder; None: none has begun there.
+
+    Raises:
+        ConfigError: as for `is_complete`.
+    """
+    config = workdir_lib.read_config(job.folder)
+    if config is not None and (changed := workdir_lib.changes(config, job.config)):
+        raise ConfigError("--workdir", f"{job.folder} holds a run of another config ({changed[0]}); move it away")
+    return None if config is None else read_run(job.name, job.folder, config, "--workdir")
+
+
+def saved_steps(job: Job) -> set[int]:
+    """Steps of the checkpoints of a cell's run. Not asked of Orbax, which would take hold of the accelerator."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return {int(name) for name in os.listdir(job.folder / "checkpoints") if STEP.fullmatch(name)}
+    return set()
+
+
+def share(job: Job) -> float:
+    """How much of a cell's run is done, from 0 to 1, as far as it has recorded it."""
+    total = (workdir_lib.read_run(job.folder) or {}).get("total_steps")
+    for line in reversed(_tail(job.folder / "metrics.jsonl").splitlines()):
+        with contextlib.suppress(ValueError, TypeError, KeyError, ArithmeticError):  # a torn line, or somebody's
+            return min(parse_json(line.encode())["step"] / total, 1.0)
+    return 0.0
+
+
+def standing(job: Job, workdir: epath.Path) -> str:
+    """What a sweep would do with a cell, in words."""
+    if is_complete(job):
+        return "complete"
+    if is_claimed(workdir, job):
+        return "run by others"
+    saved = saved_steps(job)
+    return f"goes on from step {max(saved):,}" if saved else "begins"
+
+
+def _tail(path: epath.Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
