@@ -20,12 +20,11 @@ import numpy as np
 
 from cb_vit import io, records
 from cb_vit.config import ConfigError
-from cb_vit.monitor.overlay import draw_overlay
+from cb_vit.monitor.overlay import DRAWN, draw_overlay
 from cb_vit.records import Series
 from cb_vit.texts import first_few, printable, short_names
 from cb_vit.tools import cli
 
-DRAWN = r"training_loss|(.*/)?(loss|prec@1)|img/sec"
 MOST = 24  # panels in a picture
 Run = Mapping[str, Series]
 
