@@ -15,6 +15,7 @@ from cb_vit.config import ConfigError, Failure
 from cb_vit.datasets.core import DataError
 from cb_vit.tools import cli
 from cb_vit.tree import flatten_with_names
+from cb_vit.workdir import write_notes
 
 ROOT = pathlib.Path(__file__).parents[1]
 TIMES = re.compile(r"uptime|core_hours|img/sec.*|data_wait|mfu|z/secs/.*|.*_gib")
@@ -106,6 +107,25 @@ def photographs(home, each):
             pixels = rng.integers(80 * label, 80 * label + 80, (40, 48, 3), np.uint8)
             Image.fromarray(pixels).save(home / "flowers" / name / f"{number}.jpg")
     return home
+
+
+# Runs that are over.
+
+
+def write_run(folder, config, lines, total=20, classes=("cat", "dog"), fingerprint="f", **notes):
+    """A run's folder as training leaves it, with these records."""
+    said = {"format": 1, "num_classes": len(classes), "class_names": list(classes), "total_steps": total,
+            "data": {name: {"examples": 100, "fingerprint": fingerprint} for name in ("train", *config["evals"])}}
+    write_notes(folder, config, said | notes)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def run_records(value, total=20, **more):
+    """Records of a run that ends at this accuracy, and was better before."""
+    steps = (total // 2, total)
+    return [{"step": step, "training_loss": 2 - step / total} for step in steps] + [
+        {"step": step, "val/prec@1": value + (step < total) / 10, "val/loss": 1 - value, **more} for step in steps]
 
 
 # Weights of other codebases.

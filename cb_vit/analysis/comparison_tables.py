@@ -24,6 +24,7 @@ def number(value: float | None, sign: bool = False) -> str:
     """A number to read; a dash where there is none."""
     if value is None or value != value:
         return "\u2014"
+    value = 0.0 if abs(value) < 1e-12 else value  # rounding's
     plain = value == 0 or 1e-3 <= abs(value) < 1e4
     return f"{value:+.4f}" if plain and sign else f"{value:.4f}" if plain else f"{value:{'+' * sign}.3g}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -98,7 +98,7 @@ def paragraph(words: Any, kind: str = "") -> str:
     return f"<p{f' class={chr(34)}{kind}{chr(34)}' if kind else ''}>{text(words)}</p>"
 
 
-def bullets(items: Iterator[Any] | Sequence[Any]) -> str:
+def bullets(items: Iterable[Any]) -> str:
     """A list of texts; nothing, where there are none."""
     listed = "".join(f"<li>{text(item)}</li>" for item in items)
     return f"<ul>{listed}</ul>" if listed else ""

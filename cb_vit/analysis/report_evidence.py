@@ -166,13 +166,14 @@ def calibration(subject: Any) -> str:
                              if row["bins"] == bins and row["confidence"] and row["accuracy"]}
                      for label, (_, rows) in found.items()}
             lines = {label: dict(sorted(line.items())) for label, line in lines.items() if line}
+            tabled = [_reliability_table(label, words, [row for row in rows if row["bins"] == bins])
+                      for label, (_, rows) in found.items()]
         except ValueError as error:
             subject.missing.append(f"calibration: reliability.csv cannot be read ({error})")
             continue
         if lines:
             drawn.append(picture(draw_reliability(lines, words), f"accuracy over confidence, {words}"))
-            listed += "".join(_reliability_table(label, words, [row for row in rows if row["bins"] == bins])
-                              for label, (_, rows) in found.items())
+            listed += "".join(tabled)
     summary = ""
     if scores:
         names = dict.fromkeys(name for one in scores.values() for name in one)
@@ -183,8 +184,9 @@ def calibration(subject: Any) -> str:
 
 
 def _reliability_table(label: str, words: str, rows: Rows) -> str:
-    return table([("from", "to", "examples", "confidence", "accuracy"), *(
-        tuple(row[name] for name in RELIABILITY[1:]) for row in rows)], f"{label}, {words}", left=0)
+    listed = [[row[name] if name == "examples" else number(float(row[name] or "nan")) for name in RELIABILITY[1:]]
+              for row in rows]
+    return table([("from", "to", *RELIABILITY[3:]), *listed], f"{label}, {words}", left=0)
 
 
 def mistakes(subject: Any) -> str:
