@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from etils import epath
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -82,7 +82,7 @@ class Outcome:
     left: list[Job] = dataclasses.field(default_factory=list)
 
 
-def run_all(jobs: Sequence[Job], workdir: epath.Path, parallel: int, terminal: Any) -> Outcome:
+def run_all(jobs: Sequence[Job], workdir: str | os.PathLike, parallel: int, terminal: Any) -> Outcome:
     """Run every cell that is not complete and that nobody else runs.
 
     Args:
@@ -110,8 +110,20 @@ def run_all(jobs: Sequence[Job], workdir: epath.Path, parallel: int, terminal: A
     return scheduler.outcome
 
 
+class Running(NamedTuple):
+    """A run that is under way.
+
+    Attributes:
+        process: its process.
+        claim: the lock of its cell.
+    """
+
+    process: subprocess.Popen
+    claim: contextlib.ExitStack
+
+
 class Scheduler:
-    """Which cells run, wait and are done.
+    """Which cells run, wait and are done; `outcome` and `running` say so.
 
     Args:
         jobs: the cells.
@@ -120,10 +132,10 @@ class Scheduler:
         told: signals that have come, in their order; the first stops the sweep, and each goes on to the runs.
     """
 
-    def __init__(self, jobs: Sequence[Job], workdir: epath.Path, parallel: int, told: list[int]):
+    def __init__(self, jobs: Sequence[Job], workdir: str | os.PathLike, parallel: int, told: list[int]):
         self.outcome = Outcome()
-        self._workdir, self._parallel, self._told = workdir, parallel, told
-        self._running: dict[Job, tuple[subprocess.Popen, contextlib.ExitStack]] = {}
+        self._workdir, self._parallel, self._told = io.as_path(workdir), parallel, told
+        self.running: dict[Job, Running] = {}
         self._passed_on, self._next_look, self._next_share = 0, 0.0, 0.0
         self._waiting = list(jobs)
         for job in jobs:
@@ -141,39 +153,39 @@ class Scheduler:
         self._pass_signals_on()
         if self._told:
             self.outcome.left, self._waiting = [*self.outcome.left, *self._waiting], []
-        elif self._waiting and len(self._running) < self._parallel and time.monotonic() >= self._next_look:
+        elif self._waiting and len(self.running) < self._parallel and time.monotonic() >= self._next_look:
             self._fill()
-        if not self._running:
+        if not self.running:
             self.outcome.elsewhere, self._waiting = self._waiting, []
-        return bool(self._running)
+        return bool(self.running)
 
     def end(self) -> None:
         """Tell the runs that are left to save and end, and wait for them."""
-        for process, _ in self._running.values():
-            process.terminate()
-        while self._running:
+        for one in self.running.values():
+            one.process.terminate()
+        while self.running:
             self._reap()
             time.sleep(POLL)
 
     def line(self, room: int) -> str:
         """How far the sweep is, in so many columns."""
         if time.monotonic() >= self._next_share:
-            self._shares |= {job: share(job) for job in self._running}
+            self._shares |= {job: share(job) for job in self.running}
             self._next_share = time.monotonic() + LOOK
         done, spent = sum(self._shares.values()), time.monotonic() - self._began
-        parts = [f"{len(self.outcome.complete)}/{len(self._all)} cells", f"{len(self._running)} running"]
+        parts = [f"{len(self.outcome.complete)}/{len(self._all)} cells", f"{len(self.running)} running"]
         if failed := len(self.outcome.failed):
             parts.append(f"{failed} failed")
         if self._told:
             parts.append("stopping")
         elif done > self._at_first:
             parts.append(f"ETA {time_text(spent * (len(self._all) - done) / (done - self._at_first))}")
-        return fitting([*parts, *(job.name for job in self._running)], room)
+        return fitting([*parts, *(job.name for job in self.running)], room)
 
     def _fill(self) -> None:
         """Start what there is room for. What others run is looked at again later: they may have given it up."""
         for job in list(self._waiting):
-            if len(self._running) == self._parallel:
+            if len(self.running) == self._parallel:
                 return
             if (claim := _claim(self._workdir, job)) is None:
                 continue
@@ -184,16 +196,16 @@ class Scheduler:
                     self._complete(job)
                     continue
                 process = _start(job, file)
-                self._running[job] = process, stack.pop_all()
+                self.running[job] = Running(process, stack.pop_all())
                 logger.info("%s  %s", job.name, "goes on" if self._shares[job] else "begins")
         self._next_look = time.monotonic() + LOOK
 
     def _reap(self) -> None:
-        for job, (process, claim) in list(self._running.items()):
-            if (status := process.poll()) is None:
+        for job, one in list(self.running.items()):
+            if (status := one.process.poll()) is None:
                 continue
-            del self._running[job]
-            claim.close()
+            del self.running[job]
+            one.claim.close()
             self._next_look = 0.0
             if is_complete(job):
                 self._complete(job)
@@ -215,8 +227,8 @@ class Scheduler:
             again = "; Ctrl-C again ends them at once, without saving" * (number == signal.SIGINT)
             if self._passed_on == 1:
                 logger.info("told to stop: the runs save and end%s", again)
-            for process, _ in self._running.values():
-                process.send_signal(number)
+            for one in self.running.values():
+                one.process.send_signal(number)
 
 
 @contextlib.contextmanager
@@ -266,9 +278,9 @@ def _claim(workdir: epath.Path, job: Job) -> tuple[contextlib.ExitStack, IO[str]
         return stack.pop_all(), file
 
 
-def is_claimed(workdir: epath.Path, job: Job) -> bool:
+def is_claimed(workdir: str | os.PathLike, job: Job) -> bool:
     """Whether somebody runs a cell; nothing is written."""
-    for folder in (workdir / CLAIMS / job.name, job.folder):
+    for folder in (io.as_path(workdir) / CLAIMS / job.name, job.folder):
         try:
             if os.path.lexists(folder / ".lock"):
                 with workdir_lib.lock(folder):
@@ -318,7 +330,7 @@ def share(job: Job) -> float:
     return 0.0
 
 
-def standing(job: Job, workdir: epath.Path) -> str:
+def standing(job: Job, workdir: str | os.PathLike) -> str:
     """What a sweep would do with a cell, in words."""
     if is_complete(job):
         return "complete"

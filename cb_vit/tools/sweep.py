@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         cli.show(*_overview(workdir, jobs))
         return
     plan.record(workdir, sweep)
-    outcome = cells.run_all(jobs, io.as_path(workdir), args.parallel, sys.stdout)
+    outcome = cells.run_all(jobs, workdir, args.parallel, sys.stdout)
     cli.show(*_summary(args, workdir, outcome, sweep))
     if outcome.failed:
         raise Failure(f"{len(outcome.failed)} of {len(jobs)} cells failed, the first of them {outcome.failed[0].name}; "
@@ -89,7 +89,7 @@ def _overview(workdir: str, jobs: Sequence) -> Iterator[str]:
     from cb_vit.tools import cells
 
     width = max(len(job.name) for job in jobs) + 2
-    yield from (f"{job.name:<{width}}{cells.standing(job, io.as_path(workdir))}" for job in jobs)
+    yield from (f"{job.name:<{width}}{cells.standing(job, workdir)}" for job in jobs)
     yield f"each an ordinary run, such as  {shlex.join([*cli.called('train', 'train'), *jobs[0].words])}"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from cb_vit import io
 from cb_vit import workdir as workdir_lib
 from cb_vit.analysis.sweeps import FORMAT, MOST_BYTES, SWEEP, Cell, Sweep, cell_name, cells_of, read_sweep, split_values
-from cb_vit.config import ConfigError, suggest
+from cb_vit.config import ConfigError, duration_keys, suggest
 from cb_vit.overrides import lay_over
 from cb_vit.records import EMA
 from cb_vit.settings import Settings, check
@@ -83,17 +83,21 @@ class Plan:
             ConfigError: the config cannot be loaded.
         """
         names = [name for name in self.grid if "." not in name]
-        fields = {field.name for field in dataclasses.fields(Settings)}
+        fields = {key for field in dataclasses.fields(Settings) for key in (field.name, *duration_keys(field.name))}
         while names:
             try:
                 config_files.get_config(self._given({name: self.grid[name][0] for name in names}))
                 break
             except ConfigError as error:
                 # As `configs/common.py` says it; a file with other words is asked without what is a setting anyhow.
-                refused = re.match(r"argument '(\w+)' in ", error.message)
+                refused = re.match(r"argument '(\w+)' in .*: this file takes (.*)", error.message)
                 without = [name for name in names if name not in fields]
                 if refused and refused[1] in names:
-                    names.remove(refused[1])
+                    names.remove(name := refused[1])
+                    if name not in fields:
+                        near = suggest(name, [*refused[2].split(", "), *fields])
+                        raise ConfigError("--grid", f"{name} is neither an argument of the config file, which takes "
+                                                    f"{refused[2]}, nor a setting{near.rstrip(';')}") from None
                 elif "get_config() takes 0 positional arguments" in error.message and ":" not in self.config:
                     names = []
                 elif len(without) < len(names):
