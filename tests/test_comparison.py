@@ -10,7 +10,7 @@ from helpers import refusal, run_records, write_run
 
 import cb_vit
 from cb_vit.analysis import comparison_tables as tables
-from cb_vit.analysis.runs import is_score
+from cb_vit.analysis.arms import is_score
 from cb_vit.analysis.statistics import sign_flip_p, t_interval
 from cb_vit.analysis.sweeps import cell_name, cells_of
 from cb_vit.config import ConfigError
@@ -163,7 +163,7 @@ def test_what_is_missing_is_refused_or_left_out_aloud(tmp_path, kind, error):
 @pytest.mark.parametrize("args, error", [
     (["RUNS"], "--metric: not given, and the sweep has named none; choose the one that matters, before looking: "
                "val/prec@1, val/loss"),
-    (["RUNS", "--metric=val/prec"], "--metric: no run has 'val/prec' at its last step; did you mean val/prec@1? there"),
+    (["RUNS", "--metric=val/prec"], "--metric: no evaluator has measured 'val/prec' at the last step of a run"),
     (["RUNS", "--metric=val/loss", "--baseline=context=nnoe"], "--baseline: no arm is 'context=nnoe'; there are con"),
     (["RUNS", "--metric=val/loss", "--baseline=none"], "--baseline: cannot read 'none'; the arms are context=none, "),
     (["RUNS", "--level=95"], "--level: expected a share between 0 and 1, such as 0.95 for 95 %, got '95'"),

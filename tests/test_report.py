@@ -197,7 +197,7 @@ def test_only_a_report_of_ours_is_replaced(tmp_path):
     (["RUN", "--out=x.pdf"], "--out: x.pdf: expected a name that ends in .html"),
     (["nothing"], "RUN: nothing is no folder; give that of a run or of a sweep"),
     (["RUN", "RUN/.", "--out=x.html"], "RUN: RUN/. and RUN are the same run; give it once"),
-    (["RUN", "RUN2", "--out=x.html", "--metric=val/x"], "--metric: no run has 'val/x' at its last step; did you")])
+    (["RUN", "RUN2", "--out=x.html", "--metric=val/x"], "--metric: no evaluator has measured 'val/x' at")])
 def test_a_page_that_cannot_be(runs, args, error):
     fill = lambda text: text.replace("RUN2", str(runs[1])).replace("RUN", str(runs[0]))  # noqa: E731
     assert refusal(report, *map(fill, args)).startswith(error[:4] + fill(error[4:]))

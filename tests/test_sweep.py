@@ -11,7 +11,7 @@ from helpers import ROOT, records, refusal, run_records, write_run
 from cb_vit import workdir
 from cb_vit.analysis.sweeps import cell_name, cells_of, read_sweep, split_values
 from cb_vit.config import ConfigError, Failure
-from cb_vit.tools import cells, cli, sweep
+from cb_vit.tools import cells, cli, scheduler, sweep
 from cb_vit.tools.sweep_plan import Plan, read_grid
 
 CONFIG = "debug:variant=mu/4"
@@ -192,7 +192,7 @@ def test_a_cell_is_complete_when_it_is_saved_and_evaluated_at_its_last_step(job,
 def test_a_cell_that_another_process_has_is_left_to_it(job, tmp_path, place):
     with workdir.lock(tmp_path / cells.CLAIMS / job.name if place == "claim" else job.folder):
         assert cells.standing(job, tmp_path) == "run by others"
-        outcome = cells.run_all([job], tmp_path, 1, None)
+        outcome = scheduler.run_all([job], tmp_path, 1, None)
     assert outcome.elsewhere == [job] and not outcome.failed + outcome.complete
     assert not (job.folder / "sweep.log").exists() and not cells.is_claimed(tmp_path, job)
 
@@ -208,22 +208,22 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, capsys):
 def test_a_killed_run_is_named_and_goes_on(job, tmp_path, monkeypatch):
     """A real run, killed once it has saved, and the same sweep again."""
     monkeypatch.chdir(ROOT)
-    scheduler = cells.Scheduler([job], tmp_path, 1, told := [])
+    first = scheduler.Scheduler([job], tmp_path, 1, told := [])
     with contextlib.closing(contextlib.ExitStack()) as stack:
-        stack.callback(scheduler.end)
+        stack.callback(first.end)
         began = time.monotonic()
-        while scheduler.work() and not cells.saved_steps(job):
+        while first.work() and not cells.saved_steps(job):
             assert time.monotonic() - began < 100
             time.sleep(0.01)
-        process = scheduler.running[job].process
+        process = first.running[job].process
         assert cells.is_claimed(tmp_path, job)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert not scheduler.work()
-    assert scheduler.outcome.failed == [job] and not cells.is_claimed(tmp_path, job) and not told
+        assert not first.work()
+    assert first.outcome.failed == [job] and not cells.is_claimed(tmp_path, job) and not told
     assert not cells.is_complete(job)
     reached = max(cells.saved_steps(job))
-    outcome = cells.run_all([job], tmp_path, 1, None)
+    outcome = scheduler.run_all([job], tmp_path, 1, None)
     assert outcome.complete == [job] and cells.standing(job, tmp_path) == "complete"
     log = (job.folder / "sweep.log").read_text()
     assert log.count("\n--- ") == 1 and f"resumed from step {reached} of" in log
@@ -236,7 +236,7 @@ def test_a_sweep_of_which_a_cell_fails_names_its_last_line(job, tmp_path, monkey
     (job.folder / "sweep.log").parent.mkdir(parents=True)
     (job.folder / "sweep.log").write_text("--- command\nmuch\n\nerror: the disk is \x1b[2Jfull\n\n")
     assert job.last_words() == "error: the disk is \x1b[2Jfull"
-    monkeypatch.setattr(cells, "run_all", lambda jobs, *rest: cells.Outcome(failed=[job], complete=jobs[1:]))
+    monkeypatch.setattr(scheduler, "run_all", lambda jobs, *rest: scheduler.Outcome(failed=[job], complete=jobs[1:]))
     with pytest.raises(Failure, match=r"1 of 2 cells failed, the first of them context=cb,seed=3; the same"):
         start(tmp_path / "other", "--grid=seed=0,1")
     out = capsys.readouterr().out

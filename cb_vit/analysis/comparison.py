@@ -2,13 +2,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from cb_vit.analysis import statistics
-from cb_vit.analysis.runs import Arm, Found, check_data, find_runs, finite, group, is_score
+from cb_vit.analysis.arms import Arm, check_data, group, is_score
+from cb_vit.analysis.runs import Found, find_runs
 from cb_vit.analysis.sweeps import split_values
 from cb_vit.config import ConfigError, suggest
 from cb_vit.texts import first_few
@@ -169,7 +171,7 @@ def compare_found(found: Found, metric: str | None = None, baseline: str | None 
     others, partly = [], []
     for name in _metrics(found):
         if name != metric:
-            (others if all(finite(run.final(name)) for arm in arms for run in arm.runs.values()) else partly).append(
+            (others if all(_finite(run.final(name)) for arm in arms for run in arm.runs.values()) else partly).append(
                 name)
     if partly:
         notes.append(f"not all runs have {first_few(partly)} at the last step; left out")
@@ -190,8 +192,8 @@ def _choose(found: Found, metric: str | None) -> tuple[str, str]:
         raise ConfigError("--metric", f"the sweeps name {' and '.join(named)}; give the one to test")
     if metric is not None:
         if metric not in known:
-            raise ConfigError("--metric", f"no run has {metric!r} at its last step{suggest(metric, known)} there are "
-                                          f"{first_few(known, 30) or 'none'}")
+            raise ConfigError("--metric", f"no evaluator has measured {metric!r} at the last step of a run"
+                                          f"{suggest(metric, known)} there are {first_few(known, 30) or 'none'}")
         return metric, "given" if not named else "sweep" if metric in named else "against"
     if named:
         return next(iter(named)), "sweep"
@@ -212,12 +214,12 @@ def _missing(arms: Sequence[Arm], metric: str) -> Iterator[str]:
                 yield f"{run.name} is not finished ({run.standing()})"
             elif (value := run.final(metric)) is None:
                 yield f"{run.name} has no {metric} at its last step"
-            elif not finite(value):
+            elif not _finite(value):
                 yield f"{metric} of {run.name} is no number at its last step"
 
 
 def _scores(metric: str, arm: Arm) -> Scores:
-    found = {seed: value for seed, run in arm.runs.items() if run.finished and finite(value := run.final(metric))}
+    found = {seed: value for seed, run in arm.runs.items() if run.finished and _finite(value := run.final(metric))}
     return Scores(arm.name, tuple(found), tuple(found.values()))
 
 
@@ -270,3 +272,7 @@ def _read_baseline(arms: Sequence[Arm], baseline: str) -> Mapping[str, str]:
                                             f"{next(iter(arms[0].factors.items()), ('context', 'none'))[0]}=…")
         wanted[matching[0]] = value
     return wanted
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

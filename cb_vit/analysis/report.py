@@ -1,7 +1,6 @@
 """A report on runs: what they have measured and left behind, on one page, and what is not there said in words."""
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import os
 import re
@@ -11,13 +10,14 @@ from typing import Any
 import numpy as np
 
 import cb_vit
-from cb_vit import io
 from cb_vit.analysis import comparison_tables as tables
 from cb_vit.analysis import report_evidence as evidence
+from cb_vit.analysis.arms import Arm, group
 from cb_vit.analysis.comparison import Comparison, compare_found
 from cb_vit.analysis.page import Section, bullets, code, page, paragraph, picture, table
+from cb_vit.analysis.report_files import Subject, first_line
 from cb_vit.analysis.report_pictures import draw_comparison
-from cb_vit.analysis.runs import Arm, Found, Run, find_runs, group
+from cb_vit.analysis.runs import Run, find_runs
 from cb_vit.analysis.sweeps import LOG
 from cb_vit.config import ConfigError
 from cb_vit.monitor.curves import draw_curves
@@ -28,25 +28,6 @@ from cb_vit.workdir import flatten
 
 FIELD = "RUN"
 PANELS = 9  # of curves in a picture
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """What a report is about.
-
-    Attributes:
-        found: the runs and sweeps.
-        arms: the runs by what they differ in but their seeds; each alone where they cannot be told apart so.
-        missing: what is not there, in words; sections add to it.
-    """
-
-    found: Found
-    arms: Sequence[Arm]
-    missing: list[str]
-
-    def name(self, arm: Arm) -> str:
-        """What an arm is called on the page."""
-        return arm.name if arm.factors else next(iter(arm.runs.values())).name if len(arm.runs) == 1 else arm.name
 
 
 def write_page(folders: Sequence[str | os.PathLike], **choices: Any) -> str:
@@ -177,8 +158,7 @@ def _made(subject: Subject) -> str:
 
 def _command(run: Run) -> str:
     """The command of a run, as the log of its sweep says it; empty where there is none."""
-    content = io.read(run.folder / LOG) or b""
-    first = content[:4096].decode(errors="replace").partition("\n")[0]
+    first = first_line(run.folder / LOG)
     return first.removeprefix("--- ") if first.startswith("--- ") else ""
 
 

@@ -11,7 +11,7 @@ from cb_vit import io
 from cb_vit.analysis.comparison_tables import number
 from cb_vit.analysis.density_files import draw_density, read_density
 from cb_vit.analysis.page import paragraph, picture, side_by_side, table
-from cb_vit.analysis.report_files import below, mean_scores, pick, read_table, read_text, scores_of
+from cb_vit.analysis.report_files import Subject, below, mean_scores, pick, read_table, read_text, scores_of
 from cb_vit.analysis.report_pictures import draw_bars, draw_reliability
 from cb_vit.analysis.runs import Run
 
@@ -27,7 +27,7 @@ WAYS = {  # words for what the bars of a way are, the names of the ways, the bar
 Rows = list[Mapping[str, str]]
 
 
-def _of_arms(subject: Any, name: str) -> Iterator[tuple[str, Run, epath.Path]]:
+def _of_arms(subject: Subject, name: str) -> Iterator[tuple[str, Run, epath.Path]]:
     """The first file of that name below the runs of each arm: what the arm is called, the run, the file."""
     for arm in subject.arms:
         found = next(((run, path) for run in arm.runs.values() for path in below(run.folder, name)), None)
@@ -35,7 +35,7 @@ def _of_arms(subject: Any, name: str) -> Iterator[tuple[str, Run, epath.Path]]:
             yield subject.name(arm), *found
 
 
-def _read(subject: Any, name: str, read: Callable[[str], Any]) -> dict[str, tuple[Run, Any]]:
+def _read(subject: Subject, name: str, read: Callable[[str], Any]) -> dict[str, tuple[Run, Any]]:
     """What the first file of that name below each arm says; what cannot be read is noted as missing."""
     found = {}
     for label, run, path in _of_arms(subject, re.escape(name)):
@@ -50,7 +50,7 @@ def _from(found: Mapping[str, tuple[Run, Any]]) -> str:
     return "; ".join(f"{label}: from {run.name}" for label, (run, _) in found.items() if label != run.name)
 
 
-def density(subject: Any) -> str:
+def density(subject: Subject) -> str:
     """How dense the attention of each block is."""
     found = _read(subject, "density.csv", read_density)
     if not found:
@@ -78,7 +78,7 @@ def _density_table(rows: Mapping[str, Rows]) -> Iterator[str]:
             (label, *(number(float(values.get((label, block)) or "nan")) for block in blocks)) for label in chosen)])
 
 
-def attention(subject: Any) -> str:
+def attention(subject: Subject) -> str:
     """Attention over the same photographs, model by model."""
     folders: dict[str, dict[str, epath.Path]] = {}
     for arm in subject.arms:
@@ -104,7 +104,7 @@ def attention(subject: Any) -> str:
                    if more > 0 else "")
 
 
-def _png(subject: Any, path: epath.Path, description: str, caption: str) -> str:
+def _png(subject: Subject, path: epath.Path, description: str, caption: str) -> str:
     try:
         return picture(io.read(path) or b"", description, caption)
     except ValueError as error:
@@ -112,7 +112,7 @@ def _png(subject: Any, path: epath.Path, description: str, caption: str) -> str:
         return ""
 
 
-def robustness(subject: Any) -> str:
+def robustness(subject: Subject) -> str:
     """Errors under corruptions, and accuracies under attack and occlusion."""
     body = ""
     for kind in ("corruptions", "attack", "occlusion"):
@@ -146,13 +146,13 @@ def _panels(kind: str, scores: Mapping[str, Mapping[str, float]]) -> list[tuple[
     return [(f"{one}: top-1 accuracy by {words}", f"{re.escape(one)}/{group}/prec@1") for one in ways]
 
 
-def _mean_by_arm(subject: Any, kind: str) -> dict[str, dict[str, float]]:
+def _mean_by_arm(subject: Subject, kind: str) -> dict[str, dict[str, float]]:
     found = {subject.name(arm): mean_scores([scores_of(run, kind, subject.missing) for run in arm.runs.values()])
              for arm in subject.arms}
     return {label: scores for label, scores in found.items() if scores}
 
 
-def calibration(subject: Any) -> str:
+def calibration(subject: Subject) -> str:
     """Whether the models are as sure as they are right."""
     found = _read(subject, "reliability.csv", lambda text: read_table(text, RELIABILITY))
     scores = _mean_by_arm(subject, "calibration")
@@ -189,7 +189,7 @@ def _reliability_table(label: str, words: str, rows: Rows) -> str:
     return table([("from", "to", *RELIABILITY[3:]), *listed], f"{label}, {words}", left=0)
 
 
-def mistakes(subject: Any) -> str:
+def mistakes(subject: Subject) -> str:
     """What is taken for what."""
     body = ""
     for label, run, path in _of_arms(subject, r"confusion\.png"):
@@ -202,7 +202,7 @@ def mistakes(subject: Any) -> str:
     return body
 
 
-def _worst_classes(subject: Any, label: str, path: epath.Path) -> str:
+def _worst_classes(subject: Subject, label: str, path: epath.Path) -> str:
     if not io.exists(path):
         return ""
     try:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io as text_io
 import math
 import re
@@ -10,13 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from etils import epath
 
 from cb_vit import io
-from cb_vit.analysis.runs import Run
+from cb_vit.analysis.arms import Arm
+from cb_vit.analysis.runs import Found, Run
 from cb_vit.config import Failure
 from cb_vit.records import EMA
 from cb_vit.workdir import CONTENTS
 
 DEEPEST = 4  # folders below that of a run
 LARGEST = 32 * 2**20  # bytes of a table
+LINE = 4096  # bytes of the first line of a log, at most
 SCORES = ("evaluator", "type", "metric", "value")  # columns of `metrics.csv`
 
 
@@ -42,6 +45,36 @@ def below(folder: epath.Path, name: str, depth: int = DEEPEST) -> Iterator[epath
             yield path
 
 
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What a report is about.
+
+    Attributes:
+        found: the runs and sweeps.
+        arms: the runs by what they differ in but their seeds; each alone where they cannot be told apart so.
+        missing: what is not there, in words; sections add to it.
+    """
+
+    found: Found
+    arms: Sequence[Arm]
+    missing: list[str]
+
+    def name(self, arm: Arm) -> str:
+        """What an arm is called on the page."""
+        return arm.name if arm.factors else next(iter(arm.runs.values())).name if len(arm.runs) == 1 else arm.name
+
+
+def first_line(path: epath.Path) -> str:
+    """The first line of a file; empty where there is none."""
+    if not io.exists(path):
+        return ""
+    try:
+        with io.open_regular(path) as file:
+            return file.read(LINE).decode(errors="replace").partition("\n")[0]
+    except OSError as error:
+        raise Failure(f"{path} cannot be read: {error.strerror}") from None
+
+
 def read_text(path: epath.Path) -> str:
     """The text of a file.
 
@@ -61,7 +94,10 @@ def read_table(text: str, columns: Sequence[str]) -> list[dict[str, str]]:
     Raises:
         ValueError: it has other columns, or rows of another length.
     """
-    rows = list(csv.reader(text_io.StringIO(text)))
+    try:
+        rows = list(csv.reader(text_io.StringIO(text)))
+    except csv.Error as error:
+        raise ValueError(f"is no CSV ({error})") from None
     if not rows or tuple(rows[0]) != tuple(columns):
         raise ValueError(f"has the columns {','.join(rows[0]) if rows else '(none)'!r:.80}, not {','.join(columns)}")
     return [dict(zip(columns, row, strict=True)) for row in rows[1:]]

@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     config = cli.required(args.config, "--config", "digits")
     _check_place(workdir)
 
-    from cb_vit.tools import cells, sweep_plan  # with what they bring: the schema of all settings
+    from cb_vit.tools import cells, scheduler, sweep_plan  # with what they bring: the schema of all settings
 
     plan = sweep_plan.Plan(config, args.overrides, sweep_plan.read_grid(args.grid or (), args.overrides, config))
     sweep = plan.sweep(args.metric, args.baseline)
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         cli.show(*_overview(workdir, jobs))
         return
     plan.record(workdir, sweep)
-    outcome = cells.run_all(jobs, workdir, args.parallel, sys.stdout)
+    outcome = scheduler.run_all(jobs, workdir, args.parallel, sys.stdout)
     cli.show(*_summary(args, workdir, outcome, sweep))
     if outcome.failed:
         raise Failure(f"{len(outcome.failed)} of {len(jobs)} cells failed, the first of them {outcome.failed[0].name}; "
