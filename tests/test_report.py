@@ -181,7 +181,8 @@ def test_what_cannot_be_read_is_left_out_and_said(tmp_path):
         assert what in words, what
 
 
-def test_only_a_report_of_ours_is_replaced(tmp_path):
+def test_only_a_report_of_ours_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "write_page", lambda folders, **choices: page.page("x", "y", []))
     run = write_run(tmp_path / "run", config("cb", 0), run_records(0.5))
     (run / "report.html").write_text("<p>mine</p>")
     error = f"--out: {run}/report.html is already there; choose another name, or give --overwrite"

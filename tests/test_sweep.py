@@ -161,7 +161,8 @@ def test_a_second_process_that_writes_the_sweep_down_is_waited_for(tmp_path, mon
 @pytest.fixture
 def job(tmp_path):
     """A cell of a sweep of 30 steps, which has not begun."""
-    settings = [("total_steps", "30"), ("ckpt_steps", "5"), ("plot", "False"), ("mixup", "None")]
+    settings = [("total_steps", "30"), ("ckpt_steps", "10"), ("plot", "False"), ("mixup", "None"),
+                ("random_erasing", "None"), ("ema", "None")]
     asked = plan("context=cb", "seed=3", settings=settings)
     (name, cell), = asked.record(tmp_path, asked.sweep(None, None)).cells.items()
     folder = workdir.io.as_path(tmp_path / name)
