@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import time
 
@@ -11,7 +12,7 @@ from helpers import ROOT, records, refusal, run_records, write_run
 from cb_vit import workdir
 from cb_vit.analysis.sweeps import cell_name, cells_of, read_sweep, split_values
 from cb_vit.config import ConfigError, Failure
-from cb_vit.tools import cells, cli, scheduler, sweep
+from cb_vit.tools import cells, cli, compare, report, scheduler, sweep
 from cb_vit.tools.sweep_plan import Plan, read_grid
 
 CONFIG = "debug:variant=mu/4"
@@ -196,6 +197,15 @@ def test_a_cell_that_another_process_has_is_left_to_it(job, tmp_path, place):
         outcome = scheduler.run_all([job], tmp_path, 1, None)
     assert outcome.elsewhere == [job] and not outcome.failed + outcome.complete
     assert not (job.folder / "sweep.log").exists() and not cells.is_claimed(tmp_path, job)
+
+
+def test_the_commands_of_the_docs_are_commands():
+    text = (ROOT / "docs/comparing.md").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.startswith("cb-vit ") and "\u2026" not in line]
+    commands = [shlex.split(line)[1:] for line in lines]
+    assert {name for name, *_ in commands} == {"sweep", "compare", "report"}
+    for name, *words in commands:
+        cli.parse({"sweep": sweep, "compare": compare, "report": report}[name], words)
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, capsys):

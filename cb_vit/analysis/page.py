@@ -36,7 +36,7 @@ img { max-width: 100%; height: auto; display: block; }
 .pair figure { flex: 1 1 20rem; margin: .4rem 0; min-width: 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .8rem 0; font-size: .875rem; }
-caption { text-align: left; color: #5b626c; padding-bottom: .3rem; }
+caption { text-align: left; color: #5b626c; padding-bottom: .3rem; white-space: nowrap; }
 th, td { padding: .22rem .8rem .22rem 0; text-align: left; vertical-align: top; overflow-wrap: break-word; }
 thead th { border-bottom: 1px solid #2b2f36; font-weight: 600; }
 tbody tr { border-bottom: 1px solid #e8eaed; }

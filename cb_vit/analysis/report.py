@@ -4,6 +4,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -145,10 +146,10 @@ def _made(subject: Subject) -> str:
     for folder, sweep in subject.found.sweeps.items():
         given = [f"--config={sweep.config}", *(f"--config.{name}" + ("" if value is None else f"={value}")
                                                for name, value in sweep.settings)]
-        grid = [f"--grid {name}={','.join(values)}" for name, values in sweep.grid.items()]
+        grid = [f"--grid={name}={','.join(values)}" for name, values in sweep.grid.items()]
         chosen = [f"--{name}={value}" for name in ("metric", "baseline") if (value := getattr(sweep, name))]
         body += paragraph(f"Sweep {folder}, {len(sweep.cells)} cells:")
-        body += code(" ".join(["cb-vit sweep", *given, *grid, *chosen]))
+        body += code(shlex.join(["cb-vit", "sweep", *given, *grid, *chosen, f"--workdir={folder}"]))
     commands = [line for run in subject.found.runs if (line := _command(run))]
     body += "".join(map(code, commands[:3]))
     if len(commands) > 3:

@@ -97,8 +97,8 @@ def attention(subject: Subject) -> str:
         return ""
     body = ""
     for name in common[:PHOTOGRAPHS]:
-        body += side_by_side([_png(subject, there[name], f"attention on {name}", f"{label}: {name}")
-                              for label, there in folders.items()])
+        body += "".join(_png(subject, there[name], f"attention on {name}", f"{label}: {name}")
+                        for label, there in folders.items())
     more = len(common) - PHOTOGRAPHS
     return body + (paragraph(f"and {more} more photographs, in the folder attention of each run", "note")
                    if more > 0 else "")
@@ -196,7 +196,7 @@ def mistakes(subject: Subject) -> str:
         figures = [_png(subject, path, f"confusion matrix of {label}", f"{label}: from {run.name}")]
         if io.exists(worst := path.parent / "most_wrong.png"):
             figures.append(_png(subject, worst, f"the most wrong images of {label}", f"{label}: the most wrong"))
-        body += side_by_side(figures) + _worst_classes(subject, label, path.parent / "per_class.csv")
+        body += "".join(figures) + _worst_classes(subject, label, path.parent / "per_class.csv")
     if not body:
         subject.missing.append("mistakes: no confusion.png below the runs; the evaluator mistakes writes it")
     return body
