@@ -35,6 +35,8 @@ def add_evidence(run, shift):
         (run / name).mkdir()
     rows = ["block,head,queries,keys,measure,mean,std,q05,q25,q50,q75,q95"]
     for block in range(4):
+        rows.append(f"{block},all,patches,patches,attention_distance,{3 + block},.1,.1,.2,.3,.4,.5")
+        rows.append(f"{block},all,all,patches,entropy_normalised,0.1234,.1,.1,.2,.3,.4,.5")
         for head in ("all", 0, 1):
             for measure in ("entropy_normalised", "distance_from_uniform"):
                 rows.append(f"{block},{head},all,all,{measure},{0.5 + shift + block / 10},.1,.1,.2,.3,.4,.5")
@@ -54,7 +56,8 @@ def add_evidence(run, shift):
         path.write_bytes(png((50, 40)))
     robust = {"corruptions": {"error": 0.4, "mce": 0.9, **{f"severity_{s}/error": s / 10 + shift for s in range(1, 6)},
                               **{f"{name}/error": 0.3 + shift for name in ("gaussian_noise", "fog")}},
-              "attack": {f"fgsm/eps_{eps}/{metric}": 0.5 - shift for eps in (1, 4) for metric in ("prec@1", "loss")},
+              "attack": {"clean/prec@1": 0.7, **{f"fgsm/eps_{eps}/{metric}": 0.5 - shift for eps in (1, 4)
+                                                  for metric in ("prec@1", "loss")}},
               "occlusion": {f"{way}/{ratio}/prec@1": 1 - ratio - shift for way in ("random", "salient")
                             for ratio in (0.1, 0.5)}}
     lines = [f"{kind},{kind},{kind}/{name},{value}" for kind, found in robust.items() for name, value in found.items()]
@@ -144,10 +147,11 @@ def test_the_page_shows_what_is_there_in_pictures_and_in_numbers(full):
                  "occlusion: random: top-1", "accuracy over confidence, bins of equal width", "confusion matrix"):
         assert sum(alt.startswith(what) for alt in alts) in (1, 2), what
     for words in ("named on the command line", "context=cb − context=none", "+0.1000", "entropy_normalised, block",
-                  "severity", "gaussian_noise", "ece/nll", "the classes it finds hardest", "0.10.2", "8 × cpu",
+                  "severity", "gaussian_noise", "attention_distance, block", "6.0000", "attack/clean/prec@1",
+                  "ece/nll", "the classes it finds hardest", "0.10.2", "8 × cpu",
                   "config.model.context", "none, cb"):
         assert words in found.words, words
-    assert "What is missing" not in found.words
+    assert "What is missing" not in found.words and "0.1234" not in found.words
     assert full.index("id=\"comparison\"") < full.index("id=\"runs\"")
 
 

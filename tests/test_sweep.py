@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import time
 
 import pytest
@@ -208,6 +209,21 @@ def test_the_commands_of_the_docs_are_commands():
         cli.parse({"sweep": sweep, "compare": compare, "report": report}[name], words)
 
 
+def test_signals_go_on_to_the_runs_and_nothing_more_begins(job, tmp_path):
+    process = subprocess.Popen(["sleep", "60"])
+    with scheduler._signals() as told:
+        running = scheduler.Scheduler([job], tmp_path, 2, told)
+        running.running[job] = scheduler.Running(process, contextlib.ExitStack())
+        for number in (signal.SIGHUP, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert told == [signal.SIGTERM, signal.SIGINT]
+        while running.work():
+            time.sleep(0.01)
+    assert process.returncode == -signal.SIGTERM and not (job.folder / "sweep.log").exists()
+    assert running.outcome.stopped == [job] == running.outcome.left and not running.outcome.failed
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path, capsys):
     start(tmp_path / "sweep", "--grid=context=none,cb", "--dry_run")
     said = capsys.readouterr().out.splitlines()
@@ -226,8 +242,10 @@ def test_a_killed_run_is_named_and_goes_on(job, tmp_path, monkeypatch):
         while first.work() and not cells.saved_steps(job):
             assert time.monotonic() - began < 100
             time.sleep(0.01)
-        process = first.running[job].process
-        assert cells.is_claimed(tmp_path, job)
+        process, claim = first.running[job]
+        claim.close()  # as if the sweep were killed: its run keeps the cell
+        with pytest.raises(workdir.Locked), workdir.lock(tmp_path / cells.CLAIMS / job.name):
+            raise AssertionError("a cell that runs could be claimed")
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert not first.work()

@@ -23,7 +23,7 @@ from cb_vit.analysis.sweeps import LOG
 from cb_vit.config import ConfigError
 from cb_vit.monitor.curves import draw_curves
 from cb_vit.monitor.overlay import DRAWN, draw_overlay
-from cb_vit.records import Series
+from cb_vit.records import EMA, Series
 from cb_vit.texts import first_few
 from cb_vit.workdir import flatten
 
@@ -91,7 +91,7 @@ def _others(comparison: Comparison) -> str:
 
 
 def _runs(subject: Subject) -> str:
-    scores = list(dict.fromkeys(name for run in subject.found.runs for name in run.measured()))
+    scores = sorted(dict.fromkeys(name for run in subject.found.runs for name in run.measured()), key=_parts)
     shown = [name for name in scores if re.fullmatch(r"(.*/)?(prec@1|loss)", name)][:6] or scores[:6]
     rows = [("run", "seed", "steps", *shown)]
     for run in subject.found.runs:
@@ -113,10 +113,10 @@ def _curves(subject: Subject) -> str:
                                             for name, (_, values) in runs[0].history.items() if len(values))])
     arms = {subject.name(arm): mean_history([run for run in arm.runs.values() if run.history]) for arm in subject.arms}
     arms = {name: history for name, history in arms.items() if history}
-    metrics = [name for name in dict.fromkeys(name for history in arms.values() for name in history)
-               if re.fullmatch(DRAWN, name)][:PANELS]
+    known = dict.fromkeys(name for history in arms.values() for name, (steps, _) in history.items() if len(steps) > 1)
+    metrics = sorted((name for name in known if re.fullmatch(DRAWN, name)), key=_parts)[:PANELS]
     if not metrics:
-        subject.missing.append("curves: the runs of an arm have no step in common")
+        subject.missing.append("curves: the runs of no arm have two steps in common")
         return ""
     several = any(len(arm.runs) > 1 for arm in subject.arms)
     rows = [("metric", *arms)] + [
@@ -125,6 +125,11 @@ def _curves(subject: Subject) -> str:
     caption = "mean over the seeds of each arm, at the steps that all of them have recorded" if several else ""
     return picture(draw_overlay(arms, metrics), f"curves of {first_few(metrics)}", caption) + table(
         rows, "where the curves end")
+
+
+def _parts(name: str) -> int:
+    """How many parts a metric's name has: of accuracies under many attacks, each has more than that without one."""
+    return name.removeprefix(EMA).count("/")
 
 
 def mean_history(runs: Sequence[Run]) -> dict[str, Series]:

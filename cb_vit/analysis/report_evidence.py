@@ -15,12 +15,13 @@ from cb_vit.analysis.report_files import Subject, below, mean_scores, pick, read
 from cb_vit.analysis.report_pictures import draw_bars, draw_reliability
 from cb_vit.analysis.runs import Run
 
+DENSITY = ("block", "head", "queries", "keys", "measure", "mean", "std", "q05", "q25", "q50", "q75", "q95")
 RELIABILITY = ("bins", "low", "high", "examples", "confidence", "accuracy")
 BINS = {"width": "bins of equal width", "mass": "bins of equally many examples"}
 PHOTOGRAPHS = 8  # of which attention is shown
 WORST = 5  # classes
 CORRUPTION = r"[^/]+/(?!severity_)([^/]+)/error"
-WHOLE = r"[^/]+/(error|relative_mce|mce)"  # metrics over all corruptions
+WHOLE = r"[^/]+/(error|relative_mce|mce|clean/prec@1)"  # metrics over all corruptions, or of images as they are
 WAYS = {  # words for what the bars of a way are, the names of the ways, the bars
     "attack": ("size", r"([^/]+)/eps_[^/]+/prec@1$", "eps_([^/]+)"),
     "occlusion": ("share of patches dropped", r"([^/]+)/[\d.]+/prec@1$", r"([\d.]+)")}
@@ -52,23 +53,24 @@ def _from(found: Mapping[str, tuple[Run, Any]]) -> str:
 
 def density(subject: Subject) -> str:
     """How dense the attention of each block is."""
-    found = _read(subject, "density.csv", read_density)
+    found = _read(subject, "density.csv", lambda text: (read_density(text), read_table(text, DENSITY)))
     if not found:
         subject.missing.append("density of attention: no density.csv below the runs; the evaluator attention_density "
                                "writes it")
         return ""
-    rows = {label: rows for label, (_, rows) in found.items()}
     try:
-        drawn = picture(draw_density(rows), "measures of attention by block", _from(found))
-        return drawn + "".join(_density_table(rows))
+        drawn = picture(draw_density({label: rows for label, (_, (rows, _)) in found.items()}),
+                        "measures of attention by block", _from(found))
+        return drawn + "".join(_density_tables({label: cells for label, (_, (_, cells)) in found.items()}))
     except (ValueError, KeyError) as error:
         subject.missing.append(f"density of attention: its tables cannot be read ({error})")
         return ""
 
 
-def _density_table(rows: Mapping[str, Rows]) -> Iterator[str]:
-    """The means of all measures over all heads and queries, by block."""
-    chosen = {label: [row for row in listed if (row["head"], row["queries"]) == ("all", "all")]
+def _density_tables(rows: Mapping[str, Rows]) -> Iterator[str]:
+    """The means of all measures over all heads and tokens, by block; distances are of patches alone."""
+    chosen = {label: [row for row in listed if (row["head"], row["queries"], row["keys"]) == (
+        ("all", "patches", "patches") if row["measure"] == "attention_distance" else ("all", "all", "all"))]
               for label, listed in rows.items()}
     for measure in dict.fromkeys(row["measure"] for listed in chosen.values() for row in listed):
         values = {(label, row["block"]): row["mean"] for label, listed in chosen.items()
@@ -130,8 +132,8 @@ def robustness(subject: Subject) -> str:
                                                  for label, found in panel.items())])
         whole = [name for name in next(iter(scores.values())) if re.fullmatch(WHOLE, name)]
         if whole:
-            body += table([("metric", *scores), *((name, *(number(found.get(name)) for found in scores.values()))
-                                                  for name in whole)], f"{kind}: over all of them")
+            rows = [(name, *(number(found.get(name)) for found in scores.values())) for name in whole]
+            body += table([("metric", *scores), *rows], f"{kind}: over all of them, or of images as they are")
     return body
 
 
@@ -143,7 +145,8 @@ def _panels(kind: str, scores: Mapping[str, Mapping[str, float]]) -> list[tuple[
         return [(heading, pattern) for heading, pattern in found if any(pick(scores[one], pattern) for one in scores)]
     words, way, group = WAYS[kind]
     ways = dict.fromkeys(match[1] for name in names if (match := re.search(way, name)))
-    return [(f"{one}: top-1 accuracy by {words}", f"{re.escape(one)}/{group}/prec@1") for one in ways]
+    return [(f"{one}: top-1 accuracy by {'tiles a side' if one == 'shuffle' else words}",
+             f"{re.escape(one)}/{group}/prec@1") for one in ways]
 
 
 def _mean_by_arm(subject: Subject, kind: str) -> dict[str, dict[str, float]]:
