@@ -187,7 +187,7 @@ def perturb(image: Float[Array, "b y x c"], slope: Any, attack: Attack, keys: Ke
     noise = jax.vmap(lambda key: jax.random.uniform(key, image.shape[1:], jnp.float32, -1, 1))(keys)
     begin = jnp.clip(image + jnp.where(attack.random, attack.eps, 0) * noise, low, high)
 
-    def step(_: int, pixels: Array) -> Array:
+    def step(_: Int[Array, ""], pixels: Array) -> Array:
         return jnp.clip(pixels + attack.step_size * jnp.sign(slope(pixels)), low, high)
 
     return jax.lax.fori_loop(0, attack.steps, step, begin)

@@ -48,7 +48,7 @@ from cb_vit.workdir import CONTENTS
 logger = logging.getLogger(__name__)
 EMA = "ema/"  # stands before the names of metrics of the averaged parameters
 EVALUATORS = Registry("evaluator", {name: f"cb_vit.evaluators.{name}" for name in (
-    "attack", "calibration", "classification", "fewshot_lsr", "knn", "mistakes", "occlusion")})
+    "classification", "mistakes", "calibration", "fewshot_lsr", "knn", "attack", "occlusion")})
 T = TypeVar("T")
 PredictFn = Callable[..., tuple[jax.Array, dict[str, Any]]]
 

@@ -181,7 +181,7 @@ def nearest(
 def votes_of(
     similarity: Float[Array, "b n"], label: Int[Array, "b n"], ks: tuple[int, ...], temperature: float, classes: int
 ) -> dict[int, Float[Array, "b c"]]:
-    """The votes for each class, by the number of neighbours that vote.
+    """The logarithm of the votes for each class, by the number of neighbours that vote; -∞: there is none.
 
     Args:
         similarity: similarities of the neighbours, the highest first.
@@ -190,13 +190,12 @@ def votes_of(
         temperature: τ.
         classes: number of classes, c.
     """
-    # Relative to the nearest, which changes no election: exp(1 / τ) overflows for a small τ.
-    weights = jnp.exp((similarity - similarity[:, :1]) / temperature)
+    # As logarithms, since exp(1 / τ) overflows for a small τ.
+    def vote(number: Int[Array, ""], votes: Array) -> Array:
+        own = jax.nn.one_hot(label[:, number], classes, dtype=bool)
+        return jnp.logaddexp(votes, jnp.where(own, similarity[:, number, None] / temperature, -jnp.inf))
 
-    def vote(number: int, votes: Array) -> Array:
-        return votes + weights[:, number, None] * jax.nn.one_hot(label[:, number], classes)
-
-    votes, found, begin = jnp.zeros((len(label), classes)), {}, 0
+    votes, found, begin = jnp.full((len(label), classes), -jnp.inf), {}, 0
     for k in sorted(ks):
         votes = found[k] = jax.lax.fori_loop(begin, k, vote, votes)
         begin = k
@@ -207,12 +206,12 @@ def batch_hits(votes: Float[Array, "b c"], labels: Array, k: int) -> dict[str, j
     """Numbers of examples whose class has the most votes, or is among the five that have.
 
     Args:
-        votes: votes for each class, 0 or more.
+        votes: logarithm of the votes for each class.
         labels: whether a class is right, bool [b c]; none is where the row does not count.
         k: number of neighbours that voted.
     """
     most, ranked = jax.lax.top_k(votes, min(5, votes.shape[1]))
-    hits = jnp.take_along_axis(labels, ranked, axis=1) & (most > 0)
+    hits = jnp.take_along_axis(labels, ranked, axis=1) & (most > -jnp.inf)
     found = {"prec@1": hits[:, 0]}
     if votes.shape[1] > 5 and k >= 5:
         found["prec@5"] = jnp.any(hits, axis=1)

@@ -8,6 +8,7 @@ the measured model's own.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -35,7 +36,7 @@ from cb_vit.train_state import TrainState
 
 Way = Literal["random", "centre", "outer", "salient", "non_salient"]
 SHOWN_SHARE = 0.5  # of the patches that the examples on the sheet are shown without, or the nearest to it
-SHOWN = 3  # images on the sheet
+SHOWN, SIDE = 3, 128  # images on the sheet, and the pixels of their longer side
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,25 +191,30 @@ class Evaluator:
             {way: [(0.0, clean), *((c.share, accuracy) for c, accuracy in others if c.way == way and c.share)]
              for way in dict.fromkeys(c.way for c, _ in others if not c.tiles)},
             [(c.tiles, accuracy) for c, accuracy in others if c.tiles], f"step {self._step}: {self._seen:,} images")
-        yield "occluded.png", draw_sheet(list(self._tiles()), f"step {self._step}: what the model sees",
-                                         "under each image its accuracy on all that are changed in that way")
-
-    def _tiles(self) -> Iterator[Tile]:
-        """The first images under some of the conditions: of each way one share, and every grid of tiles."""
-        shares = {c.share for c in self._conditions if c.share}
+        shares = {c.share for c, _ in others if c.share}
         share = min(shares, key=lambda share: abs(share - SHOWN_SHARE), default=0)
-        shown = [number for number, c in enumerate(self._conditions) if c.share in (0, share)]
+        shown = [number for number, (c, _) in enumerate(measured) if c.way in ("clean", "shuffle") or c.share == share]
+        yield "occluded.png", draw_sheet(
+            list(self._tiles(shown)), f"step {self._step}: what the model sees",
+            "under each image the accuracy on all that are changed so", side=SIDE, columns=len(shown))
+
+    def _tiles(self, shown: Sequence[int]) -> Iterator[Tile]:
+        """The first images, each under the conditions with these numbers."""
+        rows, images = [], []
         for row in range(min(len(self._pipeline.source), SHOWN)):
-            try:
-                image = load_example(self._pipeline.source, self._pipeline.preprocess, row, np.random.default_rng(0))
-            except DataError:  # `skip_errors` let it pass
-                continue
-            pixels = jnp.asarray(image["image"], jnp.float32)[None]
-            change = _changes(self._conditions, jax.tree.map(lambda leaf, row=row: leaf[row:row + 1], self._shown),
-                              self._fill)
-            for number in shown:
-                yield Tile(np.uint8(np.rint(change(pixels, jnp.int32(number))))[0], [
-                    Line(self._conditions[number].name, f"  {self._accuracies[number]:.1%}")])
+            # What `skip_errors` let pass is not shown.
+            with contextlib.suppress(DataError):
+                images.append(load_example(self._pipeline.source, self._pipeline.preprocess, row,
+                                           np.random.default_rng(0))["image"])
+                rows.append(row)
+        if not rows:
+            return
+        looks = jax.tree.map(lambda leaf: jnp.asarray(leaf[np.array(rows)]), self._shown)
+        change = jax.jit(_changes(self._conditions, looks, self._fill))
+        changed = [np.uint8(np.rint(change(jnp.float32(np.stack(images)), jnp.int32(number)))) for number in shown]
+        for row in range(len(rows)):
+            for number, pictures in zip(shown, changed, strict=True):
+                yield Tile(pictures[row], [Line(self._conditions[number].name, f"  {self._accuracies[number]:.1%}")])
 
 
 def _conditions(config: Config) -> list[Condition]:
