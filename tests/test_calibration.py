@@ -171,6 +171,7 @@ def test_without_labels_there_is_nothing_to_measure_and_nothing_to_fit():
     (dict(bins=0), "val.bins: must be at least 1, got 0"), (dict(fit_examples=0), "val.fit_examples: must be at least"),
     *((dict(holdout=share), f"val.holdout: is a share between 0 and 1, got {share}") for share in (0.0, 1.0, -0.1)),
     (dict(holdout=0.5, fit=dict(name="fake", split="train")), "val.fit: and holdout both say"),
+    (dict(fit=dict(name="fake", split="test")), "val.fit: is the data that is measured"),
     (dict(fit=dict(split="train")), "val.fit.name: required"), (dict(seed=-1), "val.seed: must be in [0, 2³²)"),
     (dict(prefix="checkpoints/"), "val.prefix: 'checkpoints/' is to be a folder of the run's own")])
 def test_impossible_settings_are_refused_by_name(settings, message):

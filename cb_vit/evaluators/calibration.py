@@ -5,8 +5,9 @@ examples with confidence p, a share p is right.
 """
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import jax
@@ -74,6 +75,8 @@ class Config(EvaluatorConfig):
 class Evaluator:
     """Calibration over a data source; `files` shows that of the last run.
 
+    The host keeps the confidence of every example and whether it is right, and the logits of those of the fit.
+
     Labels may be multi-hot, as in `classification`: a prediction is right if its class is among them, and one without
     any label is left out. NLL and Brier score take an example's labels as equally probable.
     """
@@ -116,15 +119,18 @@ class Evaluator:
         temperature = None if self._fitted is None else self._fit(train_state)
         divisor = np.float32(1 if temperature is None else temperature)
         kept: list[dict[str, np.ndarray]] = []
+        sums: collections.Counter[str] = collections.Counter()
         for batch in over_batches(lambda batch: self._scores(train_state, batch, divisor), self._measured,
                                   self._sharding):
             counted = batch.pop("counted")
+            for name in [name for name in batch if name.endswith(("nll", "brier"))]:
+                sums[name] += float(np.sum(batch.pop(name)[counted], dtype=np.float64))
             kept.append({name: values[counted] for name, values in batch.items()})
         found = {name: np.concatenate([batch[name] for batch in kept]) for name in kept[0]}
-        yield from self._metrics(found, "", "")
+        yield from self._metrics(found, sums, "", "")
         if temperature is not None:
             yield "temperature", temperature
-            yield from self._metrics(found, "scaled_", "scaled/")
+            yield from self._metrics(found, sums, "scaled_", "scaled/")
 
     def files(self) -> Iterator[tuple[str, str | bytes]]:
         """Tables and a picture of the last run, by the names of their files."""
@@ -145,7 +151,8 @@ class Evaluator:
             raise DataError("no example that the temperature would be fitted on has a label")
         return fit_temperature(np.concatenate(logits), np.concatenate(true))
 
-    def _metrics(self, found: dict[str, np.ndarray], which: str, prefix: str) -> Iterator[tuple[str, float]]:
+    def _metrics(self, found: dict[str, np.ndarray], sums: Mapping[str, float], which: str, prefix: str
+                 ) -> Iterator[tuple[str, float]]:
         confidence, right = found[f"{which}confidence"].astype(np.float64), found["right"]
         bins = {"width": width_bins(confidence, right, self.config.bins),
                 "mass": mass_bins(confidence, right, self.config.bins)}
@@ -153,8 +160,7 @@ class Evaluator:
         yield f"{prefix}ece", calibration_error(bins["width"])
         yield f"{prefix}ece_mass", calibration_error(bins["mass"])
         for name in ("nll", "brier"):
-            values = found[which + name]
-            yield prefix + name, float(np.mean(values, dtype=np.float64)) if len(values) else float("nan")
+            yield prefix + name, sums[which + name] / len(right) if len(right) else float("nan")
 
 
 def _divide(config: Config, pipeline: Pipeline, fit: Pipeline | None) -> tuple[Pipeline, Pipeline | None]:

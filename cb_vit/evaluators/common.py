@@ -116,7 +116,12 @@ def read_evaluator(block: Any, path: str) -> EvaluatorConfig:
     kind = plain(block).get("type") if isinstance(block, Mapping) else None
     if kind is None:
         raise ConfigError(f"{path}.type", f"required: {', '.join(EVALUATORS)}")
-    return parse(_module(convert(kind, str, f"{path}.type"), f"{path}.type").Config, block, path)
+    config = parse(_module(convert(kind, str, f"{path}.type"), f"{path}.type").Config, block, path)
+    for field, other in config.further.items():
+        if other == config.data:
+            raise ConfigError(f"{path}.{field}", "is the data that is measured, and nothing is to be learnt from that; "
+                                                 "give other data")
+    return config
 
 
 def open_all(
