@@ -4,7 +4,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cb_vit.monitor.panels import label_ends
 from cb_vit.monitor.style import FAINT, GRID, INK, Look, plain, to_png
 
 Points = Sequence[tuple[float, float]]  # (how much, accuracy)
@@ -39,17 +38,16 @@ def draw_occlusion(ways: Mapping[str, Points], tiles: Points, title: str) -> byt
 
 
 def _hidden(ax: Any, ways: Mapping[str, Points]) -> None:
-    ends = []
     for number, (way, points) in enumerate(ways.items()):
         points, look = sorted(points), Look.number(number)
         ax.plot(*zip(*points, strict=True), color=look.colour, ls=look.dash, lw=1.6, clip_on=False,
-                marker=MARKERS[number % len(MARKERS)], ms=4)
-        ends.append((plain(way), points[-1][1], look.colour))
+                marker=MARKERS[number % len(MARKERS)], ms=4, label=plain(way))
     ax.set_xlim(0, 1)
     ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}%")
     ax.set_title("top-1 accuracy, patches hidden", loc="left", fontsize=10, fontweight="bold", color=INK)
     ax.set_xlabel("share of the patches that is hidden", color=FAINT, fontsize=9, loc="right")
-    label_ends(ax, [end for end in ends if end[1] == end[1]])
+    # A line with its mark, as colours alone are lost in grey.
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8.5, frameon=False, labelcolor=INK, handlelength=3.4)
 
 
 def _shuffled(ax: Any, tiles: Points) -> None:
