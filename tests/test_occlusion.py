@@ -13,7 +13,7 @@ from PIL import Image
 import cb_vit
 from cb_vit.config import ConfigError
 from cb_vit.evaluators.attack import example_keys
-from cb_vit.evaluators.occlusion import draw_looks, hidden, hide, shuffle
+from cb_vit.evaluators.patches import draw_looks, hidden, hide, shuffle
 from cb_vit.monitor.occlusion import draw_occlusion
 
 N, CLASSES, GRID, PATCH = 37, 3, (2, 3), 2
@@ -116,10 +116,10 @@ def test_padding_batch_size_and_devices_change_nothing(found):
 
 
 def test_every_image_has_an_order_of_its_own_that_is_the_same_at_every_share():
-    evaluator, state = build(ways=("random",))
+    _, state = build()
     model, pixels = functools.partial(predict, state), jnp.zeros((6, HEIGHT, WIDTH, 3))
     looks, later, other = jax.jit(lambda: [
-        draw_looks(evaluator.config, model, pixels[:count], example_keys(seed, jnp.int32(first), count),
+        draw_looks(("random",), (1, 2), model, pixels[:count], example_keys(seed, jnp.int32(first), count),
                    has_class_token=True) for seed, first, count in ((0, 0, 6), (0, 4, 2), (1, 0, 6))])()
     ranks, places = looks.ranks["random"], looks.places[2]
     assert all(sorted(one.ravel().tolist()) == list(range(6)) for one in ranks)
@@ -185,8 +185,7 @@ def test_salience_is_the_class_tokens_attention_in_the_last_block():
     @jax.jit
     def both(params):
         call = lambda pixels, **kw: model.apply({"params": params}, pixels, **kw)  # noqa: E731
-        evaluator, _ = build(ways=("salient",), shuffle=())
-        looks = draw_looks(evaluator.config, call, images, jax.random.split(key, 2), has_class_token=True)
+        looks = draw_looks(("salient",), (), call, images, jax.random.split(key, 2), has_class_token=True)
         return looks.ranks["salient"], call(images, attention=True)[1]["encoder"][last]["attention"]
 
     ranks, attention = both(params)

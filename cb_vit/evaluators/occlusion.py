@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from cb_vit import dist
 from cb_vit.config import ConfigError
@@ -29,6 +29,7 @@ from cb_vit.datasets.chosen import Chosen, draw
 from cb_vit.evaluators.attack import example_keys
 from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, check_folder, over_batches
 from cb_vit.evaluators.mistakes import table
+from cb_vit.evaluators.patches import Looks, draw_looks, hidden, hide, shuffle
 from cb_vit.input_pipeline import Pipeline, load_example
 from cb_vit.monitor.contact_sheet import Line, Tile, draw_sheet
 from cb_vit.monitor.occlusion import draw_occlusion
@@ -100,18 +101,6 @@ class Condition(NamedTuple):
         return {"clean": "clean", "shuffle": f"shuffle/{self.tiles}"}.get(self.way, f"{self.way}/{self.share:g}")
 
 
-class Looks(NamedTuple):
-    """What is drawn for the images of a batch.
-
-    Attributes:
-        ranks: when each patch is hidden, 0 first, by way: int32 [b gy gx] each.
-        places: where each tile comes from, by the number of rows and columns t: int32 [b t·t] each.
-    """
-
-    ranks: dict[str, Any]
-    places: dict[int, Any]
-
-
 class Evaluator:
     """Accuracy by how much is hidden, over a data source; `files` shows that of the last run.
 
@@ -143,12 +132,12 @@ class Evaluator:
             labels = pipeline.preprocess.device(batch)["labels"] > 0
             counted = batch["_mask"] & jnp.any(labels, axis=1)
             pixels, keys = batch["image"].astype(jnp.float32), example_keys(config.seed, first, len(counted))
-            looks = draw_looks(config, functools.partial(predict, state=state, batch=batch), pixels, keys,
-                               has_class_token="cls" in state.params)
+            model = functools.partial(predict, state=state, batch=batch)
+            looks = draw_looks(config.ways, config.shuffle, model, pixels, keys, has_class_token="cls" in state.params)
             change = _changes(self._conditions, looks, self._fill)
 
             def hits(number: jax.Array) -> jax.Array:
-                logits, _ = predict(change(pixels, number), state, batch)
+                logits, _ = model(change(pixels, number))
                 predicted = jnp.argmax(logits, axis=1, keepdims=True)
                 return jnp.sum(jnp.take_along_axis(labels, predicted, axis=1)[:, 0] & counted, dtype=jnp.int32)
 
@@ -223,50 +212,6 @@ def _conditions(config: Config) -> list[Condition]:
     return [Condition("clean"), *hidden, *(Condition("shuffle", tiles=tiles) for tiles in config.shuffle)]
 
 
-def draw_looks(config: Config, model: Any, pixels: Float[Array, "b y x c"], keys: Key[Array, " b"],
-               has_class_token: bool) -> Looks:
-    """What is drawn for the images of a batch.
-
-    Args:
-        config: the settings.
-        model: function from pixels, and options of the model's call, to (logits, out).
-        pixels: pixels from 0 to 255.
-        keys: a key for each image.
-        has_class_token: whether the first token is a class token.
-    """
-    grid = jax.eval_shape(model, pixels)[1]["stem"].shape[1:3]
-    salient = {"salient", "non_salient"} & set(config.ways)
-    salience = _salience(model, pixels, grid, has_class_token) if salient else None
-    # The distance of each patch's middle from that of the image.
-    y, x = np.mgrid[:grid[0], :grid[1]]
-    distance = ((y + 0.5) / grid[0] - 0.5) ** 2 + ((x + 0.5) / grid[1] - 0.5) ** 2
-    distance = jnp.broadcast_to(jnp.asarray(distance, jnp.float32), (len(keys), *grid))
-    first = {  # patches with the lowest value are hidden first
-        "random": lambda: jax.vmap(lambda key: jax.random.uniform(_stream(key, 0), grid))(keys),
-        "centre": lambda: distance, "outer": lambda: -distance,
-        "salient": lambda: -salience, "non_salient": lambda: salience}
-    ranks = {way: jnp.argsort(jnp.argsort(first[way]().reshape(len(keys), -1), axis=1), axis=1).reshape(-1, *grid)
-             for way in config.ways}
-    places = {tiles: jax.vmap(lambda key, tiles=tiles: jax.random.permutation(_stream(key, tiles), tiles**2))(keys)
-              for tiles in config.shuffle}
-    return Looks(ranks, places)
-
-
-def _stream(key: Key[Array, ""], number: int) -> Key[Array, ""]:
-    return jax.random.fold_in(key, number)
-
-
-def _salience(model: Any, pixels: Float[Array, "b y x c"], grid: tuple[int, int], has_class_token: bool
-              ) -> Float[Array, "b gy gx"]:
-    """How much each patch matters to the model."""
-    if has_class_token:
-        _, out = model(pixels, attention=lambda probabilities: jnp.mean(probabilities[:, :, 0], axis=1))
-        last = max((name for name in out["encoder"] if name.startswith("block")), key=lambda name: (len(name), name))
-        return out["encoder"][last]["attention"][:, -math.prod(grid):].reshape(-1, *grid)
-    slope = jax.grad(lambda pixels: jnp.sum(jnp.max(model(pixels)[0].astype(jnp.float32), axis=1)))(pixels)
-    return jnp.sum(jnp.abs(_cut(slope, grid)), axis=(2, 4, 5))
-
-
 def _changes(conditions: Sequence[Condition], looks: Looks, fill: np.ndarray) -> Any:
     """A function from (images, number of a condition) to the images under it."""
     ways, tiles = list(looks.ranks), [0, *looks.places]
@@ -288,44 +233,3 @@ def _changes(conditions: Sequence[Condition], looks: Looks, fill: np.ndarray) ->
         return jax.lax.switch(jnp.asarray(kinds)[number], branches, pixels)
 
     return change
-
-
-def hidden(share: float, patches: int) -> int:
-    """Number of patches that are a share of them, rounded down; 0.29 of 100 are 29, whatever floats make of it."""
-    return int(share * patches + 1e-9)
-
-
-def hide(
-    pixels: Float[Array, "b y x c"], gone: Bool[Array, "b gy gx"], fill: Float[np.ndarray, " c"]
-) -> Float[Array, "b y x c"]:
-    """Images without some of their patches.
-
-    Args:
-        pixels: the images.
-        gone: whether each patch is hidden.
-        fill: the pixel that is in its place.
-    """
-    patches = _cut(pixels, gone.shape[1:])
-    found = jnp.where(gone[:, :, None, :, None, None], jnp.asarray(fill).reshape(1, 1, 1, 1, 1, -1), patches)
-    return found.reshape(pixels.shape)
-
-
-def shuffle(
-    pixels: Float[Array, "b y x c"], places: Int[Array, "b tt"], tiles: int
-) -> Float[Array, "b y x c"]:
-    """Images of which each tile is another one.
-
-    Args:
-        pixels: the images.
-        places: where each tile comes from, row by row.
-        tiles: number of rows and columns of tiles.
-    """
-    cut = jnp.moveaxis(_cut(pixels, (tiles, tiles)), 3, 2)
-    flat = cut.reshape(len(pixels), tiles**2, -1)
-    moved = jnp.take_along_axis(flat, places[..., None], axis=1).reshape(cut.shape)
-    return jnp.moveaxis(moved, 2, 3).reshape(pixels.shape)
-
-
-def _cut(pixels: Float[Array, "b y x c"], grid: tuple[int, int]) -> Float[Array, "b gy py gx px c"]:
-    b, y, x, c = pixels.shape
-    return pixels.reshape(b, grid[0], y // grid[0], grid[1], x // grid[1], c)
