@@ -208,8 +208,8 @@ class Evaluator:
 
 def _conditions(config: Config) -> list[Condition]:
     """What is done to the images, first nothing."""
-    hidden = [Condition(way, share) for way in config.ways for share in config.ratios]
-    return [Condition("clean"), *hidden, *(Condition("shuffle", tiles=tiles) for tiles in config.shuffle)]
+    without = [Condition(way, share) for way in config.ways for share in config.ratios]
+    return [Condition("clean"), *without, *(Condition("shuffle", tiles=tiles) for tiles in config.shuffle)]
 
 
 def _changes(conditions: Sequence[Condition], looks: Looks, fill: np.ndarray) -> Any:
