@@ -147,7 +147,16 @@ def to_global(local: Tree, rows: np.ndarray, sharding: NamedSharding, batch_size
 
 def agree(flag: bool) -> bool:
     """The first process's `flag`, on all of them; a barrier for all of them."""
-    return flag if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
+    return bool(first(np.asarray(flag)))
+
+
+def first(arrays: Tree) -> Tree:
+    """The first process's arrays, on all of them; a barrier for all of them.
+
+    Args:
+        arrays: a tree of NumPy arrays, of the same shapes on all processes.
+    """
+    return arrays if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(arrays)
 
 
 def worst(number: int) -> int:

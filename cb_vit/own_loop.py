@@ -109,8 +109,9 @@ def batches(
         pipeline, load = training, lambda: training.train(settings.seed, 0, steps)
     else:
         block = Registry("evaluator of this config", settings.evals).pick(evaluator, "evaluator")
-        pipeline = evaluators.open_pipeline(evaluator, block, sharding, settings.input, source.num_classes,
-                                            source.class_names)
+        pipeline = evaluators.open_pipelines(evaluator, block, sharding, settings.input, source.num_classes,
+                                             source.class_names)["data"]
+        source = source if block.needs_classes else pipeline.source
 
         def prepare(batch: Batch, step: jax.Array) -> Batch:
             return _seen(pipeline.preprocess.device(batch))

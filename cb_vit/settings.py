@@ -137,9 +137,9 @@ class Settings(cb_optax.OptimiserConfig, LoggingConfig):
                 raise ConfigError(f"{name}_{duration.unit}", "must be more than 0; leave it unset for never")
 
     def for_classes(self, count: int) -> Settings:
-        """The same where the data has so many classes, which a preprocessing string may leave to it."""
-        evals = {name: dataclasses.replace(block, pp_fn=block.pp_fn.for_classes(count))
-                 for name, block in self.evals.items()}
+        """The same where the head has so many classes, which a preprocessing string may leave to the data."""
+        evals = {name: dataclasses.replace(block, pp_fn=block.pp_fn.for_classes(count)) if block.needs_classes
+                 else block for name, block in self.evals.items()}
         return dataclasses.replace(
             self, input=dataclasses.replace(self.input, pp=self.input.pp.for_classes(count)), evals=evals)
 
@@ -199,8 +199,10 @@ def check_addresses(settings: Settings) -> None:
     """
     teacher = settings.distillation and settings.distillation.teacher
     paths = {"resume": settings.resume, "model_init": settings.model_init, "distillation.teacher": teacher}
-    loaded = {"input": settings.input, **{f"evals.{name}": config for name, config in settings.evals.items()}}
-    paths |= {f"{name}.data.data_dir": getattr(config.data, "data_dir", None) for name, config in loaded.items()}
+    data = {"input.data": settings.input.data} | {
+        f"evals.{name}.{field}": block for name, config in settings.evals.items()
+        for field, block in {"data": config.data, **config.further}.items()}
+    paths |= {f"{name}.data_dir": getattr(block, "data_dir", None) for name, block in data.items()}
     for field, path in paths.items():
         if path and not path.startswith("hf://"):
             io.check_address(path, f"config.{field}")

@@ -12,6 +12,7 @@ from cb_vit import dist
 from cb_vit import workdir as workdir_lib
 from cb_vit.config import ConfigError
 from cb_vit.datasets.contents import contents_of, report
+from cb_vit.evaluators.common import sources_of
 from cb_vit.experiment import Experiment
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,8 @@ def check_hosts(run: Experiment, evals: Mapping[str, Any]) -> None:
         ConfigError: the hosts differ; raised at the block of the data.
     """
     found = {"config.input.data": stream_of(run)} | {
-        f"config.evals.{name}.data": [evaluator.source.class_names, report(evaluator.source)]
-        for name, evaluator in evals.items()}
+        f"config.evals.{name}.{field}": [source.class_names, report(source)]
+        for name, evaluator in evals.items() for field, source in sources_of(evaluator).items()}
     for path, what in found.items():
         if not dist.alike(json.dumps(what, sort_keys=True)):
             raise ConfigError(path, "is not the same on all hosts: names of classes, number of examples or files "

@@ -1,4 +1,5 @@
 """What several files of tests share."""
+import importlib
 import json
 import os
 import pathlib
@@ -6,14 +7,20 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from cb_vit.config import ConfigError, Failure
+from cb_vit import dist
+from cb_vit.config import ConfigError, Failure, under
 from cb_vit.datasets.core import DataError
+from cb_vit.evaluators import common
+from cb_vit.input_pipeline import Pipeline
 from cb_vit.tools import cli
+from cb_vit.train_state import TrainState
 from cb_vit.tree import flatten_with_names
 from cb_vit.workdir import write_notes
 
@@ -93,9 +100,57 @@ class Numbered:
         return {"image": np.array([[[index // 256, index % 256, 0]]], np.uint8), "label": self.labels[index], "id": "x"}
 
 
+class Pictures(Numbered):
+    """Example i is picture i, uint8 [i y x c]."""
+
+    def __init__(self, pictures, labels, num_classes, broken=()):
+        super().__init__(labels, num_classes, broken)
+        self.pictures = pictures
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) | {"image": self.pictures[index]}
+
+
 def predict_numbered(state, images):
     """Logits of the example that the image names."""
     return state.params["logits"][images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 0, 1]], {}
+
+
+class After(Numbered):
+    """Examples with the numbers that follow those of another source."""
+
+    def __init__(self, first, labels, num_classes, broken=()):
+        super().__init__(labels, num_classes, broken)
+        self.first = first
+
+    def __getitem__(self, index):
+        number = self.first + index
+        return super().__getitem__(index) | {"image": np.array([[[number // 256, number % 256, 0]]], np.uint8)}
+
+
+def predict_features(state, images):
+    """Features of the example that the image names, which are its logits as well."""
+    found, _ = predict_numbered(state, images)
+    return found, {"pre_logits": found, "encoder": {"pre_ln": found[:, None], "twice": 2 * found}}
+
+
+def open_evaluator(kind, sources, predict, params, pp, devices=1, batch_size=8, ema=None, **settings):
+    """(evaluator, state), on so many devices.
+
+    `sources` are the data by the name of their block, first "data"; `settings` those of the evaluator.
+    """
+    mesh = dist.create_mesh([("data", -1)], devices=jax.devices()[:devices])
+    config = common.read_evaluator(dict(
+        type=kind, log_steps=5, data=dict(name="fake", split="test"), pp_fn=pp, batch_size=batch_size,
+        prefix=f"{kind}/", num_workers=0, num_threads=2, prefetch=2) | settings, "val")
+    sharding = dist.batch_sharding(mesh, "data")
+    pipelines = {field: Pipeline(config, source, config.pp_fn, dist.local_rows(sharding, batch_size))
+                 for field, source in sources.items()}
+    with under("val"):
+        evaluator = importlib.import_module(f"cb_vit.evaluators.{kind}").Evaluator(
+            predict, config=config, pipeline=pipelines.pop("data"), sharding=sharding, **pipelines)
+    state = TrainState(jnp.int32(7), params, (), jnp.asarray(True), ema)
+    return evaluator, jax.device_put(state, dist.replicated(mesh))
 
 
 def photographs(home, each):

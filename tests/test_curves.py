@@ -49,6 +49,15 @@ def test_an_evaluator_called_train_is_not_the_training_loss(monkeypatch):
     assert drawn[:2] == [["training 2.50", "train 2.25", "ema/train 2.00"], ["ema/train 50.0%"]]
 
 
+def test_of_many_evaluations_those_with_the_shortest_names_are_drawn(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("cb_vit.monitor.curves.label_ends", lambda ax, ends: drawn.append([end[0] for end in ends]))
+    monkeypatch.setattr("cb_vit.monitor.curves.to_png", lambda figure: b"")
+    names = [*(f"attack/pgd/eps_{eps}" for eps in range(10, 30)), "val", "ema/val"]
+    draw_curves({f"{name}/prec@1": (np.array([1]), np.array([0.5])) for name in names})
+    assert drawn[1] == [f"{name} 50.0%" for name in (*names[:8], "val", "ema/val")]
+
+
 @pytest.fixture
 def ax():
     return panels.figure(1, 1, 4, 3)[1][0, 0]

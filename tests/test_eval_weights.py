@@ -94,7 +94,7 @@ def test_what_cannot_be_scored_ends_in_one_line(trained, tmp_path):
     for args, error in (
             ([config, f"--weights={tmp_path}/five.npz"], "config.evals.val.pp_fn: onehot has 10 classes, the model 5"),
             ([config, f"--weights={tmp_path}/none.npz"],
-             f"--weights: {tmp_path}/none.npz has no head, and so no classes"),
+             "config.evals.val.type: 'classification' scores classes of the model, which has no head; what needs none"),
             ([config, f"--weights={folder}/bare.safetensors", "--model=num_heads=2", "--model=gelu=tanh"],
              "--weights.normalisation: "),
             ([config, f"--weights={folder}/run", f"--workdir={folder}/run"], "--weights: takes the place of --workdir"),

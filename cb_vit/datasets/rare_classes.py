@@ -36,7 +36,7 @@ def labels_of(source: Any, skip_errors: bool = False) -> np.ndarray:
 
     if hasattr(source, "all_labels"):
         return source.all_labels(skip_errors)
-    logger.info("reading the labels of %s examples, to know how rare each class is", f"{len(source):,}")
+    logger.info("reading the labels of %s examples", f"{len(source):,}")
     with ThreadPoolExecutor(THREADS) as pool:
         return np.fromiter(pool.map(label, range(len(source))), np.int64, len(source))
 

@@ -6,7 +6,13 @@ An evaluator is a module of this room with a `Config` and an `Evaluator`:
     Evaluator.run(train_state) -> yields (metric name, value)
 
 One that has more to show of its last run than numbers says so in `files() -> yields (file name, content)`, which is
-asked on the first process alone, and stored by the caller.
+asked on the first process alone, and stored by the caller. One that reads more data than `data` names it in
+`Config.further`, and is given each as a `Pipeline` under that name, which it keeps as an attribute. One that has
+something to refuse of the model has `check(logits, out)`, which is given the shapes of what `predict_fn` makes of one
+image.
+
+A module whose evaluator does not score the model's own classes says `NEEDS_CLASSES = False`: its labels are then the
+numbers of its own data, whatever the model's head, and the model may have none.
 
 `predict_fn(train_state, images, **options)` → (logits, out) is pure; evaluators jit it with their own arithmetic. The
 options are those of the model's call, such as `attention`.
@@ -18,6 +24,7 @@ import dataclasses
 import importlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Annotated, Any, TypeVar
@@ -29,6 +36,7 @@ from jax.sharding import NamedSharding
 from cb_vit import datasets, dist, io
 from cb_vit.config import ConfigError, Duration, Read, convert, parse, plain, under
 from cb_vit.datasets.contents import describe
+from cb_vit.datasets.core import SourceConfig
 from cb_vit.input_pipeline import LoaderConfig, Pipeline, check_example, to_device
 from cb_vit.pp import builder
 from cb_vit.pp.builder import Preprocess
@@ -36,9 +44,11 @@ from cb_vit.records import EMA
 from cb_vit.registry import Registry
 from cb_vit.skip_errors import Judge
 from cb_vit.train_state import TrainState
+from cb_vit.workdir import CONTENTS
 
 logger = logging.getLogger(__name__)
-EVALUATORS = Registry("evaluator", {name: f"cb_vit.evaluators.{name}" for name in ("classification", "mistakes")})
+EVALUATORS = Registry("evaluator", {name: f"cb_vit.evaluators.{name}" for name in (
+    "classification", "mistakes", "calibration", "fewshot_lsr", "knn", "attack", "occlusion")})
 T = TypeVar("T")
 PredictFn = Callable[..., tuple[jax.Array, dict[str, Any]]]
 
@@ -71,6 +81,31 @@ class EvaluatorConfig(LoaderConfig):
         if self.log.value == 0:
             raise ConfigError(f"log_{self.log.unit}", "must be more than 0; an evaluator also runs at the last step")
 
+    @property
+    def further(self) -> dict[str, SourceConfig]:
+        """Settings of the data that is read beside `data`, by their names in the block."""
+        return {}
+
+    @property
+    def needs_classes(self) -> bool:
+        """Whether it scores the classes of the model's head; else it counts by those of its own data."""
+        return getattr(_module(self.type, "type"), "NEEDS_CLASSES", True)
+
+
+def check_folder(config: EvaluatorConfig) -> None:
+    """Refuse a prefix that is no folder for the files of an evaluator, in that of the run.
+
+    Raises:
+        ConfigError: at "prefix".
+    """
+    if config.prefix is None:
+        return
+    first, *rest = config.prefix.removesuffix("/").split("/")
+    plain = all(re.fullmatch(r"[\w-][\w.-]*", part) for part in (first, *rest))
+    if not plain or first in CONTENTS:
+        raise ConfigError("prefix", f"{config.prefix!r} is to be a folder of the run's own, for what is written: "
+                                    f"take letters and digits, such as '{config.type}/'")
+
 
 def read_evaluator(block: Any, path: str) -> EvaluatorConfig:
     """The checked settings of one evaluator, whose `type` says which keys there are.
@@ -81,7 +116,12 @@ def read_evaluator(block: Any, path: str) -> EvaluatorConfig:
     kind = plain(block).get("type") if isinstance(block, Mapping) else None
     if kind is None:
         raise ConfigError(f"{path}.type", f"required: {', '.join(EVALUATORS)}")
-    return parse(_module(convert(kind, str, f"{path}.type"), f"{path}.type").Config, block, path)
+    config = parse(_module(convert(kind, str, f"{path}.type"), f"{path}.type").Config, block, path)
+    for field, other in config.further.items():
+        if other == config.data:
+            raise ConfigError(f"{path}.{field}", "is the data that is measured, and nothing is to be learnt from that; "
+                                                 "give other data")
+    return config
 
 
 def open_all(
@@ -96,13 +136,19 @@ def open_all(
         state_shapes: shapes of the train state, to try `predict_fn` on.
         sharding: sharding of a global batch.
         training: the block `config.input`, for what an evaluator does not say of its own loading.
-        num_classes: width of the model's head.
+        num_classes: width of the model's head; 0: it has none.
         class_names: names of the model's classes, by which the labels of the data are brought to its numbers; None: not
             known.
 
     Raises:
-        ConfigError: the data of an evaluator is not there, or not what the model takes; or two have one prefix.
+        ConfigError: the data of an evaluator is not there, or not what the model takes; the model has no head to
+            score; or two have one prefix.
     """
+    for name, config in evals.items():
+        if not num_classes and config.needs_classes:
+            others = ", ".join(kind for kind in EVALUATORS if not getattr(_module(kind, ""), "NEEDS_CLASSES", True))
+            raise ConfigError(f"config.evals.{name}.type", f"{config.type!r} scores classes of the model, which has no "
+                                                           f"head; what needs none is {others}")
     opened = {name: _open(name, config, predict_fn(config), state_shapes, sharding, training, num_classes, class_names)
               for name, config in evals.items()}
     owners: dict[str, str] = {}
@@ -115,20 +161,28 @@ def open_all(
 
 def _open(name: str, config: EvaluatorConfig, predict_fn: PredictFn, state_shapes: Any, sharding: NamedSharding,
           training: LoaderConfig, num_classes: int, class_names: Sequence[str] | None) -> Any:
-    pipeline = open_pipeline(name, config, sharding, training, num_classes, class_names)
+    pipelines = open_pipelines(name, config, sharding, training, num_classes, class_names)
+    pipeline = pipelines.pop("data")
     path, (shape, _) = f"config.evals.{name}", pipeline.spec["image"]
     try:
-        jax.eval_shape(predict_fn, state_shapes, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+        made = jax.eval_shape(predict_fn, state_shapes, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
     except Exception as error:  # whatever the model says to images it was not made for
         raise ConfigError(f"{path}.pp_fn", f"the model cannot take its images, {shape}: they are not like those it "
                                            f"was trained on ({str(error).splitlines()[0][:120]})") from None
-    return _module(config.type, path).Evaluator(
-        predict_fn, config=pipeline.config, pipeline=pipeline, sharding=sharding)
+    with under(path):
+        evaluator = _module(config.type, path).Evaluator(
+            predict_fn, config=pipeline.config, pipeline=pipeline, sharding=sharding, **pipelines)
+        if hasattr(evaluator, "check"):
+            evaluator.check(*made)
+    return evaluator
 
 
-def open_pipeline(name: str, config: EvaluatorConfig, sharding: NamedSharding, training: LoaderConfig,
-                  num_classes: int, class_names: Sequence[str] | None) -> Pipeline:
-    """The data of one evaluator, opened; its config has all that the block leaves to `training`.
+def open_pipelines(name: str, config: EvaluatorConfig, sharding: NamedSharding, training: LoaderConfig,
+                   num_classes: int, class_names: Sequence[str] | None) -> dict[str, Pipeline]:
+    """The data of one evaluator, opened: "data", and what it has in `further`.
+
+    The configs of the pipelines have all that the block leaves to `training`. The classes are those of the model, or if
+    the evaluator needs none, those of the first of `further`, or of the data.
 
     Args:
         name: name of the evaluator.
@@ -144,16 +198,33 @@ def open_pipeline(name: str, config: EvaluatorConfig, sharding: NamedSharding, t
     prefix = f"{name}/" if config.prefix is None else config.prefix
     with under(path):
         config = dataclasses.replace(config, prefix=prefix, **unsaid)
-    if preprocess.num_classes not in (None, num_classes):
-        raise ConfigError(f"{path}.pp_fn", f"onehot has {preprocess.num_classes} classes, the model {num_classes}; "
+    blocks = {**config.further, "data": config.data}
+    sources = {field: datasets.open_source(block, f"{path}.{field}") for field, block in blocks.items()}
+    whose = "the model"
+    if not config.needs_classes:
+        first = next(iter(sources.values()))
+        class_names, num_classes, whose = datasets.known_names(first), first.num_classes, f"the {next(iter(blocks))}"
+    preprocess = preprocess.for_classes(num_classes)
+    # Without a head to fit, more classes than there are do no harm.
+    depth = preprocess.num_classes if preprocess.num_classes and not config.needs_classes else num_classes
+    if preprocess.num_classes not in (None, depth) or depth < num_classes:
+        raise ConfigError(f"{path}.pp_fn", f"onehot has {preprocess.num_classes} classes, {whose} {num_classes}; "
                                            f"make it onehot({num_classes})")
-    data = f"{path}.data"
-    source = datasets.align(datasets.open_source(config.data, data), class_names, num_classes, data)
-    for line in describe(data, source):
-        logger.info("%s", line)
-    pipeline = Pipeline(config, source, preprocess, dist.local_rows(sharding, config.batch_size))
-    check_example(preprocess, pipeline.spec, num_classes, f"{path}.pp_fn")
-    return pipeline
+    pipelines = {}
+    for field, source in sources.items():
+        data = f"{path}.{field}"
+        source = datasets.align(source, class_names, num_classes, data)
+        for line in describe(data, source):
+            logger.info("%s", line)
+        pipelines[field] = Pipeline(dataclasses.replace(config, data=blocks[field]), source, preprocess,
+                                    dist.local_rows(sharding, config.batch_size))
+        check_example(preprocess, pipelines[field].spec, depth, f"{path}.pp_fn")
+    shapes = {field: pipeline.spec["image"][0] for field, pipeline in pipelines.items()}
+    for field, shape in shapes.items():
+        if shape != shapes["data"]:
+            raise ConfigError(f"{path}.pp_fn", f"makes images of {shape} of {field} and of {shapes['data']} of data; "
+                                               "resize them to one size")
+    return pipelines
 
 
 def measure(evaluator: Any, state: TrainState, folder: str | os.PathLike | None = None) -> dict[str, float]:
@@ -175,6 +246,12 @@ def _measure(evaluator: Any, state: TrainState, prefix: str, folder: str | os.Pa
     if folder is not None and has_files(evaluator) and jax.process_index() == 0:
         io.try_to_write(io.as_path(folder) / prefix, evaluator.files())
     return found
+
+
+def sources_of(evaluator: Any) -> dict[str, Any]:
+    """The sources that an evaluator reads: "data", and what it has in `further`."""
+    further = {field: getattr(evaluator, field) for field in evaluator.config.further}
+    return {"data": evaluator.source} | {field: pipeline.source for field, pipeline in further.items()}
 
 
 def has_files(evaluator: Any) -> bool:

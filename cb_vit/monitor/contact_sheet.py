@@ -46,7 +46,9 @@ class Tile:
     lines: Sequence[Line]
 
 
-def draw_sheet(tiles: Sequence[Tile], title: str, note: str = "", side: int = SIDE) -> bytes:
+def draw_sheet(
+    tiles: Sequence[Tile], title: str, note: str = "", side: int = SIDE, columns: int | None = None
+) -> bytes:
     """The tiles row by row, as a PNG.
 
     Args:
@@ -55,12 +57,13 @@ def draw_sheet(tiles: Sequence[Tile], title: str, note: str = "", side: int = SI
         title: text above the tiles.
         note: a smaller line below the title.
         side: the most pixels of an image's longer side.
+        columns: number of tiles in a row; None: as many as make the sheet a little wider than high.
     """
     images = [_scaled(tile.image, side) for tile in tiles]
     wide = max([NARROWEST, *(image.width for image in images)])
     high = max((image.height for image in images), default=0)
     step_x, step_y = wide + GAP, high + LINE * max((len(tile.lines) for tile in tiles), default=0) + GAP + 4
-    columns = max(1, min(len(tiles), round(math.sqrt(SHAPE * len(tiles) * step_y / step_x))))
+    columns = columns or max(1, min(len(tiles), round(math.sqrt(SHAPE * len(tiles) * step_y / step_x))))
     top = MARGIN + TITLE + 10 + (NOTE + 8) * bool(note)
     inner = max(columns * step_x - GAP, *(_needs(text, size) for text, size in ((title, TITLE), (note, NOTE))))
     sheet = Image.new("RGB", (inner + 2 * MARGIN, top + math.ceil(len(tiles) / columns) * step_y + MARGIN - GAP),

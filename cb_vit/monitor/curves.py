@@ -9,6 +9,7 @@ from cb_vit.monitor.style import FAINT, Look, plain, short, to_png
 from cb_vit.records import Series
 
 SCORES = ("/loss", "/prec@1")  # of an evaluator, after its name
+MOST = 10  # curves of evaluators in a panel: there is no room for the names of more
 
 
 def draw_curves(history: Mapping[str, Series], title: str = "") -> bytes:
@@ -53,10 +54,13 @@ def draw_curves(history: Mapping[str, Series], title: str = "") -> bytes:
 def _evaluations(history: Mapping[str, Series], score: str) -> dict[str, tuple[str, Look]]:
     """What every evaluator's curve of one score is called, and how it looks, by the name of the metric.
 
-    What was measured with the averaged parameters follows what was measured with those that are trained.
+    What was measured with the averaged parameters follows what was measured with those that are trained. Of many, such
+    as accuracies under many attacks, those with the fewest parts to their names are kept.
     """
     names = {name.removesuffix(ending) for name in history for ending in SCORES if name.endswith(ending)}
     names = sorted(names, key=lambda name: (name.removeprefix("ema/"), name.startswith("ema/")))
+    kept = sorted(names, key=lambda name: name.removeprefix("ema/").count("/"))[:MOST]
+    names = [name for name in names if name in kept]
     return {f"{name}{score}": (label, Look.number(index)) for index, (name, label) in enumerate(short(names).items())}
 
 

@@ -73,15 +73,16 @@ def main(args: argparse.Namespace) -> None:
 
 def _surveyors(settings: Settings, smallest: int | None) -> Iterator[Surveyor]:
     """One for each set of data, however many evaluators share it."""
-    loaders = {"config.input": (settings.input.data, settings.input.pp)}
-    loaders |= {f"config.evals.{name}": (block.data, block.pp_fn) for name, block in settings.evals.items()}
+    loaders = {"config.input.data": (settings.input.data, settings.input.pp)}
+    loaders |= {f"config.evals.{name}.{field}": (data, block.pp_fn) for name, block in settings.evals.items()
+                for field, data in {"data": block.data, **block.further}.items()}
     seen = []
     for name, (data, pp) in loaders.items():
         if data not in seen:
             seen.append(data)
             exif = any(isinstance(op, Decode) and op.exif for _, op in pp.host_ops)
             least = smallest or (min(pp.image_size) // 2 if pp.image_size else 1)
-            yield Surveyor(f"{name}.data", datasets.open_source(data, f"{name}.data"), exif, least)
+            yield Surveyor(name, datasets.open_source(data, name), exif, least)
 
 
 def _report(findings: Sequence[Finding], whole: bool) -> Iterator[str]:

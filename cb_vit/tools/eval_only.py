@@ -85,17 +85,17 @@ def _evaluate_run(settings: Settings, workdir: str, output: str | None) -> None:
 
 
 def _evaluate_weights(settings: Settings, weights: Weights, output: str | None) -> None:
-    if not weights.model.num_classes:
-        raise ConfigError("--weights", f"{weights} has no head, and so no classes to score")
     dist.initialize()
-    settings = settings.for_classes(weights.model.num_classes)
+    num_classes = weights.model.num_classes or 0
+    if num_classes:
+        settings = settings.for_classes(num_classes)
     mesh, batch_sharding = experiment.lay_out(settings)
     shapes = sharding.place(weights.shapes, settings.sharding_strategy, mesh)
     state = TrainState(jnp.int32(weights.step or 0), shapes, (), jnp.bool_(True))
     with sharding.active_mesh(mesh, settings.sharding_rules):
         evaluators = open_all(
             settings.evals, functools.partial(_predictor, weights), state_shapes=state, sharding=batch_sharding,
-            training=settings.input, num_classes=weights.model.num_classes, class_names=weights.class_names)
+            training=settings.input, num_classes=num_classes, class_names=weights.class_names)
         _tell(f"{weights}: {weights.format}", *weights.notes)
         _measure(evaluators, state.replace(params=weights.read(shapes)), output)
 
