@@ -72,7 +72,7 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
     """
     spelt = {_bare(name): name for name in tensors}
     tensors = unique(((_bare(name), tensor) for name, tensor in tensors.items()), path)
-    said, guess = cards.huggingface(config, path), {}
+    said, guess = cards.huggingface(config, path, ("vit", "deit")), {}
     heads = pick_heads(tensors, ".layernorm_before.weight", ".intermediate.dense.weight", path,
                        said.model.get("num_heads") if num_heads is None else num_heads, guess, True)
     params, unknown = NAMES.read(tensors, heads, path)

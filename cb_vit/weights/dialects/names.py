@@ -167,6 +167,17 @@ def parts(tensor: Tensor, functions: Sequence[Callable[[np.ndarray], np.ndarray]
             for i, function in enumerate(functions)]
 
 
+def without_mask(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors without the token that stands for masked patches in training, and a note on it if it is there.
+
+    Args:
+        tensors: tensors of the file by name.
+        name: name of the token.
+    """
+    note = f"{show(name)} is left in the file: it stands for masked patches, of which there are none after training"
+    return {key: tensor for key, tensor in tensors.items() if key != name}, [note] * (name in tensors)
+
+
 def pick_heads(
     tensors: Mapping[str, Tensor], norm: str, mlp: str, path: str, told: int | None, guess: dict[str, Any], may: bool
 ) -> int:
