@@ -31,7 +31,7 @@ from cb_vit.weights import open_weights  # noqa: E402
 from cb_vit.weights.containers import write_safetensors  # noqa: E402
 
 BODY, LAYER = "backbone.", "/backbone/encoder/layer.0"
-SIZE, BOUND = 224, 1e-4  # pixels that the graph wants; largest difference, as a share of the largest feature
+SIZE, BOUND = 224, 1e-4  # pixels that the graph wants; largest difference of a feature, which are up to 11
 
 
 class Graph:
@@ -131,9 +131,9 @@ def check(model: onnx.ModelProto, folder: Path, files: list[Path]) -> bool:
     worst = 0.0
     for name, tokens in (("class token", slice(0, 1)), ("patches", slice(1, None))):
         difference, largest = np.abs(ours[:, tokens] - theirs[:, tokens]).max(), np.abs(theirs[:, tokens]).max()
-        print(f"{name:<12} {theirs[:, tokens].shape}: largest difference {difference:.2e}, of features up to "
-              f"{largest:.1f}: {difference / largest:.2e}")
-        worst = max(worst, difference / largest)
+        print(f"{name:<12} {theirs[:, tokens].shape}: largest difference {difference:.2e}, "
+              f"or {difference / largest:.2e} of the largest feature, {largest:.1f}")
+        worst = max(worst, difference)
     return worst < BOUND
 
 
@@ -154,7 +154,7 @@ def main():
                       {"format": "pt"}, overwrite=True)
     print(f"wrote {args.DST}: {len(arrays)} arrays, {sum(array.size for array in arrays.values()):,} parameters")
     if args.check and not check(model, args.DST, args.check):
-        sys.exit(f"features differ by more than {BOUND:g} of the largest")
+        sys.exit(f"features differ by more than {BOUND:g}")
 
 
 if __name__ == "__main__":

@@ -140,9 +140,10 @@ class ViT(nn.Module):
 
         Returns:
             `(logits, out)`: logits [b, num_classes] (the mean of both heads if distilled), and the
-            named intermediates, big_vision's and ours: "stem" [b gy gx d]; "with_posemb" [b p d], of the p patches
-            that come last among the n tokens, after class token, distillation token and registers; "encoder/blockXX" with "sa", "+sa", "mlp", "+mlp" [b n d] and, if asked for, "attention" [b h n n] or what
-            is made of it; "encoder/pre_ln" [b n d], what the last block gives; "encoded" [b n d], after the norm;
+            named intermediates, big_vision's and ours: "stem" [b gy gx d]; "with_posemb" [b p d], of the p patches that
+            come last of the n tokens, after class token, distillation token and registers; "encoder/blockXX" with
+            "sa", "+sa", "mlp", "+mlp" [b n d] and, if asked for, "attention" [b h n n] or what is made of it;
+            "encoder/pre_ln" [b n d], what the last block gives; "encoded" [b n d], after the norm;
             "head_input" [b d], the pooled tokens (not with pool_type="none"); "pre_logits" and "logits", what the head
             sees and says; "pre_logits_2d" [b gy gx …] and "logits_2d" [b gy gx num_classes], the same on each patch;
             "logits_cls" and "logits_dist" if distilled, and "logits_2d" is then of the first one's head. What is not

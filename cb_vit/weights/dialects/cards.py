@@ -77,10 +77,11 @@ ARGUMENTS: dict[str, Rule] = {
     "patch_size": Tells("patch_size", pair), "act_layer": _named("gelu", {"gelu": "erf", "gelu_tanh": "tanh"}),
     "norm_layer": _named("layer_norm_eps", {"layernorm": 1e-6, "layernormfp32": 1e-6}),
     "global_pool": _named("pool_type", {"token": "tok", "avg": "gap", "map": "map", "": "none"}),
+    "reg_tokens": Tells("registers", _count),
     **dict.fromkeys(("img_size", "no_embed_class"), READ),
     **dict.fromkeys((
         "in_chans", "num_classes", "mlp_ratio", "qkv_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias",
-        "init_values", "class_token", "reg_tokens", "pre_norm", "final_norm", "fc_norm"), ARRAYS),
+        "init_values", "class_token", "pre_norm", "final_norm", "fc_norm"), ARRAYS),
     "pos_embed": Only(("learn",)), "pool_include_prefix": Only((False,)), "attn_layer": Only(("", "attn")),
     **dict.fromkeys(("embed_layer", "embed_norm_layer", "block_fn", "mlp_layer"), Only(())),
     **dict.fromkeys((
@@ -108,21 +109,23 @@ TOP: dict[str, Rule] = {
 _ARCHITECTURES = (
     (r"test_vit", 2, "erf"),
     (r"(vit|deit)_tiny(_distilled)?_patch\d+_\d+", 3, "erf"),
-    (r"(vit|deit3?)_small(_distilled)?_patch\d+(_36x1)?_(\d+|dinov2)|flexivit_small", 6, "erf"),
+    (r"(vit|deit3?)_small(_distilled)?_patch\d+(_36x1)?_(\d+|(reg4_)?dinov2)|flexivit_small", 6, "erf"),
     (r"deit3_medium_patch16_\d+", 8, "erf"),
-    (r"(vit|deit3?)_base(_distilled)?_patch\d+_(\d+|dinov2)|flexivit_base", 12, "erf"),
+    (r"(vit|deit3?)_base(_distilled)?_patch\d+_(\d+|(reg4_)?dinov2)|flexivit_base", 12, "erf"),
     (r"vit_base_patch16_siglip(_gap)?_\d+", 12, "erf"),
     (r"vit_base_patch32_siglip(_gap)?_\d+", 12, "tanh"),
-    (r"vit_base_patch\d+_plus_\d+", 14, "erf"),
-    (r"(vit|deit3)_(large|huge)_patch\d+_(\d+|dinov2)|flexivit_large|vit_(giant|gigantic)_patch14_224", 16, "erf"),
-    (r"vit_(base|huge|giant)_patch\d+_gap_\d+", 16, "erf"),
+    (r"vit_base_patch14_reg1_tipsv2", 12, "erf"),
+    (r"vit_base_patch\d+_plus_\d+|vit_so150m_patch16_reg4_(gap|map)_\d+", 14, "erf"),
+    (r"(vit|deit3)_(large|huge)_patch\d+_(\d+|(reg4_)?dinov2)|flexivit_large", 16, "erf"),
+    (r"vit_(giant|gigantic)_patch14_224", 16, "erf"),
+    (r"vit_(base|huge|giant)_patch\d+_gap_\d+|vit_(large|so400m)_patch14_reg1_tipsv2", 16, "erf"),
     (r"vit_(large_patch16_siglip(_gap)?_(256|384)|so400m_patch14_siglip(_gap)?_\d+)", 16, "erf"),
     (r"vit_(large_patch16_siglip(_gap)?_512|(so400m|giantopt)_patch16_siglip(_gap)?_\d+)", 16, "tanh"),
 )
 # Widths of those with so many heads: another width is of another model, whatever its name.
 _WIDTHS = {2: (64,), 3: (192,), 6: (384,), 8: (512,), 12: (768,), 14: (896,),
            16: (768, 1024, 1152, 1280, 1408, 1536, 1664)}
-_NO_EMBED_CLASS = r"deit3_.*|flexivit_.*"
+_NO_EMBED_CLASS = r"deit3_.*|flexivit_.*|.*_reg\d_(dinov2|tipsv2)"
 
 _COMMON = {"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
 # What transformers takes for keys that are not there, by `model_type`.

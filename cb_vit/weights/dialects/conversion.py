@@ -24,7 +24,7 @@ from cb_vit.retry import PARSING
 from cb_vit.texts import first_few, parse_json
 from cb_vit.tree import flatten_with_names
 from cb_vit.weights.containers.files import FormatError, Tensor, show
-from cb_vit.weights.dialects import big_vision, dinov2, huggingface, timm
+from cb_vit.weights.dialects import big_vision, dinov2, huggingface, siglip, timm
 from cb_vit.weights.dialects.cards import names_of_classes, pair
 from cb_vit.weights.dialects.families import name_family
 from cb_vit.weights.dialects.keywords import settle, spell_out, spelt
@@ -33,9 +33,10 @@ from cb_vit.weights.dialects.prefixes import candidates, take_off, under
 
 # What no file of parameters says; `describe` writes it beside them.
 UNSEEN = ("num_heads", "gelu", "layer_norm_eps", "pool_type", "context", "context_at", "context_layers")
-_READERS = (timm, huggingface, dinov2, big_vision)
+_READERS = (timm, huggingface, dinov2, siglip, big_vision)
 # What the names of a whole ViT have among them.
-_EMBEDDINGS = ("patch_embed.proj.", "embeddings.patch_embeddings.", "vit.embeddings.", "deit.embeddings.", "embedding/")
+_EMBEDDINGS = ("patch_embed.proj.", "embeddings.patch_embeddings.", "vit.embeddings.", "deit.embeddings.", "embedding/",
+               "embeddings.patch_embedding.", "vision_model.embeddings.patch_embedding.")
 
 
 @dataclasses.dataclass(frozen=True)

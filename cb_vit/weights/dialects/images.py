@@ -36,6 +36,8 @@ _OF = {
              "default_to_square": True},
     "bit": {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
             "resample": 3, "size": 224, "do_center_crop": True, "crop_size": 224, "default_to_square": False},
+    "siglip": {"image_mean": 0.5, "image_std": 0.5, "resample": 3, "size": {"height": 224, "width": 224},
+               "do_center_crop": False, "default_to_square": False},
 }
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # numbered as Pillow's filters are
 _SYNONYMS = {"lanczos3": "lanczos", "area": "box"}
@@ -132,7 +134,7 @@ def _processor(card: Mapping[str, Any]) -> dict[str, Any] | None:
     if not known:
         return None
     name = known.get("image_processor_type") or known.get("feature_extractor_type") or card.get("model_type")
-    match = re.fullmatch(r"(deit|vit|bit)((ImageProcessor|FeatureExtractor)(Fast|Pil)?)?", str(name), re.IGNORECASE)
+    match = re.fullmatch(rf"({'|'.join(_OF)})((ImageProcessor|FeatureExtractor)(Fast|Pil)?)?", str(name), re.IGNORECASE)
     return {**_ANY, "named": name, **(_OF[match[1].lower()] if match else {}), **known}
 
 
