@@ -254,7 +254,7 @@ def check_images(config: Config, image: Any, params: Mapping[str, Any]) -> None:
         side = math.isqrt(known)
         theirs = f"{side}×{side}" if side * side == known else f"{known}"
         raise ConfigError("images", f"of {shape[1]}×{shape[2]} pixels are {rows}×{columns} patches, pos_embedding has "
-                                    f"{theirs}; resize them, or resample it: cb_vit.merge(…, image_size="
+                                    f"{theirs}; resize them, or resample it: cb_vit.load(…, image_size="
                                     f"({shape[1]}, {shape[2]}))")
 
 

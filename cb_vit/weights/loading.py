@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -34,7 +34,7 @@ from cb_vit.weights import containers, hub
 from cb_vit.weights.containers.opening import IN_FOLDER
 from cb_vit.weights.dialects.conversion import UNSEEN, convert
 from cb_vit.weights.dialects.images import evaluation
-from cb_vit.weights.refit import with_channels, with_classes
+from cb_vit.weights.refit import with_channels, with_classes, with_image_size
 
 logger = logging.getLogger(__name__)
 Tree = Any
@@ -143,7 +143,8 @@ class Weights:
 def load(
     path: str | os.PathLike, *, params: Params = "raw", key: str | None = None,
     prefix: str | None = None, num_classes: int | None = None, channels: int | None = None,
-    normalisation: tuple[Any, Any] | None = None, place: Callable[[Tree], Tree] | None = None, **model: Any,
+    image_size: int | tuple[int, int] | None = None, normalisation: tuple[Any, Any] | None = None,
+    place: Callable[[Tree], Tree] | None = None, **model: Any,
 ) -> tuple[nn.Module, Tree]:
     """A model and its parameters, ready for `model.apply({"params": params}, images)`.
 
@@ -158,6 +159,8 @@ def load(
         num_classes: width of the head; 0 leaves the head (or heads) in the file; None: the file's own.
         channels: number of channels of your images; a model of three is adapted by timm's rule, and what was trained on
             RGB takes grey pixels (channels=1) as it took them three times over. None: the file's own.
+        image_size: side of your images in pixels, or (height, width), onto whose grid of patches positions are
+            resampled, antialiased as timm does it. None: the file's own.
         normalisation: (mean, std) of pixels from 0 to 1 that your images have: the difference to what the model was
             trained with is folded into its patch embedding. None: images must be normalised as in training.
         place: function from the shapes of the parameters to the same with shardings, to read them straight into shards;
@@ -173,7 +176,7 @@ def load(
         UserWarning: something is assumed, as all published models of that kind agree, or `model` contradicts the file.
     """
     weights = open_weights(path, "path", params=params, key=key, prefix=prefix, num_classes=num_classes,
-                           channels=channels, **model)
+                           channels=channels, image_size=image_size, **model)
     for note in weights.notes:
         logger.info("%s: %s", weights, note)
     for doubt in weights.doubts:
@@ -228,14 +231,15 @@ def compare(trained: Any, config: Any) -> list[str]:
 
 def open_weights(
     path: str | os.PathLike, field: str, *, params: Params = "raw", key: str | None = None,
-    prefix: str | None = None, num_classes: int | None = None, channels: int | None = None, **model: Any,
+    prefix: str | None = None, num_classes: int | None = None, channels: int | None = None,
+    image_size: int | tuple[int, int] | None = None, **model: Any,
 ) -> Weights:
     """Look into a file or the folder of a run; its parameters are read later.
 
     Args:
         path: path of the file or run, as for `load`, or of the folder of checkpoints in a run.
         field: setting that names the path, for errors.
-        params, key, prefix, num_classes, channels: choice of what is taken, as for `load`.
+        params, key, prefix, num_classes, channels, image_size: choice of what is taken, as for `load`.
         **model: keywords of `Model`, for what a file does not say.
 
     Raises:
@@ -248,7 +252,22 @@ def open_weights(
     weights = _open(path, field, params, key, prefix, model)
     if num_classes is not None:
         weights = with_classes(weights, num_classes)
-    return weights if channels is None else with_channels(weights, channels)
+    if channels is not None:
+        weights = with_channels(weights, channels)
+    if image_size is not None:
+        weights = with_image_size(weights, image_size)
+    return dataclasses.replace(weights, notes=(*weights.notes, *_other_size(weights)))
+
+
+def _other_size(weights: Weights) -> Iterator[str]:
+    """A line where images are prepared in another size than the positions are for, as cards of DINOv2 have it."""
+    if weights.pp is None or weights.grid is None or weights.model.config.posemb != "learn":
+        return
+    size = builder.build(weights.pp, "pp").image_size
+    own = tuple(count * side for count, side in zip(weights.grid, weights.model.config.patch_size, strict=True))
+    if size not in (None, own):
+        yield (f"its images are prepared in {size[0]}×{size[1]} pixels, its positions are for {own[0]}×{own[1]}: give "
+               f"image_size={size[0] if size[0] == size[1] else size}, or the other")
 
 
 def _open(

@@ -1,4 +1,4 @@
-"""DINOv2 and SigLIP: the features of transformers, timm and Meta's own files, from any of them, or a refusal by name."""
+"""DINOv2 and SigLIP: the features of transformers and of Meta's own files, to 1e-5, or a refusal by name."""
 import dataclasses
 import json
 
@@ -153,8 +153,8 @@ def test_the_head_of_transformers_dinov2_is_none_of_ours(kind, part, tmp_path):
 @pytest.mark.parametrize("kind, options, match", [
     (Dinov2Model, dict(use_swiglu_ffn=True), "a ViT with gated MLPs"),
     (Dinov2WithRegistersModel, dict(use_swiglu_ffn=True), "a ViT with gated MLPs"),
-    (Dinov2Model, dict(qkv_bias=False), "lacks .*query.bias"), (Dinov2Model, dict(hidden_act="silu"), "hidden_act='si")],
-    ids=str)
+    (Dinov2Model, dict(qkv_bias=False), "lacks .*query.bias"),
+    (Dinov2Model, dict(hidden_act="silu"), "hidden_act='silu', which is not supported")], ids=str)
 def test_what_is_none_of_ours_is_refused(kind, options, match, tmp_path):
     dinov2(kind, **options).save_pretrained(tmp_path)
     with pytest.raises(FormatError, match=match):
@@ -163,9 +163,10 @@ def test_what_is_none_of_ours_is_refused(kind, options, match, tmp_path):
 
 @pytest.mark.parametrize("change, match", [
     (dict(num_register_tokens=0), "says registers=0, but the file has 4"),
-    (dict(model_type="dinov2"), "says registers=4|registers=0, but the file has 4"),
+    (dict(model_type="dinov2"), "says registers=0, but the file has 4"),
     (dict(model_type="vit"), "model_type='vit', which is not supported with these arrays; supported is 'dinov2' or"),
-    (dict(hidden_size=32), "width=32"), (dict(num_register_tokens=-1), "num_register_tokens=-1, which cannot be")], ids=str)
+    (dict(hidden_size=32), "width=32"),
+    (dict(num_register_tokens=-1), "num_register_tokens=-1, which cannot be")], ids=str)
 def test_a_card_that_contradicts_the_arrays(change, match, tmp_path):
     dinov2(Dinov2WithRegistersModel).save_pretrained(tmp_path)
     card = json.loads((tmp_path / "config.json").read_text()) | change
@@ -194,7 +195,8 @@ def test_another_size_of_images_with_antialiasing(kind, rtol, tmp_path):
 
 def test_another_size_of_images_as_dinov2_and_siglip_have_it(tmp_path):
     """Without antialiasing: `posemb_resize="bicubic"`."""
-    for i, (model, more) in enumerate(((dinov2(), {}), (siglip(SiglipVisionModel), dict(interpolate_pos_encoding=True)))):
+    for i, (model, more) in enumerate((
+            (dinov2(), {}), (siglip(SiglipVisionModel), dict(interpolate_pos_encoding=True)))):
         folder, x = tmp_path / str(i), images((8, 20))
         model.save_pretrained(folder)
         with torch.no_grad():
@@ -229,8 +231,8 @@ def test_metas_own_files_as_timm_takes_them(registers, chunked):
     model.load_state_dict(checkpoint_filter_fn({name: value.clone() for name, value in state.items()}, model))
     if chunked:
         chunks = {0: 0, 1: 0, 2: 1}
-        state = {name if not name.startswith("blocks.") else f"blocks.{chunks[int(name.split('.')[1])]}.{name[7:]}": value
-                 for name, value in state.items()}
+        chunked = lambda name: f"blocks.{chunks[int(name.split('.')[1])]}.{name.removeprefix('blocks.')}"  # noqa: E731
+        state = {chunked(name) if "blocks." in name else name: value for name, value in state.items()}
     found, ours, params = understand(state, num_heads=6)
     assert found.format == "dinov2" and found.model["gelu"] == "erf" and found.model.get("registers", 0) == registers
     with torch.no_grad():

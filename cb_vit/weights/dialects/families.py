@@ -51,7 +51,7 @@ ROWS = (
     ("a masked autoencoder (MAE) with its decoder",
      r"decoder_(embed|blocks|pos_embed|norm|pred)\b|decoder\.decoder_layers|decoder\.mask_token "),
     ("a ViT in the names that transformers 5 has in memory (save_pretrained writes those that can be read)",
-     r"((vit|deit)\.)?layers\.\d+\.attention\.q_proj\."),
+     r"(((vit|deit)\.)?layers|encoder\.layer)\.\d+\.attention\.q_proj\."),
     ("a data2vec", r"data2vec_vision\."),
     ("a Swin Transformer V2",
      r"(layers|stages)\.\d+\.blocks\.\d+\.(attn\.(logit_scale|cpb_mlp|meta_mlp)|attention\.self\.logit_scale)"),
