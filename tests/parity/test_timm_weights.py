@@ -106,7 +106,8 @@ def test_a_timm_model_here_and_back_again(name, depth):
             assert_close(out["logits_dist"], theirs.head_dist(encoded[:, 1]).numpy())
 
     again = timm.create_model(name, pretrained=False, **options).eval()
-    state = {k: torch.tensor(v) for k, v in to_timm(params, resolve(Config(**found.model))).items()}
+    arrays = to_timm(params, resolve(Config(**found.model)), no_embed_class=theirs.no_embed_class)
+    state = {k: torch.tensor(v) for k, v in arrays.items()}
     again.load_state_dict(state, strict=True)
     for mine, right in zip(torch_run(again, x), expected, strict=True):
         assert_close(mine, right)

@@ -157,7 +157,7 @@ def to_timm(
     bare = _no_embed_class(config) if no_embed_class is None else no_embed_class
     if bare and config.distilled:
         raise ConfigError("no_embed_class", "timm's distilled models always have the entries of both tokens")
-    entries = 0 if bare else (config.pool_type == "tok") + config.distilled
+    entries = 0 if bare else (config.pool_type == "tok") + config.distilled + config.registers
     return _fuse(NAMES.write(add_entries(flat(params, config, grid), entries)))
 
 
