@@ -80,7 +80,7 @@ def with_channels(weights: W, channels: int) -> W:
         _changed(weights, "embedding", adapt), normalisation=after, pp=None, notes=(*weights.notes, note))
 
 
-def with_image_size(weights: W, image_size: int | tuple[int, int]) -> W:
+def with_image_size(weights: W, image_size: Any) -> W:
     """The same model for images of another size; learned positions are resampled onto its grid, as in `merge`.
 
     Args:
