@@ -193,7 +193,7 @@ def test_fixed_positions_are_for_any_size(tmp_path):
     assert_rest_is_the_same(found.read(), tree, but="nothing")
 
 
-def test_a_card_for_images_of_another_size_than_the_positions_are_for(files, tmp_path):
+def test_a_card_for_images_of_another_size_than_the_positions_are_for(files, tmp_path, caplog):
     """As that of DINOv2, which is trained on 518 pixels and prepares 224."""
     card = dict(image_processor_type="BitImageProcessor", size=dict(shortest_edge=14), image_mean=[0.5] * 3,
                 crop_size=dict(height=12, width=12), image_std=[0.5] * 3)
@@ -201,11 +201,14 @@ def test_a_card_for_images_of_another_size_than_the_positions_are_for(files, tmp
     (tmp_path / "model.safetensors").write_bytes((files / "half.safetensors").read_bytes())
     note = "its images are prepared in 12×12 pixels, its positions are for 8×8: give image_size=12, or the other"
     found = open_weights(tmp_path, "path")
-    assert note in found.notes and builder.build(found.pp, "pp").image_size == (12, 12)
+    assert found.other_size() == (note,) and builder.build(found.pp, "pp").image_size == (12, 12)
     for size, steps in ((12, "resize_small(14, 'bicubic')|central_crop((12, 12))"),
                         (24, "resize_small(28)|central_crop(24)"), (8, "resize_small(9)|central_crop(8)")):
         found = open_weights(tmp_path, "path", image_size=size)
-        assert note not in found.notes and f"decode|{steps}|" in found.pp
+        assert found.other_size() == () and f"decode|{steps}|" in found.pp
+    caplog.set_level(logging.INFO)
+    cb_vit.load(tmp_path)
+    assert note in caplog.text
 
 
 @pytest.mark.parametrize("source", ["imagenet.safetensors", "run"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 from typing import Any
 
 from cb_vit.config import ConfigError
@@ -45,8 +46,9 @@ def open_source(args: argparse.Namespace, path: str, field: str) -> Weights:
         ConfigError: part of a run is missing or cannot be read, or a flag does not fit.
         FormatError: a file cannot be read.
     """
-    return open_weights(path, field, params="ema" if args.ema else "raw", key=args.key, prefix=args.prefix,
-                        image_size=_image_size(args.image_size), **_keywords(args.model))
+    weights = open_weights(path, field, params="ema" if args.ema else "raw", key=args.key, prefix=args.prefix,
+                           image_size=_image_size(args.image_size), **_keywords(args.model))
+    return dataclasses.replace(weights, notes=(*weights.notes, *weights.other_size()))
 
 
 def _image_size(text: str | None) -> int | tuple[int, int] | None:

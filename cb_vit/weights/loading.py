@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -70,7 +70,7 @@ class Weights:
 
     Attributes:
         path: path of the file or of the run's folder, as given.
-        format: kind of the file: "run", "timm", "deit", "huggingface", "big_vision" or "augreg".
+        format: kind of the file: "run", "timm", "deit", "dinov2", "huggingface", "big_vision" or "augreg".
         step: step of a run's checkpoint; None for a file.
         model: the Linen module, its blocks in loop layout.
         shapes: shapes and dtypes of the model's parameters.
@@ -115,6 +115,20 @@ class Weights:
             like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), self.shapes)
         return self.fetch(like)
 
+    def other_size(self) -> tuple[str, ...]:
+        """A line where images are prepared in another size than positions are for, as cards of DINOv2 have it; or none.
+
+        It is for who puts images in, not for who takes the parameters into another model.
+        """
+        if self.pp is None or self.grid is None or self.model.config.posemb != "learn":
+            return ()
+        size = builder.build(self.pp, "pp").image_size
+        own = tuple(count * side for count, side in zip(self.grid, self.model.config.patch_size, strict=True))
+        if size in (None, own):
+            return ()
+        return (f"its images are prepared in {size[0]}×{size[1]} pixels, its positions are for {own[0]}×{own[1]}: give "
+                f"image_size={size[0] if size[0] == size[1] else size}, or the other",)
+
     def known_normalisation(self) -> Normalisation:
         """How the model's pixels were normalised.
 
@@ -150,8 +164,8 @@ def load(
 
     Args:
         path: path of a run's workdir (`WORKDIR@STEP`: that checkpoint), of a `.safetensors`, `.pth`, `.bin` or `.npz`
-            file of timm, DeiT, Hugging Face, big_vision or AugReg (`FILE.npz:PART`: part of it), or of a folder of
-            Hugging Face's, or `hf://ORG/NAME[@REVISION][/FILE]`.
+            file of timm, DeiT, DINOv2, Hugging Face, big_vision or AugReg (`FILE.npz:PART`: part of it), or of a folder
+            of Hugging Face's, or `hf://ORG/NAME[@REVISION][/FILE]`.
         params: kind of a run's parameters: themselves ("raw"), or their moving average ("ema").
         key: entry of a PyTorch file that holds the weights, e.g. "model_ema".
         prefix: beginning of the names of the arrays to take from a file, e.g. "visual.trunk"; None: all are taken,
@@ -177,7 +191,7 @@ def load(
     """
     weights = open_weights(path, "path", params=params, key=key, prefix=prefix, num_classes=num_classes,
                            channels=channels, image_size=image_size, **model)
-    for note in weights.notes:
+    for note in (*weights.notes, *weights.other_size()):
         logger.info("%s: %s", weights, note)
     for doubt in weights.doubts:
         warnings.warn(f"{path}: {doubt}", stacklevel=2)
@@ -256,18 +270,7 @@ def open_weights(
         weights = with_channels(weights, channels)
     if image_size is not None:
         weights = with_image_size(weights, image_size)
-    return dataclasses.replace(weights, notes=(*weights.notes, *_other_size(weights)))
-
-
-def _other_size(weights: Weights) -> Iterator[str]:
-    """A line where images are prepared in another size than the positions are for, as cards of DINOv2 have it."""
-    if weights.pp is None or weights.grid is None or weights.model.config.posemb != "learn":
-        return
-    size = builder.build(weights.pp, "pp").image_size
-    own = tuple(count * side for count, side in zip(weights.grid, weights.model.config.patch_size, strict=True))
-    if size not in (None, own):
-        yield (f"its images are prepared in {size[0]}×{size[1]} pixels, its positions are for {own[0]}×{own[1]}: give "
-               f"image_size={size[0] if size[0] == size[1] else size}, or the other")
+    return weights
 
 
 def _open(

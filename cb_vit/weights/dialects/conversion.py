@@ -44,7 +44,8 @@ class Converted:
     """A file, understood.
 
     Attributes:
-        format: name of the format: "timm", "deit" (DeiT-III's own names), "huggingface", "big_vision" or "augreg".
+        format: name of the format: "timm", "deit" (DeiT-III's own names), "dinov2" (its own), "huggingface",
+            "big_vision" or "augreg".
         params: tensors by our names, float32 and lazy, in loop layout.
         model: keywords of `Model`, with the sizes that a variant stands for spelt out.
         num_classes: width of the head; None: no head.
@@ -198,7 +199,7 @@ def _read(
     way_out = f"; a ViT is in {first_few(map(show, parts))}: choose with prefix" if parts else ""
     if family:
         raise FormatError(f"{path}: it seems to be {family}, which is not supported{way_out}")
-    raise FormatError(f"{path}: no ViT of timm, DeiT, Hugging Face, big_vision or AugReg; it holds "
+    raise FormatError(f"{path}: no ViT of timm, DeiT, DINOv2, Hugging Face, big_vision or AugReg; it holds "
                       f"{first_few(map(show, tensors)) or 'nothing'}{way_out}")
 
 

@@ -100,8 +100,8 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
     """
     said, guess = cards.timm(config, path), {}
     deit = any(".gamma_" in name for name in tensors)  # DeiT-III's own files
-    dinov2 = "register_tokens" in tensors or ("mask_token" in tensors and not deit)  # and DINOv2's
-    bare = "register_tokens" in tensors  # there these have no positions, and the class token has
+    bare = "register_tokens" in tensors  # DINOv2's own, where these have no positions, but the class token has
+    dinov2 = bare or ("mask_token" in tensors and not deit)
     tensors, notes = without_mask(tensors, "mask_token")
     tensors = _unfuse(((_modern(name), tensor) for name, tensor in tensors.items()), path)
     tokens = [name for name in ("cls_token", "dist_token") if name in tensors]
