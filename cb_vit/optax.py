@@ -50,7 +50,7 @@ TRANSFORMATIONS: Registry[Callable[..., optax.GradientTransformation]] = Registr
     if (name.startswith("scale_by_") or name in ("trace", "identity")) and name not in _UNFIT})
 # Adam's direction; what makes it LAMB comes with the weight decay.
 TRANSFORMATIONS["scale_by_lamb"] = optax.scale_by_adam
-_STEM = ("embedding", "cls", "dist", "pos_embedding")
+_STEM = ("embedding", "cls", "dist", "reg", "pos_embedding")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class OptimiserConfig:
             None: no such factor.
         weight_decay: coefficient of AdamW's decay, which is multiplied by the learning rate; 0: no decay.
         wd_mults: pairs `(regex, multiplier of the weight decay)`; parameters without a match are not decayed. The
-            default decays every kernel, those of `embedding` and `head` too, and spares biases, norms, `cls`,
+            default decays every kernel, those of `embedding` and `head` too, and spares biases, norms, `cls`, `reg`,
             `pos_embedding`, `context_scale` and `gamma`.
         schedule: one schedule, or `(regex, schedule or None)` pairs that cover every parameter; None freezes.
         grad_clip_norm: largest global norm of the gradient; None: no clipping.

@@ -222,6 +222,34 @@ def hf_shapes(prefix="vit.", distilled=False, head=True, **more):
     return shapes | {f"{h}.weight": (CLASSES, D) for h in heads} | {f"{h}.bias": (CLASSES,) for h in heads} | more
 
 
+def dinov2_shapes(registers=0, **more):
+    block = {"norm1": (D,), "norm2": (D,), "attention.attention.query": (D, D), "attention.attention.key": (D, D),
+             "attention.attention.value": (D, D), "attention.output.dense": (D, D), "mlp.fc1": (F, D),
+             "mlp.fc2": (D, F)}
+    modules = {"embeddings.patch_embeddings.projection": (D, 3, P, P), "layernorm": (D,),
+               **{f"encoder.layer.{i}.{k}": v for i in range(DEPTH) for k, v in block.items()}}
+    return {"embeddings.cls_token": (1, 1, D), "embeddings.mask_token": (1, D),
+            "embeddings.position_embeddings": (1, GRID**2 + 1, D),
+            **({"embeddings.register_tokens": (1, registers, D)} if registers else {}),
+            **{f"{k}.weight": v for k, v in modules.items()}, **{f"{k}.bias": v[:1] for k, v in modules.items()},
+            **{f"encoder.layer.{i}.layer_scale{j}.lambda1": (D,) for i in range(DEPTH) for j in (1, 2)}} | more
+
+
+def siglip_shapes(head=True, **more):
+    block = {"layer_norm1": (D,), "layer_norm2": (D,), "self_attn.q_proj": (D, D), "self_attn.k_proj": (D, D),
+             "self_attn.v_proj": (D, D), "self_attn.out_proj": (D, D), "mlp.fc1": (F, D), "mlp.fc2": (D, F)}
+    modules = {"embeddings.patch_embedding": (D, 3, P, P), "post_layernorm": (D,),
+               **{f"encoder.layers.{i}.{k}": v for i in range(DEPTH) for k, v in block.items()}}
+    shapes = {"embeddings.position_embedding.weight": (GRID**2, D)}
+    if head:
+        modules |= {"head.attention.out_proj": (D, D), "head.layernorm": (D,), "head.mlp.fc1": (F, D),
+                    "head.mlp.fc2": (D, F)}
+        shapes |= {"head.probe": (1, 1, D), "head.attention.in_proj_weight": (3 * D, D),
+                   "head.attention.in_proj_bias": (3 * D,)}
+    return shapes | {f"{k}.weight": v for k, v in modules.items()} | {
+        f"{k}.bias": v[:1] for k, v in modules.items()} | more
+
+
 def flax_shapes(attention="MultiHeadDotProductAttention_0", norm="LayerNorm_1", mlp="MlpBlock_0", **more):
     block = {"LayerNorm_0/scale": (D,), "LayerNorm_0/bias": (D,), f"{norm}/scale": (D,), f"{norm}/bias": (D,),
              **{f"{attention}/{part}/kernel": (D, H, D // H) for part in ("query", "key", "value")},

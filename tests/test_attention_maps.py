@@ -24,7 +24,8 @@ def random_attention(*shape, seed=0):
 
 
 MODELS = [(dict(pool_type="tok"), 1), (dict(pool_type="tok", distilled=True), 2), (dict(pool_type="gap"), 0),
-          (dict(pool_type="map"), 0), (dict(pool_type="0"), 0)]
+          (dict(pool_type="map"), 0), (dict(pool_type="0"), 0), (dict(pool_type="tok", registers=3), 4),
+          (dict(pool_type="map", registers=3), 3)]
 
 
 @pytest.mark.parametrize("changes, prefix", MODELS)
@@ -49,7 +50,11 @@ def test_a_patch_is_shown_where_it_is(prefix):
     (dict(pool_type="tok", distilled=True), [0, 1], "the class and distillation tokens"),
     (dict(pool_type="0"), [0], "the first token"),
     (dict(pool_type="gap"), range(8), "all tokens, on average"),
-    (dict(pool_type="map"), range(8), "all tokens, on average")])
+    (dict(pool_type="map"), range(8), "all tokens, on average"),
+    (dict(pool_type="tok", registers=1), [0], "the class token"),
+    (dict(pool_type="gap", registers=2), range(2, 8), "all patches, on average"),
+    (dict(pool_type="map", registers=2), range(2, 8), "all patches, on average"),
+    (dict(pool_type="none", registers=2), range(8), "all tokens, on average")])
 def test_whose_attention_it_is(changes, rows, who):
     attention, model = random_attention(8, 8), config(**changes)
     expected = 8 * np.mean(attention[np.array(rows), 2:], axis=0).reshape(GRID)

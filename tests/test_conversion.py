@@ -7,7 +7,21 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import CLASSES, DEPTH, GRID, D, F, H, P, flax_shapes, hf_shapes, random, timm_shapes
+from helpers import (
+    CLASSES,
+    DEPTH,
+    GRID,
+    D,
+    F,
+    H,
+    P,
+    dinov2_shapes,
+    flax_shapes,
+    hf_shapes,
+    random,
+    siglip_shapes,
+    timm_shapes,
+)
 from scipy.special import erf
 
 from cb_vit.config import ConfigError
@@ -69,7 +83,7 @@ def gelu(x, kind):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def torch_reference(get, images, layers, tokens, heads=H, kind="erf"):
+def torch_reference(get, images, layers, tokens, heads=H, kind="erf", gamma=lambda j, i: 1):
     """The tokens that a ViT with PyTorch's layout ends with, in float64; `get(role, i)` gives weight and bias."""
     weight, bias = get("patch")
     b, height, width, _ = images.shape
@@ -82,9 +96,9 @@ def torch_reference(get, images, layers, tokens, heads=H, kind="erf"):
         q, k, v = (split(y @ w.T + c) for w, c in (get(part, i) for part in "qkv"))
         p = softmax(np.einsum("bnhk,bmhk->bhnm", q, k) / np.sqrt(q.shape[-1]))
         w, c = get("proj", i)
-        x = x + np.einsum("bhnm,bmhk->bnhk", p, v).reshape(x.shape) @ w.T + c
+        x = x + gamma(1, i) * (np.einsum("bhnm,bmhk->bnhk", p, v).reshape(x.shape) @ w.T + c)
         (w1, c1), (w2, c2) = get("fc1", i), get("fc2", i)
-        x = x + gelu(layer_norm(x, *get("norm2", i)) @ w1.T + c1, kind) @ w2.T + c2
+        x = x + gamma(2, i) * (gelu(layer_norm(x, *get("norm2", i)) @ w1.T + c1, kind) @ w2.T + c2)
     return layer_norm(x, *get("norm"))
 
 
@@ -148,6 +162,155 @@ def test_huggingface_pooler_is_pre_logits():
     np.testing.assert_allclose(run(found)[0], expected, rtol=1e-4, atol=1e-5)
     assert found.num_classes is None and found.model["rep_size"] == D
     assert understand(arrays, num_heads=H, layer_norm_eps=EPSILON, rep_size=True).model == found.model
+
+
+def getter(arrays, layer, roles, positions):
+    """Weight and bias by role, where the roles of a layer are called `roles` and those of the model as they are."""
+    def get(role, i=None):
+        if role == "positions":
+            return positions
+        name = roles[role] if i is None else f"{layer}.{i}.{roles[role]}"
+        return arrays[f"{name}.weight"], arrays[f"{name}.bias"]
+    return get
+
+
+DINOV2_ROLES = HF_ROLES | {"norm1": "norm1", "norm2": "norm2", "fc1": "mlp.fc1", "fc2": "mlp.fc2", "norm": "layernorm",
+                           "patch": "embeddings.patch_embeddings.projection"}
+SIGLIP_ROLES = {"norm1": "layer_norm1", "norm2": "layer_norm2", "q": "self_attn.q_proj", "k": "self_attn.k_proj",
+                "v": "self_attn.v_proj", "proj": "self_attn.out_proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2",
+                "norm": "post_layernorm", "patch": "embeddings.patch_embedding"}
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_huggingface_dinov2_computes_what_its_layers_say(registers):
+    arrays = random(dinov2_shapes(registers))
+    kind = "dinov2_with_registers" if registers else "dinov2"
+    config = {"model_type": kind, "num_attention_heads": H, "layer_norm_eps": EPSILON, "image_size": GRID * P}
+    found = understand(arrays, config=config | {"num_register_tokens": registers} if registers else config)
+    positions = arrays["embeddings.position_embeddings"]
+    positions = np.concatenate([positions[:, :1], np.zeros((1, registers, D)), positions[:, 1:]], 1)
+    tokens = [arrays[f"embeddings.{token}"] for token in ("cls_token", "register_tokens")[:1 + (registers > 0)]]
+    expected = torch_reference(
+        getter(arrays, "encoder.layer", DINOV2_ROLES, positions), IMAGES, DEPTH, tokens,
+        gamma=lambda j, i: arrays[f"encoder.layer.{i}.layer_scale{j}.lambda1"])
+    pooled, out = run(found)
+    np.testing.assert_allclose(out["encoded"], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(pooled, expected[:, 0], rtol=1e-4, atol=1e-5)
+    assert found.format == "huggingface" and found.num_classes is None and found.grid == (GRID, GRID)
+    assert found.model.get("registers", 0) == registers and found.normalisation[0][0] == 0.485
+    assert any("'embeddings.mask_token' is left in the file" in note for note in found.notes)
+    bare = understand(arrays, num_heads=H).model
+    assert (bare["layer_norm_eps"], bare["gelu"], bare["pool_type"]) == (1e-6, "erf", "tok")
+
+
+def test_huggingface_siglip_computes_what_its_layers_say():
+    arrays = random(siglip_shapes())
+    tower = {"model_type": "siglip_vision_model", "num_attention_heads": H, "layer_norm_eps": EPSILON}
+    found = understand(arrays, config={"model_type": "siglip", "text_config": {}, "vision_config": tower})
+    x = torch_reference(getter(arrays, "encoder.layers", SIGLIP_ROLES, arrays["embeddings.position_embedding.weight"]),
+                        IMAGES, DEPTH, [], kind="tanh")
+    wq, wk, wv = np.split(arrays["head.attention.in_proj_weight"], 3)
+    cq, ck, cv = np.split(arrays["head.attention.in_proj_bias"], 3)
+    split = lambda z: z.reshape(*z.shape[:-1], H, -1)  # noqa: E731
+    q, k, v = split(arrays["head.probe"][0] @ wq.T + cq), split(x @ wk.T + ck), split(x @ wv.T + cv)
+    p = softmax(np.einsum("nhk,bmhk->bhnm", q, k) / np.sqrt(D // H))
+    head = {name: f"head.{name}" for name in ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2")}
+    get = getter(arrays, "", head, None)
+    (w, c), (w1, c1), (w2, c2) = get("attention.out_proj"), get("mlp.fc1"), get("mlp.fc2")
+    y = np.einsum("bhnm,bmhk->bnhk", p, v).reshape(len(x), D) @ w.T + c
+    y = y + gelu(layer_norm(y, *get("layernorm")) @ w1.T + c1, "tanh") @ w2.T + c2
+    np.testing.assert_allclose(run(found)[0], y, rtol=1e-4, atol=1e-5)
+    assert found.model["pool_type"] == "map" and found.model["gelu"] == "tanh" and found.grid == (GRID, GRID)
+    assert found.normalisation == ((0.5,) * 3, (0.5,) * 3)
+
+    old = understand({f"vision_model.{name}": array for name, array in arrays.items()}, num_heads=H)
+    assert_same(read(old), read(found))
+    assert old.model["layer_norm_eps"] == 1e-6 and old.model["gelu"] == "tanh"
+    towers = {f"vision_model.{name}": array for name, array in arrays.items()} | random({
+        "text_model.embeddings.token_embedding.weight": (9, D), "text_model.encoder.layers.0.layer_norm1.weight": (D,),
+        "logit_scale": (1,)})
+    with pytest.raises(FormatError, match="a CLIP, or another pair .* a ViT is in 'vision_model': choose with prefix"):
+        understand(towers, num_heads=H)
+    part = understand(towers, num_heads=H, prefix="vision_model")
+    assert_same(read(part), read(found))
+    assert any(f"3 of the file's {len(towers)} arrays are not under 'vision_model'" in note for note in part.notes)
+
+
+def test_siglip_without_its_head_or_under_a_classifier():
+    assert understand(random(siglip_shapes(head=False)), num_heads=H).model["pool_type"] == "none"
+    classifier = {"classifier.weight": (CLASSES, D), "classifier.bias": (CLASSES,)}
+    arrays = {name if "classifier" in name else f"vision_model.{name}": array
+              for name, array in random(siglip_shapes(**classifier)).items()}
+    found = understand(arrays, num_heads=H)
+    assert found.model["pool_type"] == "gap" and found.num_classes == CLASSES
+    assert not any("MAPHead" in name for name in found.params)
+    assert any("attention pooling is left in the file: the classifier reads the mean" in note for note in found.notes)
+
+
+def test_heads_of_published_dinov2s_and_siglips_are_known():
+    wide = lambda shapes, depth, width, mlp: {  # noqa: E731
+        name.replace(".0.", f".{i}."): np.broadcast_to(np.float32(0), tuple(
+            {D: width, 3 * D: 3 * width, F: mlp, 3: 3, P: P}.get(size, size) for size in shape))
+        for name, shape in shapes.items() for i in (range(depth) if ".0." in name else [0]) if ".1." not in name}
+    for shapes, sizes, heads in ((dinov2_shapes(4), (12, 384, 1536), 6), (siglip_shapes(), (12, 768, 3072), 12)):
+        found = understand(wide(shapes, *sizes))
+        assert found.model["num_heads"] == heads and found.doubts[0].startswith(f"num_heads={heads}, ")
+    with pytest.raises(FormatError, match="says num_heads; give num_heads"):
+        understand(wide(siglip_shapes(), 11, 768, 3072))
+
+
+@pytest.mark.parametrize("shapes, config, match", [
+    (dinov2_shapes(2), dict(model_type="dinov2"), "says registers=0, but the file has 2"),
+    (dinov2_shapes(2), dict(model_type="dinov2_with_registers"), "says registers=4, but the file has 2"),
+    (dinov2_shapes(), dict(model_type="dinov2_with_registers"), "lacks 'embeddings.register_tokens'"),
+    (dinov2_shapes(), dict(model_type="vit"), "model_type='vit', which is not supported with.*; .* 'dinov2'"),
+    (dinov2_shapes(), dict(use_swiglu_ffn=True), "use_swiglu_ffn=True, which is not supported; supported is False"),
+    (dinov2_shapes(), dict(num_register_tokens="4"), "num_register_tokens='4', which cannot be"),
+    (siglip_shapes(), dict(model_type="siglip2"), "model_type='siglip2', which is not supported with these arrays"),
+    (siglip_shapes(), dict(vision_config=dict(model_type="siglip2_vision_model")), "model_type='siglip2_vision_model'"),
+    (siglip_shapes(), dict(vision_config=[3]), r"vision_config=\[3\], which should be keys and values"),
+    (siglip_shapes(), dict(vision_config=dict(hidden_size=64)), "says width=64, but the file has 32"),
+    (hf_shapes(), dict(model_type="dinov2"), "model_type='dinov2', which is not supported with these arrays")], ids=str)
+def test_what_huggingfaces_config_json_says_is_right_or_refused(shapes, config, match):
+    with pytest.raises(FormatError, match=f"^file: .*{match}"):
+        understand(random(shapes), config={"num_attention_heads": H} | config, num_heads=H)
+
+
+def test_registers_of_timm_with_positions_and_without():
+    for entries in (0, 3):
+        arrays = random(timm_shapes(entries=entries, reg_token=(1, 2, D)))
+        found = understand(arrays, num_heads=H, grid=(GRID, GRID))
+        params, positions = read(found), arrays["pos_embed"]
+        assert found.model["registers"] == 2 and found.format == "timm"
+        np.testing.assert_array_equal(params["pos_embedding"], positions[:, entries:])
+        np.testing.assert_array_equal(params["cls"], arrays["cls_token"] + (positions[:, :1] if entries else 0))
+        np.testing.assert_array_equal(params["reg"], arrays["reg_token"] + (positions[:, 1:3] if entries else 0))
+    with pytest.raises(FormatError, match="9 positions are those of 3×3 patches, or of 6 and the tokens before them"):
+        understand(random(timm_shapes(entries=0, reg_token=(1, 2, D))), num_heads=H)
+    card = dict(model_args=dict(num_heads=H, reg_tokens=4))
+    with pytest.raises(FormatError, match="says registers=4, but the file has 2"):
+        understand(random(timm_shapes(entries=0, reg_token=(1, 2, D))), config=card)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2s_own_files(registers):
+    scales = {f"blocks.{i}.ls{j}.gamma": (D,) for i in range(DEPTH) for j in (1, 2)}
+    tokens = {"register_tokens": (1, registers, D)} if registers else {}
+    arrays = random(timm_shapes(mask_token=(1, D), **scales, **tokens))
+    arrays = {name: array for name, array in arrays.items() if not name.startswith("head")}
+    found = understand(arrays, num_heads=H)
+    params = read(found)
+    np.testing.assert_array_equal(params["cls"], arrays["cls_token"] + arrays["pos_embed"][:, :1])
+    if registers:  # which have no positions, unlike the class token
+        np.testing.assert_array_equal(params["reg"], arrays["register_tokens"])
+    assert found.format == "dinov2" and found.model.get("registers", 0) == registers and found.num_classes is None
+    assert any("'mask_token' is left in the file" in note for note in found.notes)
+    chunks = {re.sub(r"^blocks\.(\d)", r"blocks.\1.\1", name): array for name, array in arrays.items()}
+    assert_same(read(understand(chunks, num_heads=H)), params)
+    with pytest.raises(FormatError, match="'blocks.0.norm1.weight' is in it twice"):
+        understand(chunks | {"blocks.1.0.norm1.weight": arrays["blocks.0.norm1.weight"]}, num_heads=H)
+    other = arrays | {"register_tokens": arrays["cls_token"]}  # TIPS has one, and pixels from 0 to 1
+    assert understand(other, num_heads=H).normalisation is None and found.normalisation[0][0] == 0.485
 
 
 def test_what_config_json_says():
@@ -370,9 +533,10 @@ MODELS = [
     dict(pool_type="map", gelu="erf"), dict(pool_type="none", gelu="erf"),
     dict(pool_type="tok", context="cb", context_at="msa_end", context_layers=(1,)),
     dict(pool_type="tok", context="cb_s", layer_scale=1e-4, distilled=True),
-    dict(pool_type="gap", context="cb_s", context_layers=(0,))]
+    dict(pool_type="gap", context="cb_s", context_layers=(0,)),
+    dict(pool_type="tok", layer_scale=1e-4, registers=4), dict(pool_type="map", layer_scale=1e-4, registers=1)]
 SEEN = ("patch_size", "width", "depth", "mlp_dim", "num_heads", "gelu", "pool_type", "distilled", "layer_scale",
-        "layer_norm_eps", "context", "context_at", "context_layers", "posemb", "rep_size")
+        "layer_norm_eps", "context", "context_at", "context_layers", "posemb", "rep_size", "registers")
 
 
 def assert_same_model(found, config):
@@ -422,6 +586,7 @@ def test_a_fixed_position_embedding_is_written_out():
 
 @pytest.mark.parametrize("kw, match", [
     (dict(pool_type="0"), "pool_type: .*'0'"), (dict(pool_type="tok", rep_size=8), "rep_size"),
+    (dict(pool_type="tok", distilled=True, registers=2), "registers: timm's distilled models"),
     (dict(context="cb_s", context_at="mlp_mid"), "context_at.*'mlp_mid'")])
 def test_what_timm_cannot_express(kw, match):
     params, config = ours(**kw)
@@ -476,6 +641,7 @@ def test_to_huggingface_and_back_is_the_same_bits(kw):
 
 @pytest.mark.parametrize("kw, match", [
     (dict(pool_type="gap"), "pool_type"), (dict(layer_scale=1e-4), "layer_scale"), (dict(context="cb"), "context"),
+    (dict(registers=4), "registers"),
     (dict(rep_size=True), "rep_size"), (dict(num_classes=0, rep_size=8), "rep_size")])
 def test_what_transformers_cannot_express(kw, match):
     params, config = ours(**{"pool_type": "tok", "num_classes": CLASSES, **kw})
@@ -519,6 +685,11 @@ def without(shapes, *names):
     (timm_shapes(**{"blocks.0.ls1.gamma": (D,)}), "lacks 'blocks.0.ls2.gamma', 'blocks.1.ls1.gamma'"),
     (without(hf_shapes(), "vit.layernorm.weight"), "read as huggingface, the file lacks 'vit.layernorm.weight'$"),
     (hf_shapes(**{"vit.embeddings.surprise": (1,)}), "has besides 'vit.embeddings.surprise'$"),
+    (dinov2_shapes(**{"embeddings.surprise": (1,)}), "read as huggingface, .* has besides 'embeddings.surprise'$"),
+    (without(dinov2_shapes(), "encoder.layer.1.layer_scale2.lambda1"), "lacks 'encoder.layer.1.layer_scale2.lambda1'$"),
+    (without(siglip_shapes(), "head.attention.in_proj_bias"), "the file lacks 'head.attention.in_proj_bias'$"),
+    (siglip_shapes(**{"head.attention.in_proj_bias": (3 * D + 1,)}), r"is \[97\], not the rows of query, key and"),
+    (timm_shapes(reg_token=(2, D)), r"'reg_token' is \[2, 32\]: no ViT has that"),
     (flax_shapes(**AUGREG, **{"Transformer/posembed_input/pos_embedding": (1, 9, D), "Transformer/x": (1,)}),
      "read as augreg, the file has besides 'Transformer/x'$"),
     (without(flax_shapes(**AUGREG, **{"Transformer/posembed_input/pos_embedding": (1, 9, D)}),
@@ -533,11 +704,12 @@ def test_every_array_is_accounted_for(shapes, match):
 
 
 @pytest.mark.parametrize("shapes", [
-    timm_shapes(2), hf_shapes(), flax_shapes(**POSITIONS),
+    timm_shapes(2), hf_shapes(), flax_shapes(**POSITIONS), timm_shapes(reg_token=(1, 2, D)),
+    without(dinov2_shapes(2), "embeddings.mask_token"), siglip_shapes(),
     flax_shapes(**AUGREG, **{"Transformer/posembed_input/pos_embedding": (1, 9, D)})])
 def test_absurd_shapes_are_errors_of_the_file(shapes):
     arrays = random(shapes)
-    for name in (name for name in arrays if not re.search(r"(blocks|layer|encoderblock)[._]1", name)):
+    for name in (name for name in arrays if not re.search(r"(blocks|layers?|encoderblock)[._]1", name)):
         with pytest.raises(FormatError):
             understand(arrays | {name: np.zeros((), np.float32)}, num_heads=H)
 

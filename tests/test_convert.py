@@ -14,8 +14,10 @@ from cb_vit import startup
 from cb_vit.config import ConfigError, Failure
 from cb_vit.model_init import fit, open_init
 from cb_vit.models.vit import Model
+from cb_vit.pp import builder
 from cb_vit.pp.normalisation import HALF, IMAGENET, Normalisation
 from cb_vit.settings import check
+from cb_vit.tools import cli
 from cb_vit.tools import convert as tool_convert
 from cb_vit.weights import export, export_run, open_weights
 from cb_vit.weights.containers import FormatError, write_npz, write_safetensors
@@ -32,6 +34,7 @@ MODELS = {
     "cb": dict(pool_type="tok", context="cb", context_layers=(1,), layer_norm_eps=1e-3),
     "cb_s": dict(pool_type="gap", context="cb_s", gelu="erf", layer_scale=1e-4),
     "distilled": dict(pool_type="tok", distilled=True, context="cb", context_at="msa_end", gelu="erf"),
+    "registers": dict(pool_type="tok", registers=3, layer_scale=1e-4, gelu="erf"),
 }
 TARGETS = ["x.safetensors", "x.npz", "x"]
 
@@ -117,6 +120,19 @@ def test_images_that_are_no_square(tmp_path):
     file, said = convert(run, tmp_path / "wide.safetensors")
     assert "cb_vit.load" not in said and "img_size=(8, 16)" in said
     assert_same(cb_vit.load(file)[1], params)
+
+
+def test_images_of_another_size(runs, tmp_path):
+    run, _, _ = runs["registers"]
+    expected = cb_vit.load(run, image_size=12)[1]
+    for target in ("x.safetensors", "x"):
+        tool_convert.main(cli.parse(tool_convert, [run, str(tmp_path / target), "--image_size=12"]))
+        found = open_weights(tmp_path / target, "")
+        assert found.grid == (3, 3) and builder.build(found.pp, "pp").image_size == (12, 12)
+        assert_same(found.read(), expected)
+    assert json.loads((tmp_path / "x" / "run.json").read_text())["image_shape"] == [12, 12, 3]
+    assert refusal(tool_convert, run, tmp_path / "y", "--image_size=9").startswith("image_size: 9×9 is asked for, but ")
+    assert refusal(tool_convert, run, tmp_path / "y", "--image_size=big").startswith("--image_size: expected pixels")
 
 
 def test_fixed_positions_are_written_out_where_they_must_be_learned(tmp_path):

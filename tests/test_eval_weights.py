@@ -99,7 +99,7 @@ def test_what_cannot_be_scored_ends_in_one_line(trained, tmp_path):
              "--weights.normalisation: "),
             ([config, f"--weights={folder}/run", f"--workdir={folder}/run"], "--weights: takes the place of --workdir"),
             ([f"--workdir={folder}/run", "--ema"],
-             "--weights: not given, and --ema, --key, --prefix and --model are about it"),
+             "--weights: not given, and --ema, --key, --prefix, --image_size and --model are about it"),
             ([f"--weights={folder}/bv.npz"], "--config: not given; for example --config=digits, or --config=list"),
             (["--config=debug:size=20", f"--weights={folder}/run"],
              "config.evals.val.pp_fn: the model cannot take its images, (20, 20, 3)")):

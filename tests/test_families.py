@@ -17,6 +17,13 @@ BIG_VISION = ("cls", "embedding/kernel 4", "Transformer/encoderblock_0/LayerNorm
               "Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel 2", "Transformer/encoder_norm/scale", "head/kernel")
 WITH_HF = lambda *names: tuple(name.removeprefix("vit.") for name in HF[:3]) + names  # noqa: E731
 
+DINOV2 = WITH_HF("embeddings.mask_token 2", "encoder.layer.0.norm1.weight",
+                 "encoder.layer.0.attention.attention.query.weight 2", "encoder.layer.0.mlp.fc1.weight 2",
+                 "encoder.layer.0.layer_scale1.lambda1", "layernorm.weight")
+SIGLIP = ("embeddings.patch_embedding.weight 4", "embeddings.position_embedding.weight 2",
+          "encoder.layers.0.layer_norm1.weight", "encoder.layers.0.self_attn.q_proj.weight 2",
+          "encoder.layers.0.mlp.fc1.weight 2", "post_layernorm.weight")
+
 # The names of each are those of a published file, few of them.
 FAMILIES = {
     "a LoRA adapter": [
@@ -47,13 +54,16 @@ FAMILIES = {
     "a model of depth": [("backbone.embeddings.mask_token", "backbone.encoder.layer.0.layer_scale1.lambda1",
                           "neck.reassemble_stage.layers.0.projection.weight")],
     "a model of text with images": [("vision_tower.vision_model.pre_layrnorm.weight", "language_model.model.x")],
-    "a SigLIP": [("vision_model.head.probe", "vision_model.embeddings.patch_embedding.weight", "logit_scale",
-                  "text_model.embeddings.token_embedding.weight")],
+    "a SigLIP 2 for images of any shape (NaFlex)": [
+        ("vision_model.head.probe", "vision_model.embeddings.patch_embedding.weight 2", "logit_scale",
+         "text_model.embeddings.token_embedding.weight"),
+        (*(name.replace(" 4", " 2") for name in SIGLIP), "encoder.layers.0.self_attn.q_proj.weight 2")],
     "a CLIP": [
         ("visual.conv1.weight", "visual.ln_pre.weight", "transformer.resblocks.0.attn.in_proj_weight",
          "text_projection 2", "logit_scale"),
         ("visual.trunk.blocks.0.attn.qkv.weight", "text.token_embedding.weight", "logit_scale"),
         ("vision_model.pre_layrnorm.weight", "text_model.embeddings.token_embedding.weight"),
+        (*(f"vision_model.{name}" for name in SIGLIP), "text_model.embeddings.token_embedding.weight", "logit_bias"),
         ("module.visual.layer1.0.conv1.weight", "module.token_embedding.weight", "module.logit_scale")],
     "the image tower of a CLIP": [
         ("visual.class_embedding", "visual.ln_pre.weight", "visual.transformer.resblocks.0.attn.in_proj_weight"),
@@ -65,17 +75,18 @@ FAMILIES = {
         ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight")],
     "a DINOv3": [("storage_tokens", "rope_embed.periods", "blocks.0.ls1.gamma", "mask_token"),
                  ("embeddings.register_tokens", "embeddings.patch_embeddings.weight", "embeddings.mask_token",
-                  "layer.0.layer_scale1.lambda1")],
-    "a DINOv2 with register tokens": [(*TIMM, "register_tokens", "mask_token", "blocks.0.ls1.gamma"), WITH_HF(
-        "embeddings.mask_token", "embeddings.register_tokens", "encoder.layer.0.layer_scale1.lambda1")],
-    "a DINOv2": [(*TIMM, "mask_token", "blocks.0.ls1.gamma"), (*TIMM, "mask_token", "blocks.0.0.ls1.gamma"), WITH_HF(
-        "embeddings.mask_token", "encoder.layer.0.norm1.weight", "encoder.layer.0.layer_scale1.lambda1")],
+                  "layer.0.layer_scale1.lambda1"),
+                 (*(name for name in TIMM if name != "pos_embed 3"), "reg_token 3", "blocks.0.gamma_1")],
+    "a DINOv2 with a head that reads the class token beside the mean of patches": [
+        (*(f"dinov2.{name}" for name in DINOV2), "classifier.weight 2"),
+        (*(f"dinov2_with_registers.{name}" for name in DINOV2), "classifier.bias")],
     "an iBOT": [(*TIMM, "masked_embed")],
     "a masked autoencoder (MAE)": [
         (*TIMM, "mask_token", "decoder_pos_embed", "decoder_embed.weight", "decoder_blocks.0.attn.qkv.weight"),
         (*HF, "decoder.mask_token", "decoder.decoder_layers.0.layernorm_before.weight")],
     "a ViT in the names that transformers 5 has in memory": [
-        ("vit.embeddings.cls_token 3", "vit.layers.0.attention.q_proj.weight 2", "vit.layers.0.mlp.fc1.weight 2")],
+        ("vit.embeddings.cls_token 3", "vit.layers.0.attention.q_proj.weight 2", "vit.layers.0.mlp.fc1.weight 2"),
+        (*DINOV2, "encoder.layer.0.attention.q_proj.weight 2")],
     "a data2vec": [("data2vec_vision.embeddings.cls_token", "data2vec_vision.encoder.layer.0.lambda_1")],
     "a Swin Transformer V2": [
         ("patch_embed.proj.weight", "layers.0.blocks.0.attn.logit_scale", "layers.0.blocks.0.attn.q_bias"),
@@ -88,13 +99,13 @@ FAMILIES = {
                (*TIMM[:4], "blocks.0.attn.q_proj.weight", "blocks.0.mlp.fc1_g.weight")],
     "a ViT of masked images": [("encoder.mask_token", "encoder.blocks.0.attn.qkv.weight", "decoder.0.weight"),
                                (*HF, "vit.embeddings.mask_token", "decoder.0.weight")],
-    "a ViT with a token for masked patches": [(*TIMM, "mask_token")],
     "a ViT of torchvision": [("class_token", "conv_proj.weight", "encoder.pos_embedding",
                               "encoder.layers.encoder_layer_0.self_attention.in_proj_weight", "heads.head.weight")],
     "a NaFlexViT": [(*TIMM[3:], "embeds.proj.weight", "embeds.pos_embed")],
     "a hybrid": [(*TIMM, "patch_embed.backbone.stem.conv.weight"), (*BIG_VISION, "conv_root/kernel")],
-    "a ViT with register tokens": [(*TIMM, "reg_token"), (*TIMM, "register_tokens")],
-    "a ViT with gated MLPs (SwiGLU)": [(*TIMM, "blocks.0.mlp.w12.weight")],
+    "a ViT with gated MLPs (SwiGLU)": [
+        (*TIMM, "blocks.0.mlp.w12.weight"), (*TIMM, "register_tokens", "mask_token 2", "blocks.0.0.mlp.w12.weight"),
+        (*DINOV2, "encoder.layer.0.mlp.weights_in.weight")],
     "a ViT with norms on queries and keys": [(*TIMM, "blocks.0.attn.q_norm.weight")],
     "a TinyViT": [("patch_embed.seq.0.c.weight", "layers.1.blocks.0.local_conv.c.weight",
                    "layers.1.blocks.0.attn.attention_biases", "layers.1.blocks.0.attn.qkv.weight")],
@@ -173,6 +184,10 @@ def test_every_row_is_met():
     TIMM, HF, BIG_VISION, WITH_HF(*(name.removeprefix("vit.") for name in HF[3:6]), "pooler.dense.weight"),
     (*TIMM, "dist_token", "head_dist.weight"), (*TIMM, "blocks.0.ls1.gamma"), (*TIMM, "blocks.0.gamma_1"),
     (*TIMM[1:], "attn_pool.latent", "attn_pool.kv.weight", "attn_pool.mlp.fc1.weight"), (*TIMM, "pre_logits.fc.weight"),
+    (*TIMM, "reg_token 3"), (*TIMM, "mask_token 2", "register_tokens 3", "blocks.0.ls1.gamma"), (*TIMM, "mask_token"),
+    (*TIMM[:3], "mask_token 2", "blocks.0.0.attn.qkv.weight 2", "blocks.0.0.ls1.gamma"), DINOV2,
+    (*DINOV2, "embeddings.register_tokens 3"), SIGLIP, (*SIGLIP, "head.probe 3", "head.attention.in_proj_weight 2"),
+    (*(f"vision_model.{name}" for name in SIGLIP), "classifier.weight 2"), (*BIG_VISION, "reg 3"),
     (*TIMM, "blocks.0.mlp.context_scale"), tuple(name.replace("vit.", "deit.") for name in HF),
     (*BIG_VISION, "MAPHead_0/probe", "pre_logits/kernel", "Transformer/posembed_input/pos_embedding"),
     ("a", "b.c", "head.weight")])

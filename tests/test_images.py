@@ -3,7 +3,7 @@ import pytest
 
 from cb_vit.pp import builder
 from cb_vit.pp.normalisation import HALF
-from cb_vit.weights.dialects.images import evaluation, normalisation, preprocessor
+from cb_vit.weights.dialects.images import evaluation, for_size, normalisation, preprocessor
 
 RANGE = "vgg_value_range((127.5, 127.5, 127.5), (127.5, 127.5, 127.5))"
 TIMM = dict(mean=[0.5] * 3, std=[0.5] * 3, input_size=[3, 32, 32], crop_pct=0.9, interpolation="bilinear")
@@ -26,6 +26,8 @@ VIT = dict(image_processor_type="ViTImageProcessor")
     (dict(image_processor_type="BitImageProcessor", size=40, default_to_square=True, do_center_crop=False),
      "resize((40, 40), 'bicubic')"),
     (VIT | dict(size=40, default_to_square=False), "resize_small(40, 'bilinear')"),
+    (dict(image_processor_type="SiglipImageProcessor"), "resize((224, 224), 'bicubic')"),
+    (dict(model_type="siglip", image_mean=[0.5] * 3), "resize((224, 224), 'bicubic')"),
     (VIT | dict(do_resize=False), ""), (VIT | dict(size=dict(shortest_edge=40), do_center_crop=True, crop_size=32),
                                         "resize_small(40, 'bilinear')|central_crop((32, 32))")], ids=str)
 def test_it_is_done(card, steps):
@@ -52,6 +54,23 @@ def test_without_a_card_it_is_a_guess_that_is_said():
     pp, note = evaluation({}, HALF, (4, 4), (4, 4))
     assert pp == f"decode|resize_small(18, 'bicubic')|central_crop((16, 16))|{RANGE}" and "taken to be" in note
     assert evaluation({}, None, (4, 4), (4, 4)) == evaluation({}, HALF, None, (4, 4)) == (None, None)
+
+
+@pytest.mark.parametrize("pp, size, expected", [
+    ("decode|resize_small(256, 'bilinear')|central_crop((224, 224))|value_range(-1, 1)", (518, 518),
+     "decode|resize_small(592, method='bilinear')|central_crop(518)|value_range(-1, 1)"),
+    ("decode|resize_small(smaller_size=256)|central_crop(size=224)", (112, 112),
+     "decode|resize_small(128)|central_crop(112)"),
+    ("decode(1)|resize((32, 64), antialias=False, method='bilinear')|value_range", (16, 32),
+     "decode(1)|resize((16, 32), method='bilinear', antialias=False)|value_range"),
+    ("decode|resize(32)|central_crop(28)|value_range", (28, 28), None),
+    ("decode|resize_small(32)|central_crop(28)|value_range", (28, 56),
+     "decode|resize_small(32)|central_crop(28)|resize((28, 56))|value_range"),
+    ("decode|value_range", (8, 8), "decode|resize((8, 8))|value_range"), ("", (8, 8), "resize((8, 8))"),
+    ("decode|resize(33)|central_crop(32)", (31, 31), "decode|resize(32)|central_crop(31)")], ids=str)
+def test_a_preprocessing_for_images_of_another_size(pp, size, expected):
+    assert for_size(pp, size) == (pp if expected is None else expected)
+    assert builder.build(for_size(pp, size), "pp").image_size == size
 
 
 @pytest.mark.parametrize("card, expected", [

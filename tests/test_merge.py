@@ -105,11 +105,12 @@ def test_a_head_that_only_one_side_has():
 
 def test_what_a_plain_model_lacks_of_cb_s_and_of_a_distilled_one():
     theirs = params(1, pool_type="tok")
-    settings = dict(pool_type="tok", context="cb_s", distilled=True)
+    settings = dict(pool_type="tok", context="cb_s", distilled=True, registers=2)
     ours = params(0, **settings)
     found, lines = merged(ours, theirs, settings=settings)
-    anew = [name for name in found if name.endswith("context_scale")] + ["dist", "head_dist/kernel", "head_dist/bias"]
-    assert len(anew) == 5
+    anew = [name for name in found if name.endswith("context_scale")]
+    anew += ["dist", "reg", "head_dist/kernel", "head_dist/bias"]
+    assert len(anew) == 6
     assert_from(found, flat(ours), anew)
     assert_from(found, flat(theirs), found.keys() - set(anew))
     assert lines[1].startswith("begun anew, as the file has none: ") and all(name in lines[1] for name in anew)
@@ -147,6 +148,8 @@ def test_a_position_embedding_in_dont_load_is_not_said_to_be_resampled():
     ({}, dict(width=32), r"has another shape of Transformer/\S+ \(\[32\], here \[16\]\), .* and \d+ more.*dont_load"),
     (dict(depth=3), {}, "lacks Transformer/encoderblock_2/LayerNorm_0/bias, .* and 13 more.*dont_load"),
     ({}, dict(depth=3), "has besides Transformer/encoderblock_2/LayerNorm_0/bias"),
+    ({}, dict(registers=2), "has besides reg"),
+    (dict(registers=3), dict(registers=2), r"has another shape of reg \(\[1, 2, 16\], here \[1, 3, 16\]\)"),
     ({}, dict(pool_type="tok"), "has besides cls"), (dict(pool_type="map"), {}, "lacks MAPHead_0/"),
     (dict(layer_scale=0.1), {}, "lacks Transformer/encoderblock_0/LayerScale_0/gamma"),
     ({}, dict(context="cb_s"), "has besides .*context_scale"), ({}, dict(posemb="sincos2d"), "lacks pos_embedding"),

@@ -205,7 +205,7 @@ def test_describe_first_match_wins():
     assert rows["head/kernel"].shape == (4, 5)
 
 
-LAYERS = ["embedding/kernel", "cls", "dist", "pos_embedding", "Transformer/encoderblock_0/Dense_0/kernel",
+LAYERS = ["embedding/kernel", "cls", "dist", "reg", "pos_embedding", "Transformer/encoderblock_0/Dense_0/kernel",
           "Transformer/encoderblock_1/Dense_0/kernel", "Transformer/encoderblock_2/Dense_0/kernel",
           "Transformer/encoder_norm/scale", "head/kernel", "head_dist/bias"]
 
@@ -214,7 +214,7 @@ def test_layer_decay_falls_from_the_heads_to_the_embedding():
     """BEiT: decay^(L + 1 - i), here L = 3; times lr_mults."""
     params = nested(draw(0, dict.fromkeys(LAYERS, (2, 2))))
     mults = {rule.name: rule.lr_mult for rule in describe(config(layer_decay=0.5, lr_mults=[("head/.*", 3.0)]), params)}
-    assert [mults[name] for name in LAYERS] == [1 / 16] * 4 + [1 / 8, 1 / 4, 1 / 2] + [1, 3, 1]
+    assert [mults[name] for name in LAYERS] == [1 / 16] * 5 + [1 / 8, 1 / 4, 1 / 2] + [1, 3, 1]
     tx, _ = build(params, layer_decay=0.5, optax_name="identity", lr=1.0)
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
     for name, update in flat(updates).items():

@@ -1,4 +1,4 @@
-"""A trained model made to fit: for images of other channels, and without its head; from files and from runs alike."""
+"""A trained model made to fit, a file's or a run's: for images of another size, of other channels, without its head."""
 import dataclasses
 import json
 import logging
@@ -13,7 +13,8 @@ from cb_vit import dist, sharding
 from cb_vit.config import ConfigError
 from cb_vit.experiment import build
 from cb_vit.model_init import fit, open_init
-from cb_vit.models.resample import adapt_channels
+from cb_vit.models.resample import adapt_channels, resample_posemb
+from cb_vit.pp import builder
 from cb_vit.pp.normalisation import HALF, IMAGENET
 from cb_vit.settings import check
 from cb_vit.tree import flatten_with_names
@@ -66,10 +67,10 @@ def stem(params, pixels, normalisation):
     return np.einsum("bypxqc,pqcd->byxd", patches, kernel) + bias
 
 
-def assert_rest_is_the_same(found, params):
+def assert_rest_is_the_same(found, params, but="embedding/"):
     rest = dict(flatten_with_names(params)[0])
     for name, leaf in flatten_with_names(found)[0]:
-        if not name.startswith("embedding/"):
+        if not name.startswith(but):
             np.testing.assert_array_equal(leaf, rest[name], err_msg=name)
 
 
@@ -156,15 +157,70 @@ def test_a_file_without_a_head(files, tmp_path):
         cb_vit.load(tmp_path / "bare", num_classes=5)
 
 
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("size, grid", [(12, (3, 3)), ((8, 16), (2, 4))])
+def test_images_of_another_size(files, params, source, size, grid):
+    found = open_weights(files / source, "path", image_size=size, **GIVEN.get(source, {}))
+    tree = found.read()
+    expected = resample_posemb(params["pos_embedding"], grid)
+    np.testing.assert_allclose(tree["pos_embedding"], expected, atol=1e-6)
+    assert_rest_is_the_same(tree, params, but="pos_embedding")
+    assert found.grid == grid and builder.build(found.pp, "pp").image_size == tuple(4 * side for side in grid)
+    assert f"its positions are resampled from 2×2 to {grid[0]}×{grid[1]}, as image_size asks" in found.notes
+    images = jnp.ones((1, 4 * grid[0], 4 * grid[1], 3))
+    assert jax.eval_shape(found.model.apply, {"params": tree}, images)[0].shape == (1, CLASSES)
+
+
+def test_images_of_the_same_size_and_of_none(files, params):
+    path = files / "half.safetensors"
+    plain, same = (open_weights(path, "path", image_size=size) for size in (None, (8, 8)))
+    assert (plain.notes, plain.pp, plain.grid) == (same.notes, same.pp, same.grid)
+    assert_rest_is_the_same(same.read(), params, but="nothing")
+    for wrong in (0, -4, "8", True, 8.0, (8,), (8, 8, 8), (8, None), [[8], 8], 1 << 40):
+        with pytest.raises(ConfigError, match=r"^image_size: expected pixels, such as 224 or \(224, 320\), got "):
+            refit.with_image_size(plain, wrong)
+    for wrong, near in ((9, "8×8"), ((8, 3), "8×4"), (1, "4×4")):
+        with pytest.raises(ConfigError, match=f"^image_size: .* patches of .* are 4×4, which .* it; take {near}"):
+            cb_vit.load(path, image_size=wrong)
+
+
+def test_fixed_positions_are_for_any_size(tmp_path):
+    model = cb_vit.Model(CLASSES, **SIZES | dict(distilled=False, posemb="sincos2d"))
+    tree = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    write_npz(tmp_path / "fixed.npz", to_big_vision(jax.device_get(tree)))
+    found = open_weights(tmp_path / "fixed.npz", "path", image_size=(12, 20), gelu="erf", pool_type="tok")
+    assert found.grid == (3, 5) and not any("resampled" in note for note in found.notes)
+    assert_rest_is_the_same(found.read(), tree, but="nothing")
+
+
+def test_a_card_for_images_of_another_size_than_the_positions_are_for(files, tmp_path, caplog):
+    """As that of DINOv2, which is trained on 518 pixels and prepares 224."""
+    card = dict(image_processor_type="BitImageProcessor", size=dict(shortest_edge=14), image_mean=[0.5] * 3,
+                crop_size=dict(height=12, width=12), image_std=[0.5] * 3)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(card))
+    (tmp_path / "model.safetensors").write_bytes((files / "half.safetensors").read_bytes())
+    note = "its images are prepared in 12×12 pixels, its positions are for 8×8: give image_size=12, or the other"
+    found = open_weights(tmp_path, "path")
+    assert found.other_size() == (note,) and builder.build(found.pp, "pp").image_size == (12, 12)
+    for size, steps in ((12, "resize_small(14, 'bicubic')|central_crop((12, 12))"),
+                        (24, "resize_small(28)|central_crop(24)"), (8, "resize_small(9)|central_crop(8)")):
+        found = open_weights(tmp_path, "path", image_size=size)
+        assert found.other_size() == () and f"decode|{steps}|" in found.pp
+    caplog.set_level(logging.INFO)
+    cb_vit.load(tmp_path)
+    assert note in caplog.text
+
+
 @pytest.mark.parametrize("source", ["imagenet.safetensors", "run"])
-def test_both_at_once_and_straight_into_shards(files, params, source):
+def test_all_at_once_and_straight_into_shards(files, params, source):
     mesh = dist.create_mesh([("data", -1)])
     place = lambda shapes: sharding.place(shapes, [(".*", "fsdp(axis='data', min_size_to_shard_mb=0)")], mesh)  # noqa: E731
-    _, tree = cb_vit.load(files / source, channels=4, num_classes=0, place=place)
-    shapes = open_weights(files / source, "path", channels=4, num_classes=0).shapes
+    _, tree = cb_vit.load(files / source, channels=4, num_classes=0, image_size=16, place=place)
+    shapes = open_weights(files / source, "path", channels=4, num_classes=0, image_size=16).shapes
     for (name, leaf), wanted in zip(flatten_with_names(tree)[0], jax.tree.leaves(place(shapes)), strict=True):
         assert leaf.sharding == wanted.sharding and leaf.shape == wanted.shape, name
     np.testing.assert_allclose(tree["embedding"]["kernel"], adapt_channels(params["embedding"]["kernel"], 4), rtol=1e-6)
+    np.testing.assert_allclose(tree["pos_embedding"], resample_posemb(params["pos_embedding"], (4, 4)), atol=1e-6)
 
 
 def test_merging_into_a_model_of_grey_images(files):

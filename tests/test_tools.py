@@ -76,9 +76,18 @@ def test_inspect_config_without_the_data(tmp_path):
     assert len(out.splitlines()) <= 10
 
 
-@pytest.mark.parametrize("name, flag", [("key", "--key"), ("prefix", "--prefix"), ("params", "--ema"), ("path", "SRC")])
+@pytest.mark.parametrize("name, flag", [("key", "--key"), ("prefix", "--prefix"), ("params", "--ema"), ("path", "SRC"),
+                                        ("image_size", "--image_size")])
 def test_model_takes_nothing_that_is_another_flags(name, flag):
     with pytest.raises(ConfigError, match=f"^--model: '{name}' says nothing of a model; it is given as .*{flag}"):
         source._keywords([f"{name}=x"])
     assert source._keywords(["num_classes=0", "channels=1", "context=cb"]) == dict(
         num_classes=0, channels=1, context="cb")
+
+
+def test_image_size_is_a_number_or_two():
+    for text, size in (("224", 224), ("224, 320", (224, 320)), (None, None)):
+        assert source._image_size(text) == size
+    for wrong in ("", "22x", "1,2,3", "224,", "-8", "1e3", "²"):
+        with pytest.raises(ConfigError, match="^--image_size: expected pixels, such as 224 or 224,320"):
+            source._image_size(wrong)

@@ -101,7 +101,8 @@ def reference(params, images, heads, gelu, prefix=()):
             h = act(norm(x, b["LayerNorm_1"]) @ m["Dense_0"]["kernel"] + m["Dense_0"]["bias"])
             x = x + h @ m["Dense_1"]["kernel"] + m["Dense_1"]["bias"]
         x = norm(x, p["Transformer"]["encoder_norm"])
-        logits.append((x[0] if prefix else x.mean(0)) @ p["head"]["kernel"] + p["head"]["bias"])
+        pooled = x[0] if "cls" in prefix else x[len(x) - len(patches):].mean(0)
+        logits.append(pooled @ p["head"]["kernel"] + p["head"]["bias"])
     return np.stack(logits)
 
 
@@ -121,7 +122,7 @@ def test_without_context_it_is_the_plain_vit(pool_type, gelu, scan):
 @pytest.mark.parametrize("kw", [
     dict(context="cb"), dict(context="cb_s", layer_scale=0.1), dict(context="cb", context_layers=[1]),
     dict(context="none", drop_path=0.3, dropout=0.2), dict(context="cb", drop_path=0.4, drop_path_schedule="constant"),
-    dict(context="cb", remat_policy="nothing_saveable", drop_path=0.2)])
+    dict(context="cb", remat_policy="nothing_saveable", drop_path=0.2, registers=2)])
 def test_loop_and_scan_are_the_same_function(kw):
     loop, scan = Model(7, **SMALL, **kw), Model(7, **SMALL, **kw, scan=True)
     params = init(loop)
@@ -136,6 +137,28 @@ def test_loop_and_scan_are_the_same_function(kw):
     np.testing.assert_allclose(a, b, rtol=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), out_a, out_b)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), grad_a, to_loop(grad_b))
+
+
+@pytest.mark.parametrize("pool_type", ["tok", "gap", "map", "none"])
+def test_registers_stand_before_the_patches_and_no_head_reads_them(pool_type):
+    model = Model(7, **SMALL, pool_type=pool_type, registers=3)
+    params = init(model)
+    got, out = jax.jit(model.apply)({"params": params}, IMAGES)
+    token = int(pool_type == "tok")
+    assert params["reg"].shape == (1, 3, 32) and out["encoded"].shape == (2, token + 3 + 6, 32)
+    if pool_type in ("tok", "gap"):
+        expected = reference(params, IMAGES, heads=2, gelu="tanh", prefix=("cls",) * token + ("reg",))
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    close(out["pre_logits_2d"], out["encoded"][:, token + 3:].reshape(2, 2, 3, 32))
+    if pool_type == "map":
+        close(out["head_input"], MAPHead(model.config).apply({"params": params["MAPHead_0"]}, out["encoded"][:, 3:]))
+    if pool_type == "none":
+        assert got.shape == (2, 9, 7)
+        context = Model(7, **SMALL, pool_type="none", registers=3, context="cb", context_layers=(0,))
+        plain, mixed = (out["encoder"]["block00"]["mlp"] for out in (
+            out, context.apply({"params": params}, IMAGES)[1]))
+        close(mixed, (plain + plain.mean(axis=1, keepdims=True)) / 2)
 
 
 def test_layouts_convert_both_ways():
@@ -232,7 +255,7 @@ def test_drop_path_rates_grow_linearly_from_zero():
 
 @functools.cache
 def initialised(school):
-    model = Model(100, "Ti/16", pool_type="tok", init=school, depth=1)
+    model = Model(100, "Ti/16", pool_type="tok", init=school, depth=1, registers=4)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
     return flax.traverse_util.flatten_dict(params, sep="/")
 
@@ -240,7 +263,8 @@ def initialised(school):
 @pytest.mark.parametrize("school, leaf, std", [
     ("deit", "head/kernel", 0.02), ("deit", "Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel", 0.02),
     ("deit", "pos_embedding", 0.02), ("deit", "embedding/kernel", 0.036084 / 3**0.5),
-    ("deit", "embedding/bias", 0.036084 / 3**0.5), ("big_vision", "head/kernel", 0.0),
+    ("deit", "embedding/bias", 0.036084 / 3**0.5), ("big_vision", "head/kernel", 0.0), ("deit", "reg", 1e-6),
+    ("big_vision", "reg", 1e-6),
     ("big_vision", "pos_embedding", 1 / 192**0.5), ("big_vision", "cls", 0.0),
     ("big_vision", "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel", (2 / 384) ** 0.5),
     ("big_vision", "Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel", (2 / 960) ** 0.5),
@@ -298,7 +322,10 @@ def test_bfloat16_matmuls_stay_near_float32_and_parameters_stay_float32():
     (dict(variant="S/16", drop_path=1.0), r"model.drop_path: is a probability in \[0, 1\), got 1.0"),
     (dict(variant="S/16", context="cb", context_layers=[12]), "model.context_layers: blocks are 0 to 11"),
     (dict(variant="S/16", context="cb_s", context_layers=[1], scan=True), "model.context_layers: cb_s in some"),
-    (dict(variant="S/16", distilled=True), "model.distilled: needs pool_type='tok'")])
+    (dict(variant="S/16", distilled=True), "model.distilled: needs pool_type='tok'"),
+    (dict(variant="S/16", registers=-1), "model.registers: is a number of tokens, 0 or more, got -1"),
+    (dict(variant="S/16", registers="4"), "model.registers: expected a whole number"),
+    (dict(variant="S/16", registers=2, pool_type="0"), "model.registers: 2 with pool_type='0': the first token would")])
 def test_impossible_models_are_refused_by_name(kw, message):
     with pytest.raises(ConfigError, match=message):
         Model(10, **kw)
@@ -339,7 +366,7 @@ BAD_IMAGES = {
     "list": ([[0.0]], r"^images: are a list; give one array \[b y x c\] of float32"),
     "channels first": (of((1, 3, 8, 12)), r"^images: \[1 3 8 12\] have .* first; .*images.transpose\(0, 2, 3, 1\)"),
     "channels": (of((1, 8, 12, 1)), r"^images: \[1 8 12 1\] have 1 channels, .* embedding 3; .*channels=1\)"),
-    "size": (of((1, 8, 8, 3)), r"^images: of 8×8 pixels are 2×2 patches, pos_embedding has 6; .*merge.*\(8, 8\)\)"),
+    "size": (of((1, 8, 8, 3)), r"^images: of 8×8 pixels are 2×2 patches, pos_embedding has 6; .*load.*\(8, 8\)\)"),
     "patch": (of((1, 8, 9, 3)), "^model.patch_size: 4×4 does not divide the image of 8×9"),
     "no pixels": (of((1, 0, 12, 3)), "^model.patch_size: 4×4 does not divide the image of 0×12")}
 NUMBERS_ONLY = [name for name in BAD_IMAGES if name not in ("object", "list")]

@@ -1,12 +1,13 @@
 """docs/weights.md as a reader runs it, on small stand-ins of the files it names; what needs a network is left out."""
 import importlib.util
+import json
 import re
 import shlex
 
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import ROOT, program
+from helpers import ROOT, H, dinov2_shapes, program, random, siglip_shapes
 from PIL import Image
 
 import cb_vit
@@ -58,6 +59,14 @@ def files(tmp_path_factory):
     (folder / "runs").mkdir()
     export(open_weights(folder / "digits.npz", "", context="cb"), str(folder / "runs" / "digits"))
     (folder / "digits.npz").unlink()
+    tower = {f"vision_model.{name}": shape for name, shape in siglip_shapes().items()}
+    for name, shapes, card in (
+            ("dinov2_small", dinov2_shapes(), dict(model_type="dinov2")),
+            ("siglip", tower | {"text_model.embeddings.token_embedding.weight": (3, 3), "logit_scale": (1,)},
+             dict(model_type="siglip", vision_config=dict(num_attention_heads=H)))):
+        (folder / name).mkdir()
+        write_safetensors(folder / name / "model.safetensors", random(shapes))
+        (folder / name / "config.json").write_text(json.dumps(dict(num_attention_heads=H) | card))
     (folder / "scans").mkdir()
     Image.new("RGB", (SIZE, SIZE), "teal").save(folder / "scans" / "a.png")
     return folder
@@ -73,6 +82,7 @@ def test_a_snippet(files, monkeypatch, number):
     monkeypatch.chdir(files)
     names = {}
     snippet = re.sub(r"\b(8|224), (8|224)(?=, [13]\))", f"{SIZE}, {SIZE}", snippet)
+    snippet = snippet.replace("image_size=224", f"image_size={SIZE}")
     exec(compile(snippet, f"docs/weights.md, snippet {number}", "exec"), names)
     if "batches" in snippet:
         assert jnp.isfinite(names["value"])

@@ -18,14 +18,14 @@ MOST_HEADS = 16  # more would be too small to see
 
 
 def reading_tokens(config: Config) -> slice:
-    """The tokens that the head reads: class and distillation tokens where it reads these, else all tokens.
+    """The tokens that the head reads: class and distillation tokens where it reads these, else patches, or all tokens.
 
     Args:
         config: the model's resolved settings.
     """
     if config.pool_type in ("tok", "0"):
         return slice(0, 2 if config.distilled else 1)
-    return slice(None)
+    return slice(None) if config.pool_type == "none" else slice(config.registers, None)
 
 
 def patch_map(attention: Float[Array, "*b n n"], queries: slice, grid: tuple[int, int]) -> Float[Array, "*b gy gx"]:
@@ -37,8 +37,8 @@ def patch_map(attention: Float[Array, "*b n n"], queries: slice, grid: tuple[int
         grid: rows and columns of patches.
 
     Returns:
-        Multiples of uniform attention: share × n. What goes to class tokens is left out, so that the mean is below 1
-        where much of it does.
+        Multiples of uniform attention: share × n. What goes to class tokens and registers is left out, so that the mean
+        is below 1 where much of it does.
     """
     shares = jnp.mean(attention[..., queries, -math.prod(grid):], axis=-2) * attention.shape[-1]
     return shares.reshape(*shares.shape[:-1], *grid)
@@ -93,7 +93,10 @@ class View:
         """Whose attention is shown, in words."""
         if self.config.pool_type == "tok":
             return "the class and distillation tokens" if self.config.distilled else "the class token"
-        return "the first token" if self.config.pool_type == "0" else "all tokens, on average"
+        if self.config.pool_type == "0":
+            return "the first token"
+        reads_patches = self.config.registers and self.config.pool_type != "none"
+        return f"all {'patches' if reads_patches else 'tokens'}, on average"
 
     @property
     def titles(self) -> tuple[str, ...]:

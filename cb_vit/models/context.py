@@ -17,7 +17,7 @@ def broadcast_context(
     scale: Float[Array, " d"] | None = None,
     mask: Bool[Array, "*b n"] | None = None,
 ) -> Float[Array, "*b n d"]:
-    """Average each token with the mean of all tokens, class token included: (x + mean_n x) / 2.
+    """Average each token with the mean of all tokens, class token and registers included: (x + mean_n x) / 2.
 
     Args:
         x: n tokens of width d, with any leading axes.

@@ -243,6 +243,8 @@ class Init:
         self.head = normal if deit else i.lecun_normal()
         self.posemb = normal if deit else i.normal(1 / math.sqrt(config.width))
         self.token = normal if deit else i.zeros
+        # Neither has any, so as in the code of their paper. Zeros would stay alike: nothing else tells them apart.
+        self.registers = i.normal(1e-6)
         self.patch_kernel = _torch_uniform if deit else i.lecun_normal()
         self.patch_bias = (lambda fan_in: _uniform(fan_in)) if deit else (lambda fan_in: i.zeros)
 

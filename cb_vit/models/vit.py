@@ -68,8 +68,8 @@ def merge(
 
     Position embeddings are resampled onto the model's grid, and the patch embedding to the size of its patches; a head
     of another size keeps its initial value. All else must fit. A model may have what its file has not: heads, the
-    distillation token, and λ of CB_S, which begins as the CB of the paper. LayerScale is not among them: its small γ
-    would silence every block that was loaded.
+    distillation token, registers, and λ of CB_S, which begins as the CB of the paper. LayerScale is not among them: its
+    small γ would silence every block that was loaded.
 
     Args:
         init_params: the initial parameters, in the model's own layout.
@@ -109,7 +109,7 @@ def merge(
 
     params, report = merge_params(
         to_loop(init_params), loaded, dont_load, heads=("head", "head_dist"), other_heads=other_classes,
-        fresh=r"dist|.*/context_scale",
+        fresh=r"dist|reg|.*/context_scale",
         fit={"pos_embedding": fit_posemb, "embedding/kernel": fit_patch})
     return to_scan(params) if config.scan else params, report
 
@@ -140,9 +140,10 @@ class ViT(nn.Module):
 
         Returns:
             `(logits, out)`: logits [b, num_classes] (the mean of both heads if distilled), and the
-            named intermediates, big_vision's and ours: "stem" [b gy gx d]; "with_posemb" [b n d];
-            "encoder/blockXX" with "sa", "+sa", "mlp", "+mlp" [b n d] and, if asked for, "attention" [b h n n] or what
-            is made of it; "encoder/pre_ln" [b n d], what the last block gives; "encoded" [b n d], after the norm;
+            named intermediates, big_vision's and ours: "stem" [b gy gx d]; "with_posemb" [b p d], of the p patches that
+            come last of the n tokens, after class token, distillation token and registers; "encoder/blockXX" with
+            "sa", "+sa", "mlp", "+mlp" [b n d] and, if asked for, "attention" [b h n n] or what is made of it;
+            "encoder/pre_ln" [b n d], what the last block gives; "encoded" [b n d], after the norm;
             "head_input" [b d], the pooled tokens (not with pool_type="none"); "pre_logits" and "logits", what the head
             sees and says; "pre_logits_2d" [b gy gx …] and "logits_2d" [b gy gx num_classes], the same on each patch;
             "logits_cls" and "logits_dist" if distilled, and "logits_2d" is then of the first one's head. What is not
@@ -166,8 +167,11 @@ class ViT(nn.Module):
         # Positions are added before the tokens are put in front, so these have none: DeiT's extra entry for the class
         # token is part of `cls` here.
         prefix = ["cls"] * (cfg.pool_type == "tok") + ["dist"] * cfg.distilled
-        tokens = [self.param(name, init.token, (1, 1, cfg.width), jnp.float32).astype(x.dtype) for name in prefix]
-        x = jnp.concatenate([*(jnp.broadcast_to(t, (x.shape[0], 1, cfg.width)) for t in tokens), x], axis=1)
+        tokens = [self.param(name, init.token, (1, 1, cfg.width), jnp.float32) for name in prefix]
+        if cfg.registers:
+            tokens.append(self.param("reg", init.registers, (1, cfg.registers, cfg.width), jnp.float32))
+        tokens = [jnp.broadcast_to(t.astype(x.dtype), (x.shape[0], *t.shape[1:])) for t in tokens]
+        x, before = jnp.concatenate([*tokens, x], axis=1), len(prefix) + cfg.registers
 
         # Blocks fold their numbers, 0 … depth - 1, into this one key, so `depth` is free for the dropout here.
         key = self.make_rng("dropout") if train and (cfg.dropout or cfg.drop_path) else None
@@ -175,7 +179,7 @@ class ViT(nn.Module):
         x, out["encoder"] = Encoder(cfg, attention, name="Transformer")(x, key)
         out["encoded"] = x
 
-        pooled, patches = self._pool(x), x[:, len(prefix):].reshape(x.shape[0], *grid, cfg.width)
+        pooled, patches = self._pool(x), x[:, before:].reshape(x.shape[0], *grid, cfg.width)
         if cfg.pool_type != "none":
             out["head_input"] = pooled[0]
         if cfg.rep_size:
@@ -199,10 +203,10 @@ class ViT(nn.Module):
     def _pool(self, x: Float[Array, "b n d"]) -> list[Float[Array, "b ..."]]:
         """What the heads see: one entry a head."""
         cfg = self.config
-        if cfg.pool_type == "gap":
-            return [jnp.mean(x, axis=1)]  # there is no class token to leave out
-        if cfg.pool_type == "map":
-            return [MAPHead(cfg)(x)]
+        if cfg.pool_type in ("gap", "map"):
+            # Of patches alone, as in timm (`pool_include_prefix=False`); there is no class token besides the registers.
+            patches = x[:, cfg.registers:]
+            return [jnp.mean(patches, axis=1) if cfg.pool_type == "gap" else MAPHead(cfg)(patches)]
         if cfg.pool_type == "none":
             return [x]
         return [x[:, i] for i in range(2 if cfg.distilled else 1)]

@@ -49,8 +49,8 @@ class Config:
         mlp_dim: hidden channels of an MLP; None: the variant's.
         num_heads: attention heads of a block, which divide `width`; None: the variant's.
         posemb: position embeddings: "learn" (learned), or "sincos2d" (MoCo-v3's, fixed).
-        pool_type: what the head sees: "gap" mean over tokens; "map" attention pooling; "tok" class token; "0" first
-            token; "none" every token.
+        pool_type: what the head sees: "gap" mean over patches; "map" attention pooling of patches; "tok" class token;
+            "0" first token; "none" every token.
         rep_size: width of a tanh layer before the head; True: the model's width; False: no such layer.
         dropout: rate of dropout after the position embedding, in MLPs and after attention; 0: none.
         head_zeroinit: whether the head's kernel begins at zero; None: as `init` has it (big_vision yes, DeiT no).
@@ -60,7 +60,8 @@ class Config:
         dtype_mm: dtype of the matrix products and of the residual stream, as in big_vision (but there the stream is
             float32 where `pos_embedding` was made so: a smaller error, for more memory traffic); softmax, norms, the
             mean of CB, attention pooling, the head and all parameters are float32.
-        context: Context Broadcasting: "none", "cb", or "cb_s" (scaled per channel; our reading of the paper).
+        context: Context Broadcasting: "none", "cb", or "cb_s" (scaled per channel; our reading of the paper). The mean
+            is over all tokens: class and distillation token and registers are in it, and receive it.
         context_at: place in a block where context is broadcast; the paper's is "mlp_end".
         context_layers: numbers (from 0) of the blocks that broadcast context; None: all.
         drop_path: rate of stochastic depth, of the last block or of all, see `drop_path_schedule`; 0: none.
@@ -72,6 +73,8 @@ class Config:
             Hugging Face's ViT.
         init: initialisation of all weights, "big_vision" or "deit".
         distilled: whether there are DeiT's distillation token and a head for it.
+        registers: number of learned tokens without a position, after class and distillation token and before the
+            patches, that no head reads ("Vision Transformers Need Registers", arXiv 2309.16588); 0: none.
     """
 
     variant: str | None = None
@@ -98,6 +101,7 @@ class Config:
     layer_norm_eps: float = 1e-6
     init: Literal["big_vision", "deit"] = "big_vision"
     distilled: bool = False
+    registers: int = 0
 
     def __post_init__(self):
         for name in ("dropout", "drop_path"):
@@ -110,6 +114,11 @@ class Config:
         # DeiT's two heads stand on two tokens, class and distillation, and `pre_logits` would belong to only one.
         if self.distilled and (self.pool_type != "tok" or self.rep_size):
             raise ConfigError("distilled", f"needs pool_type='tok' without rep_size, got {self.pool_type!r}")
+        if self.registers < 0:
+            raise ConfigError("registers", f"is a number of tokens, 0 or more, got {self.registers}")
+        if self.registers and self.pool_type == "0":
+            raise ConfigError("registers", f"{self.registers} with pool_type='0': the first token would be a register; "
+                                           "choose 'tok', 'gap' or 'map'")
         if self.scan and self.context == "cb_s" and self.context_layers is not None:
             raise ConfigError("context_layers", "cb_s in some blocks only needs scan=False: scanned blocks are alike")
 
@@ -245,7 +254,7 @@ def check_images(config: Config, image: Any, params: Mapping[str, Any]) -> None:
         side = math.isqrt(known)
         theirs = f"{side}×{side}" if side * side == known else f"{known}"
         raise ConfigError("images", f"of {shape[1]}×{shape[2]} pixels are {rows}×{columns} patches, pos_embedding has "
-                                    f"{theirs}; resize them, or resample it: cb_vit.merge(…, image_size="
+                                    f"{theirs}; resize them, or resample it: cb_vit.load(…, image_size="
                                     f"({shape[1]}, {shape[2]}))")
 
 

@@ -48,7 +48,8 @@ def main(args: argparse.Namespace) -> None:
     if args.weights is not None and args.workdir:
         raise ConfigError("--weights", "takes the place of --workdir; give one of them")
     if args.weights is None and source.given(args):
-        raise ConfigError("--weights", "not given, and --ema, --key, --prefix and --model are about it")
+        raise ConfigError("--weights", "not given, and --ema, --key, --prefix, --image_size and --model are about "
+                                       "it")
     path = args.weights or cli.required(args.workdir, "--workdir", "runs/digits")
     run, _ = as_run(path) or (args.workdir, None)
     settings = check(cli.config_of(args, run))

@@ -34,7 +34,7 @@ from cb_vit.weights import containers, hub
 from cb_vit.weights.containers.opening import IN_FOLDER
 from cb_vit.weights.dialects.conversion import UNSEEN, convert
 from cb_vit.weights.dialects.images import evaluation
-from cb_vit.weights.refit import with_channels, with_classes
+from cb_vit.weights.refit import with_channels, with_classes, with_image_size
 
 logger = logging.getLogger(__name__)
 Tree = Any
@@ -70,7 +70,7 @@ class Weights:
 
     Attributes:
         path: path of the file or of the run's folder, as given.
-        format: kind of the file: "run", "timm", "deit", "huggingface", "big_vision" or "augreg".
+        format: kind of the file: "run", "timm", "deit", "dinov2", "huggingface", "big_vision" or "augreg".
         step: step of a run's checkpoint; None for a file.
         model: the Linen module, its blocks in loop layout.
         shapes: shapes and dtypes of the model's parameters.
@@ -115,6 +115,20 @@ class Weights:
             like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), self.shapes)
         return self.fetch(like)
 
+    def other_size(self) -> tuple[str, ...]:
+        """A line where images are prepared in another size than positions are for, as cards of DINOv2 have it; or none.
+
+        It is for who puts images in, not for who takes the parameters into another model.
+        """
+        if self.pp is None or self.grid is None or self.model.config.posemb != "learn":
+            return ()
+        size = builder.build(self.pp, "pp").image_size
+        own = tuple(count * side for count, side in zip(self.grid, self.model.config.patch_size, strict=True))
+        if size in (None, own):
+            return ()
+        return (f"its images are prepared in {size[0]}×{size[1]} pixels, its positions are for {own[0]}×{own[1]}: give "
+                f"image_size={size[0] if size[0] == size[1] else size}, or the other",)
+
     def known_normalisation(self) -> Normalisation:
         """How the model's pixels were normalised.
 
@@ -143,14 +157,15 @@ class Weights:
 def load(
     path: str | os.PathLike, *, params: Params = "raw", key: str | None = None,
     prefix: str | None = None, num_classes: int | None = None, channels: int | None = None,
-    normalisation: tuple[Any, Any] | None = None, place: Callable[[Tree], Tree] | None = None, **model: Any,
+    image_size: int | tuple[int, int] | None = None, normalisation: tuple[Any, Any] | None = None,
+    place: Callable[[Tree], Tree] | None = None, **model: Any,
 ) -> tuple[nn.Module, Tree]:
     """A model and its parameters, ready for `model.apply({"params": params}, images)`.
 
     Args:
         path: path of a run's workdir (`WORKDIR@STEP`: that checkpoint), of a `.safetensors`, `.pth`, `.bin` or `.npz`
-            file of timm, DeiT, Hugging Face, big_vision or AugReg (`FILE.npz:PART`: part of it), or of a folder of
-            Hugging Face's, or `hf://ORG/NAME[@REVISION][/FILE]`.
+            file of timm, DeiT, DINOv2, Hugging Face, big_vision or AugReg (`FILE.npz:PART`: part of it), or of a folder
+            of Hugging Face's, or `hf://ORG/NAME[@REVISION][/FILE]`.
         params: kind of a run's parameters: themselves ("raw"), or their moving average ("ema").
         key: entry of a PyTorch file that holds the weights, e.g. "model_ema".
         prefix: beginning of the names of the arrays to take from a file, e.g. "visual.trunk"; None: all are taken,
@@ -158,6 +173,8 @@ def load(
         num_classes: width of the head; 0 leaves the head (or heads) in the file; None: the file's own.
         channels: number of channels of your images; a model of three is adapted by timm's rule, and what was trained on
             RGB takes grey pixels (channels=1) as it took them three times over. None: the file's own.
+        image_size: side of your images in pixels, or (height, width), onto whose grid of patches positions are
+            resampled, antialiased as timm does it. None: the file's own.
         normalisation: (mean, std) of pixels from 0 to 1 that your images have: the difference to what the model was
             trained with is folded into its patch embedding. None: images must be normalised as in training.
         place: function from the shapes of the parameters to the same with shardings, to read them straight into shards;
@@ -173,8 +190,8 @@ def load(
         UserWarning: something is assumed, as all published models of that kind agree, or `model` contradicts the file.
     """
     weights = open_weights(path, "path", params=params, key=key, prefix=prefix, num_classes=num_classes,
-                           channels=channels, **model)
-    for note in weights.notes:
+                           channels=channels, image_size=image_size, **model)
+    for note in (*weights.notes, *weights.other_size()):
         logger.info("%s: %s", weights, note)
     for doubt in weights.doubts:
         warnings.warn(f"{path}: {doubt}", stacklevel=2)
@@ -228,14 +245,15 @@ def compare(trained: Any, config: Any) -> list[str]:
 
 def open_weights(
     path: str | os.PathLike, field: str, *, params: Params = "raw", key: str | None = None,
-    prefix: str | None = None, num_classes: int | None = None, channels: int | None = None, **model: Any,
+    prefix: str | None = None, num_classes: int | None = None, channels: int | None = None,
+    image_size: int | tuple[int, int] | None = None, **model: Any,
 ) -> Weights:
     """Look into a file or the folder of a run; its parameters are read later.
 
     Args:
         path: path of the file or run, as for `load`, or of the folder of checkpoints in a run.
         field: setting that names the path, for errors.
-        params, key, prefix, num_classes, channels: choice of what is taken, as for `load`.
+        params, key, prefix, num_classes, channels, image_size: choice of what is taken, as for `load`.
         **model: keywords of `Model`, for what a file does not say.
 
     Raises:
@@ -248,7 +266,11 @@ def open_weights(
     weights = _open(path, field, params, key, prefix, model)
     if num_classes is not None:
         weights = with_classes(weights, num_classes)
-    return weights if channels is None else with_channels(weights, channels)
+    if channels is not None:
+        weights = with_channels(weights, channels)
+    if image_size is not None:
+        weights = with_image_size(weights, image_size)
+    return weights
 
 
 def _open(

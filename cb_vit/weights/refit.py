@@ -1,4 +1,4 @@
-"""A trained model made to fit: for pixels normalised otherwise, for images of other channels, or without its head.
+"""A trained model made to fit: for images of another size or other channels, or without its head.
 
 The functions of `weights` take and give a `cb_vit.weights.Weights`, whose parameters are still to be read.
 """
@@ -6,15 +6,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from cb_vit import retry
 from cb_vit.config import ConfigError
-from cb_vit.models.resample import adapt_channels
+from cb_vit.models.resample import adapt_channels, resample_posemb
+from cb_vit.models.vit import patch_grid
 from cb_vit.pp.normalisation import Normalisation
+from cb_vit.weights.dialects.cards import pair
+from cb_vit.weights.dialects.images import for_size
 
 Tree = Any
 W = TypeVar("W")
@@ -57,7 +62,6 @@ def with_channels(weights: W, channels: int) -> W:
         ConfigError: the number is not the model's own, and the model is not of RGB images or the number is not at
             least 1; raised at "channels".
     """
-    kernel = weights.shapes["embedding"]["kernel"]
     own = weights.channels
     if channels == own:
         return weights
@@ -72,16 +76,52 @@ def with_channels(weights: W, channels: int) -> W:
             embedding = common.fold({"embedding": embedding}, trained)["embedding"]
         return {**embedding, "kernel": adapt_channels(embedding["kernel"], channels)}
 
+    return dataclasses.replace(
+        _changed(weights, "embedding", adapt), normalisation=after, pp=None, notes=(*weights.notes, note))
+
+
+def with_image_size(weights: W, image_size: Any) -> W:
+    """The same model for images of another size; learned positions are resampled onto its grid, as in `merge`.
+
+    Args:
+        weights: the model.
+        image_size: side of the images in pixels, or (height, width).
+
+    Raises:
+        ConfigError: the size is none, or the model's patches do not divide it; raised at "image_size".
+    """
+    try:
+        size = pair(image_size)
+    except retry.PARSING:
+        raise ConfigError("image_size", f"expected pixels, such as 224 or (224, 320), got {image_size!r}") from None
+    patch, config = weights.model.config.patch_size, weights.model.config
+    if any(side % p for side, p in zip(size, patch, strict=True)):
+        near = tuple(max(1, round(side / p)) * p for side, p in zip(size, patch, strict=True))
+        raise ConfigError("image_size", f"{size[0]}×{size[1]} is asked for, but the patches of {weights} are "
+                                        f"{patch[0]}×{patch[1]}, which do not divide it; take {near[0]}×{near[1]}")
+    before, grid = weights.grid, patch_grid(config, size)
+    found = dataclasses.replace(weights, grid=grid, pp=weights.pp and for_size(weights.pp, size))
+    if grid == before or "pos_embedding" not in weights.shapes:
+        return found
+    note = f"its positions are resampled from {before[0]}×{before[1]} to {grid[0]}×{grid[1]}, as image_size asks"
+    resample = lambda posemb: resample_posemb(posemb, grid, source=before)  # noqa: E731
+    return dataclasses.replace(_changed(found, "pos_embedding", resample), notes=(*weights.notes, note))
+
+
+def _changed(weights: W, name: str, change: Callable[[Tree], Tree]) -> W:
+    """The same model with a top-level entry of its parameters changed, which is read whole for that."""
+    stored = weights.shapes[name]
+
     def fetch(like: Tree) -> Tree:
-        target = like["embedding"]
-        whole = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype, sharding=_whole(target["kernel"].sharding))
-        read = weights.fetch({**like, "embedding": {**target, "kernel": whole}})
+        target = like[name]
+        anywhere = _whole(jax.tree.leaves(target)[0].sharding)
+        whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=anywhere), stored)
+        read = weights.fetch({**like, name: whole})
         shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-        return {**read, "embedding": jax.jit(adapt, out_shardings=shardings)(read["embedding"])}
+        return {**read, name: jax.jit(change, out_shardings=shardings)(read[name])}
 
     return dataclasses.replace(
-        weights, normalisation=after, fetch=fetch, pp=None, notes=(*weights.notes, note),
-        shapes={**weights.shapes, "embedding": jax.eval_shape(adapt, weights.shapes["embedding"])})
+        weights, fetch=fetch, shapes={**weights.shapes, name: jax.eval_shape(change, stored)})
 
 
 def _normalisation(

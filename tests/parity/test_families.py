@@ -28,12 +28,13 @@ VAGUE = {None, "a network of stages", "a ResNet or one of its kin", "an Efficien
          "a ViT with gated MLPs (SwiGLU)", "an MLP-Mixer or one of its kin"}
 PLAIN = ("vision_transformer", "deit")
 SPECIAL = {  # timm's more telling models, and what they are
-    "regnety_160": "a RegNet", "vit_small_patch14_dinov2": None, "vit_small_patch14_reg4_dinov2": "a ViT with register",
+    "regnety_160": "a RegNet", "vit_small_patch14_dinov2": None, "vit_small_patch14_reg4_dinov2": None,
     "eva02_tiny_patch14_224": "an EVA", "eva02_base_patch16_clip_224": "an EVA", "convnext_tiny_hnf": "a ConvNeXt",
     "vit_base_patch16_clip_224": "a ViT with a norm before", "vit_base_patch16_siglip_224": None,
     "vit_small_r26_s32_224": "a hybrid", "beit3_base_patch16_224": "a ViT that pools",
     "coatnext_nano_rw_224": "a MaxViT",
-    "vit_small_patch16_dinov3": "a ViT with register", "aimv2_large_patch14_224": "a ViT with gated MLPs"}
+    "vit_small_patch16_dinov3": "a DINOv3", "vit_giant_patch14_reg4_dinov2": None,
+    "aimv2_large_patch14_224": "a ViT with gated MLPs"}
 
 
 def tensors(state):
@@ -90,7 +91,7 @@ STAGES = dict(embed_dim=8, depths=[1, 1], num_heads=[2, 2], image_size=32, patch
 NETWORK = dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
 TRANSFORMERS = {
     "CLIPModel": (TOWERS, "a CLIP"), "CLIPVisionModel": (SIZES, "the image tower of a CLIP"),
-    "SiglipModel": (TOWERS, "a SigLIP"), "SiglipVisionModel": (SIZES, "a SigLIP"),
+    "SiglipModel": (TOWERS, "a CLIP"),
     "ViTMAEForPreTraining": (SIZES | dict(
         decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
         decoder_intermediate_size=64), "a masked autoencoder (MAE)"),
@@ -101,8 +102,7 @@ TRANSFORMERS = {
     "RegNetForImageClassification": (NETWORK | dict(groups_width=8), "a RegNet"),
     "BeitForImageClassification": (SIZES, "a BEiT"), "BeitForMaskedImageModeling": (SIZES, "a BEiT"),
     "Data2VecVisionForImageClassification": (SIZES, "a data2vec"),
-    "Dinov2ForImageClassification": (SIZES, "a DINOv2"), "Dinov2Model": (SIZES, "a DINOv2"),
-    "Dinov2WithRegistersModel": (SIZES, "a DINOv2 with register tokens"), "DINOv3ViTModel": (SIZES, "a DINOv3"),
+    "Dinov2ForImageClassification": (SIZES, "a DINOv2 with a head"), "DINOv3ViTModel": (SIZES, "a DINOv3"),
     "ViTForMaskedImageModeling": (SIZES | dict(encoder_stride=8), "a ViT of masked images"),
     "YolosModel": (SIZES | dict(image_size=[32, 32]), "a detector"), "VideoMAEModel": (SIZES, "a model of video"),
     "BertModel": (TEXT, "a model of text"),

@@ -20,11 +20,13 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from transformers import (  # noqa: E402
     AutoImageProcessor,
+    BitImageProcessor,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     DeiTImageProcessor,
     DeiTModel,
+    SiglipImageProcessor,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -126,15 +128,15 @@ def test_no_key_of_a_config_is_unknown(config):
     said = json.loads(config(id2label={0: "a", 1: "b"}).to_json_string(use_diff=False))
     fields = {field.name for field in dataclasses.fields(config)}
     assert fields | said.keys() <= cards.CONFIG.keys()
-    defaults = cards.huggingface({"model_type": config.model_type}, "file").model
-    assert cards.huggingface(said, "file").model == defaults | {
+    defaults = cards.huggingface({"model_type": config.model_type}, "file", ("vit", "deit")).model
+    assert cards.huggingface(said, "file", ("vit", "deit")).model == defaults | {
         "width": 768, "depth": 12, "mlp_dim": 3072, "patch_size": (16, 16)}
 
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)).resize((140, 100))
 
 
-@pytest.mark.parametrize("processor", [ViTImageProcessor, DeiTImageProcessor])
+@pytest.mark.parametrize("processor", [ViTImageProcessor, DeiTImageProcessor, BitImageProcessor, SiglipImageProcessor])
 def test_no_key_of_a_processor_is_unknown(processor):
     assert processor().to_dict().keys() | ImagesKwargs.__annotations__.keys() <= images.PROCESSOR.keys()
 
@@ -151,7 +153,9 @@ def assert_same_image(processor, pp, atol):
 
 
 @pytest.mark.parametrize("processor, options", [
-    (ViTImageProcessor, {}), (DeiTImageProcessor, {}),
+    (ViTImageProcessor, {}), (DeiTImageProcessor, {}), (SiglipImageProcessor, {}), (BitImageProcessor, {}),
+    (SiglipImageProcessor, dict(size=dict(height=48, width=48))),
+    (BitImageProcessor, dict(size=dict(shortest_edge=64), crop_size=dict(height=56, width=56))),
     (ViTImageProcessor, dict(size=dict(height=32, width=48), resample=3)),
     (ViTImageProcessor, dict(do_normalize=False)), (DeiTImageProcessor, dict(do_center_crop=False)),
     (DeiTImageProcessor, dict(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])),

@@ -119,7 +119,8 @@ def right_or_refused(model, **kw):
 LOADS = {"vit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_distilled_patch16_224", "deit3_large_patch16_224",
          "flexivit_small", "test_vit", "vit_so400m_patch14_siglip_224", "vit_so400m_patch16_siglip_gap_256",
          "vit_base_patch16_gap_224", "vit_small_patch14_dinov2", "vit_base_patch32_plus_256",
-         "vit_huge_patch14_gap_224"}
+         "vit_huge_patch14_gap_224", "vit_small_patch14_reg4_dinov2", "vit_large_patch14_reg4_dinov2",
+         "vit_base_patch14_reg1_tipsv2", "vit_so150m_patch16_reg4_gap_256", "vit_so150m_patch16_reg4_map_256"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -171,7 +172,10 @@ OPTIONS = [
     dict(global_pool=""), dict(global_pool="avg", fc_norm=False, pool_include_prefix=True), dict(fc_norm=True),
     dict(no_embed_class=True), dict(no_embed_class=True, img_size=(16, 24)), dict(img_size=(16, 24)),
     dict(img_size=20), dict(no_embed_class=True, img_size=20), dict(reg_tokens=1),
-    dict(reg_tokens=4, no_embed_class=True),
+    dict(reg_tokens=4, no_embed_class=True), dict(reg_tokens=4, init_values=0.1),
+    dict(reg_tokens=2, global_pool="avg", fc_norm=False, class_token=False), dict(reg_tokens=2, global_pool=""),
+    dict(reg_tokens=2, global_pool="map", class_token=False, no_embed_class=True),
+    dict(reg_tokens=2, global_pool="avg", fc_norm=False, class_token=False, pool_include_prefix=True),
     dict(init_values=0.1), dict(act_layer="gelu_tanh"), dict(act_layer="silu"), dict(act_layer="quick_gelu"),
     dict(norm_layer="layernorm"), dict(norm_layer="rmsnorm"), dict(qk_norm=True), dict(qkv_bias=False),
     dict(proj_bias=False), dict(pre_norm=True), dict(final_norm=False), dict(dynamic_img_size=True), dict(num_heads=2),
@@ -179,7 +183,7 @@ OPTIONS = [
     dict(pos_embed=""), dict(attn_layer="diff"), dict(attn_layer="attn"), dict(scale_attn_norm=True),
     dict(scale_mlp_norm=True), dict(drop_rate=0.5, drop_path_rate=0.5, attn_drop_rate=0.5, patch_drop_rate=0.5),
     dict(num_classes=0), dict(embed_norm_layer="layernorm"), dict(fix_init=True, weight_init="jax")]
-REFUSED = ("reg_tokens", "qk_norm", "qkv_bias", "proj_bias", "pre_norm", "final_norm", "pos_embed", "scale_attn_norm",
+REFUSED = ("qk_norm", "qkv_bias", "proj_bias", "pre_norm", "final_norm", "pos_embed", "scale_attn_norm",
            "scale_mlp_norm", "embed_norm_layer", "pool_include_prefix")
 
 

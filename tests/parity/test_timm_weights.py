@@ -29,7 +29,8 @@ NAMES = [("vit_tiny_patch16_224", None), ("deit_tiny_distilled_patch16_224", Non
              "vit_base_patch16_224", "vit_base_patch32_384", "deit_tiny_patch16_224", "deit_base_patch16_224",
              "deit_base_patch16_384", "deit_small_distilled_patch16_224", "deit_base_distilled_patch16_384",
              "deit3_small_patch16_384", "deit3_base_patch16_224", "vit_base_patch16_siglip_224",
-             "vit_base_patch16_siglip_gap_224")]
+             "vit_base_patch16_siglip_gap_224", "vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2",
+             "vit_so150m_patch16_reg4_map_256")]
 
 
 def randomise(model, seed=0):
@@ -105,7 +106,8 @@ def test_a_timm_model_here_and_back_again(name, depth):
             assert_close(out["logits_dist"], theirs.head_dist(encoded[:, 1]).numpy())
 
     again = timm.create_model(name, pretrained=False, **options).eval()
-    state = {k: torch.tensor(v) for k, v in to_timm(params, resolve(Config(**found.model))).items()}
+    arrays = to_timm(params, resolve(Config(**found.model)), no_embed_class=theirs.no_embed_class)
+    state = {k: torch.tensor(v) for k, v in arrays.items()}
     again.load_state_dict(state, strict=True)
     for mine, right in zip(torch_run(again, x), expected, strict=True):
         assert_close(mine, right)
@@ -150,8 +152,10 @@ OURS = [dict(pool_type="tok", layer_norm_eps=1e-2), dict(pool_type="map", layer_
         dict(pool_type="tok", gelu="erf"), dict(pool_type="tok", gelu="tanh"), dict(pool_type="gap", gelu="erf"),
         dict(pool_type="map", gelu="tanh"), dict(pool_type="none", gelu="erf"),
         dict(pool_type="gap", gelu="erf", posemb="sincos2d"), dict(pool_type="tok", gelu="erf", layer_scale=0.1),
-        dict(pool_type="tok", gelu="erf", distilled=True), dict(pool_type="tok", distilled=True, layer_scale=0.1)]
-CONTEXTS = [dict(pool_type="tok", gelu="erf"), dict(pool_type="gap", gelu="tanh"),
+        dict(pool_type="tok", gelu="erf", distilled=True), dict(pool_type="tok", distilled=True, layer_scale=0.1),
+        dict(pool_type="tok", registers=4, layer_scale=0.1), dict(pool_type="tok", registers=1),
+        dict(pool_type="gap", registers=2), dict(pool_type="map", registers=2), dict(pool_type="none", registers=2)]
+CONTEXTS = [dict(pool_type="tok", gelu="erf"), dict(pool_type="gap", gelu="tanh"), dict(pool_type="tok", registers=2),
             dict(pool_type="tok", distilled=True), dict(pool_type="tok", layer_scale=0.1),
             dict(pool_type="tok", context_layers=(1,)),
             *(dict(pool_type="tok", gelu="erf", context_at=at) for at in ("mlp_front", "mlp_mid", "msa_end"))]
@@ -240,7 +244,7 @@ def test_timms_distilled_class_is_the_one_named():
 
 
 @pytest.mark.parametrize("options, match", [
-    (dict(global_pool="avg"), "before the last norm"), (dict(reg_tokens=4), "register tokens"),
+    (dict(global_pool="avg"), "before the last norm"), (dict(reg_tokens=4, qk_norm=True), "norms on queries and keys"),
     (dict(qkv_bias=False), "lacks 'blocks.0.attn.qkv.bias'"), (dict(qk_norm=True), "norms on queries and keys"),
     (dict(pre_norm=True), "CLIP"), (dict(class_token=False, global_pool="avg"), "before the last norm")])
 def test_timm_models_that_are_none_of_ours(options, match):

@@ -64,8 +64,8 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
 def to_big_vision(params: Any) -> dict[str, np.ndarray]:
     """Parameters as big_vision keeps them in an `.npz`: "params/…", loop layout.
 
-    What big_vision lacks (LayerScale, the distillation token, λ of CB_S, the exact GELU, CB itself) goes under our
-    own names, or is not in a file of parameters at all: such a file is for `cb_vit`.
+    What big_vision lacks (LayerScale, the distillation token, registers, λ of CB_S, the exact GELU, CB itself) goes
+    under our own names, or is not in a file of parameters at all: such a file is for `cb_vit`.
 
     Args:
         params: parameters under our names, nested or flat, in loop layout.

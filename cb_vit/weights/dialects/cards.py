@@ -2,7 +2,8 @@
 
 The tables say it. A key that a table lacks is refused where its library would hand it to the model (timm's `model_args`
 and `pretrained_cfg`), and ignored where the library ignores it as well. What the cards say of images is in `images.py`.
-Read in timm 1.0.31 (`VisionTransformer`, `PretrainedCfg`, `_hub.py`) and transformers 5.24 (`ViTConfig`, `DeiTConfig`).
+Read in timm 1.0.31 (`VisionTransformer`, `PretrainedCfg`, `_hub.py`) and transformers 5.24 (`ViTConfig`, `DeiTConfig`,
+`Dinov2Config`, `Dinov2WithRegistersConfig`, `SiglipConfig`, `SiglipVisionConfig`).
 """
 from __future__ import annotations
 
@@ -50,6 +51,10 @@ def _whole(value: Any) -> int:
     return value
 
 
+def _count(value: Any) -> int:
+    return value if value == 0 and type(value) is int else _whole(value)
+
+
 def pair(value: Any) -> tuple[int, int]:
     """A size in pixels: one number for a square, or height and width."""
     height, width = value if isinstance(value, list | tuple) else (value, value)
@@ -72,10 +77,11 @@ ARGUMENTS: dict[str, Rule] = {
     "patch_size": Tells("patch_size", pair), "act_layer": _named("gelu", {"gelu": "erf", "gelu_tanh": "tanh"}),
     "norm_layer": _named("layer_norm_eps", {"layernorm": 1e-6, "layernormfp32": 1e-6}),
     "global_pool": _named("pool_type", {"token": "tok", "avg": "gap", "map": "map", "": "none"}),
+    "reg_tokens": Tells("registers", _count),
     **dict.fromkeys(("img_size", "no_embed_class"), READ),
     **dict.fromkeys((
         "in_chans", "num_classes", "mlp_ratio", "qkv_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "proj_bias",
-        "init_values", "class_token", "reg_tokens", "pre_norm", "final_norm", "fc_norm"), ARRAYS),
+        "init_values", "class_token", "pre_norm", "final_norm", "fc_norm"), ARRAYS),
     "pos_embed": Only(("learn",)), "pool_include_prefix": Only((False,)), "attn_layer": Only(("", "attn")),
     **dict.fromkeys(("embed_layer", "embed_norm_layer", "block_fn", "mlp_layer"), Only(())),
     **dict.fromkeys((
@@ -103,37 +109,56 @@ TOP: dict[str, Rule] = {
 _ARCHITECTURES = (
     (r"test_vit", 2, "erf"),
     (r"(vit|deit)_tiny(_distilled)?_patch\d+_\d+", 3, "erf"),
-    (r"(vit|deit3?)_small(_distilled)?_patch\d+(_36x1)?_(\d+|dinov2)|flexivit_small", 6, "erf"),
+    (r"(vit|deit3?)_small(_distilled)?_patch\d+(_36x1)?_(\d+|(reg4_)?dinov2)|flexivit_small", 6, "erf"),
     (r"deit3_medium_patch16_\d+", 8, "erf"),
-    (r"(vit|deit3?)_base(_distilled)?_patch\d+_(\d+|dinov2)|flexivit_base", 12, "erf"),
+    (r"(vit|deit3?)_base(_distilled)?_patch\d+_(\d+|(reg4_)?dinov2)|flexivit_base", 12, "erf"),
     (r"vit_base_patch16_siglip(_gap)?_\d+", 12, "erf"),
     (r"vit_base_patch32_siglip(_gap)?_\d+", 12, "tanh"),
-    (r"vit_base_patch\d+_plus_\d+", 14, "erf"),
-    (r"(vit|deit3)_(large|huge)_patch\d+_(\d+|dinov2)|flexivit_large|vit_(giant|gigantic)_patch14_224", 16, "erf"),
-    (r"vit_(base|huge|giant)_patch\d+_gap_\d+", 16, "erf"),
+    (r"vit_base_patch14_reg1_tipsv2", 12, "erf"),
+    (r"vit_base_patch\d+_plus_\d+|vit_so150m_patch16_reg4_(gap|map)_\d+", 14, "erf"),
+    (r"(vit|deit3)_(large|huge)_patch\d+_(\d+|(reg4_)?dinov2)|flexivit_large", 16, "erf"),
+    (r"vit_(giant|gigantic)_patch14_224", 16, "erf"),
+    (r"vit_(base|huge|giant)_patch\d+_gap_\d+|vit_(large|so400m)_patch14_reg1_tipsv2", 16, "erf"),
     (r"vit_(large_patch16_siglip(_gap)?_(256|384)|so400m_patch14_siglip(_gap)?_\d+)", 16, "erf"),
     (r"vit_(large_patch16_siglip(_gap)?_512|(so400m|giantopt)_patch16_siglip(_gap)?_\d+)", 16, "tanh"),
 )
 # Widths of those with so many heads: another width is of another model, whatever its name.
 _WIDTHS = {2: (64,), 3: (192,), 6: (384,), 8: (512,), 12: (768,), 14: (896,),
            16: (768, 1024, 1152, 1280, 1408, 1536, 1664)}
-_NO_EMBED_CLASS = r"deit3_.*|flexivit_.*"
+_NO_EMBED_CLASS = r"deit3_.*|flexivit_.*|.*_reg\d_(dinov2|tipsv2)"
 
-_DEFAULTS = {"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12}  # of ViTConfig and DeiTConfig
+_COMMON = {"num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
+# What transformers takes for keys that are not there, by `model_type`.
+DEFAULTS = {
+    "vit": _COMMON | {"layer_norm_eps": 1e-12}, "deit": _COMMON | {"layer_norm_eps": 1e-12},
+    "dinov2": _COMMON | {"num_register_tokens": 0},  # it knows of none
+    "dinov2_with_registers": _COMMON | {"num_register_tokens": 4},
+    **dict.fromkeys(("siglip_vision_model", "siglip"), _COMMON | {"hidden_act": "gelu_pytorch_tanh"}),
+}
+# Where a model of several parts keeps the settings of a part of it.
+PARTS = ("vision_config", "backbone_config")
 # Hugging Face's `config.json`; transformers ignores the rest.
 CONFIG: dict[str, Rule] = {
-    "model_type": Only(("vit", "deit")), "num_attention_heads": Tells("num_heads", _whole),
+    "num_attention_heads": Tells("num_heads", _whole), "num_register_tokens": Tells("registers", _count),
     "hidden_size": Tells("width", _whole), "num_hidden_layers": Tells("depth", _whole),
     "intermediate_size": Tells("mlp_dim", _whole), "patch_size": Tells("patch_size", pair),
     "hidden_act": _named("gelu", {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}),
-    "layer_norm_eps": Tells("layer_norm_eps", _small), "image_size": READ, "id2label": READ,
-    **dict.fromkeys(("num_channels", "qkv_bias", "pooler_output_size", "architectures", "num_labels"), ARRAYS),
-    "pooler_act": Only(("tanh",)), "is_encoder_decoder": Only((False,)),
+    "layer_norm_eps": Tells("layer_norm_eps", _small),
+    **dict.fromkeys(("model_type", "image_size", "id2label", *PARTS), READ),
+    **dict.fromkeys((
+        "num_channels", "qkv_bias", "pooler_output_size", "architectures", "num_labels", "mlp_ratio", "use_mask_token",
+        "vision_use_head"), ARRAYS),
+    "pooler_act": Only(("tanh",)), "is_encoder_decoder": Only((False,)), "use_swiglu_ffn": Only((False,)),
     **dict.fromkeys(("pruned_heads", "per_layer_config", "quantization_config", "auto_map"), Only(({},))),
     **dict.fromkeys((
         "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "encoder_stride", "label2id",
         "problem_type", "output_hidden_states", "output_attentions", "return_dict", "dtype", "torch_dtype",
-        "chunk_size_feed_forward", "transformers_version", "_name_or_path"), NOTHING),
+        "chunk_size_feed_forward", "transformers_version", "_name_or_path", "attention_dropout", "layerscale_value",
+        "drop_path_rate", "initializer_factor", "text_config"), NOTHING),
+    # What a DINOv2 gives as part of a detector: all it computes is there to choose from.
+    **dict.fromkeys((
+        "apply_layernorm", "reshape_hidden_states", "out_features", "out_indices", "_out_features", "_out_indices",
+        "stage_names"), NOTHING),
 }
 
 
@@ -194,14 +219,24 @@ def timm(card: Mapping[str, Any], path: str) -> Said:
                 bool(known) or not card.get("architecture"))
 
 
-def huggingface(card: Mapping[str, Any], path: str) -> Said:
+def huggingface(card: Mapping[str, Any], path: str, kinds: tuple[str, ...]) -> Said:
     """What Hugging Face's `config.json` says, the defaults of transformers included.
+
+    Args:
+        card: content of the file; of a model that has such a part, what it says of that part counts.
+        path: path of the weights, for errors.
+        kinds: names of the kinds of models, the `model_type`, that the arrays may be of; the first if none is said.
 
     Raises:
         FormatError: a key, or a value of one, makes another model than ours.
     """
     if not card.keys() & CONFIG.keys():
         return Said({})
+    if part := next(filter(None, (_block(card, key, path) for key in PARTS)), None):
+        card = {**part, "id2label": card.get("id2label")}
+    if (kind := card.get("model_type") or kinds[0]) not in kinds:
+        raise FormatError(f"{path}: its config.json says model_type={show(kind)}, which is not supported with these "
+                          f"arrays; supported is {' or '.join(map(show, kinds))}")
     told = [key for key, rule in CONFIG.items() if isinstance(rule, Tells) and key in card]
     if empty := next((key for key in told if card[key] is None), None):
         raise FormatError(f"{path}: its config.json says {empty}=None, which cannot be")
@@ -210,7 +245,7 @@ def huggingface(card: Mapping[str, Any], path: str) -> Said:
     if labels and all(re.fullmatch(r"LABEL_\d+", name) for name in labels):  # transformers' own placeholders
         labels = None
     size = known.get("image_size")
-    return Said(_told({**_DEFAULTS, **known}, CONFIG, path), size and _read(pair, "image_size", size, path),
+    return Said(_told({**DEFAULTS[kind], **known}, CONFIG, path), size and _read(pair, "image_size", size, path),
                 class_names=labels)
 
 

@@ -7,6 +7,7 @@ Every array is accounted for: what the model has no place for, or lacks, is an e
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -23,7 +24,7 @@ from cb_vit.retry import PARSING
 from cb_vit.texts import first_few, parse_json
 from cb_vit.tree import flatten_with_names
 from cb_vit.weights.containers.files import FormatError, Tensor, show
-from cb_vit.weights.dialects import big_vision, huggingface, timm
+from cb_vit.weights.dialects import big_vision, dinov2, huggingface, siglip, timm
 from cb_vit.weights.dialects.cards import names_of_classes, pair
 from cb_vit.weights.dialects.families import name_family
 from cb_vit.weights.dialects.keywords import settle, spell_out, spelt
@@ -32,9 +33,10 @@ from cb_vit.weights.dialects.prefixes import candidates, take_off, under
 
 # What no file of parameters says; `describe` writes it beside them.
 UNSEEN = ("num_heads", "gelu", "layer_norm_eps", "pool_type", "context", "context_at", "context_layers")
-_READERS = (timm, huggingface, big_vision)
+_READERS = (timm, huggingface, dinov2, siglip, big_vision)
 # What the names of a whole ViT have among them.
-_EMBEDDINGS = ("patch_embed.proj.", "embeddings.patch_embeddings.", "vit.embeddings.", "deit.embeddings.", "embedding/")
+_EMBEDDINGS = ("patch_embed.proj.", "embeddings.patch_embeddings.", "vit.embeddings.", "deit.embeddings.", "embedding/",
+               "embeddings.patch_embedding.", "vision_model.embeddings.patch_embedding.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Converted:
     """A file, understood.
 
     Attributes:
-        format: name of the format: "timm", "deit" (DeiT-III's own names), "huggingface", "big_vision" or "augreg".
+        format: name of the format: "timm", "deit" (DeiT-III's own names), "dinov2" (its own), "huggingface",
+            "big_vision" or "augreg".
         params: tensors by our names, float32 and lazy, in loop layout.
         model: keywords of `Model`, with the sizes that a variant stands for spelt out.
         num_classes: width of the head; None: no head.
@@ -196,7 +199,7 @@ def _read(
     way_out = f"; a ViT is in {first_few(map(show, parts))}: choose with prefix" if parts else ""
     if family:
         raise FormatError(f"{path}: it seems to be {family}, which is not supported{way_out}")
-    raise FormatError(f"{path}: no ViT of timm, DeiT, Hugging Face, big_vision or AugReg; it holds "
+    raise FormatError(f"{path}: no ViT of timm, DeiT, DINOv2, Hugging Face, big_vision or AugReg; it holds "
                       f"{first_few(map(show, tensors)) or 'nothing'}{way_out}")
 
 
@@ -209,32 +212,36 @@ def _fold(
     notes: list[str], guess: dict[str, Any],
 ) -> tuple[dict[str, Tensor], tuple[int, int] | None]:
     """Positions of tokens are added to the tokens themselves, so that what remains is a grid: the sums are the same."""
+    params = dict(params)
     if "pos_embedding" not in params:
         if model["posemb"] != "sincos2d":
             raise FormatError(f"{path}: it has no position embedding; rotary or relative positions, or none, are not "
                               "supported, and fixed ones are to be asked for: posemb='sincos2d'")
         return params, grid
-    positions, tokens = params["pos_embedding"], [name for name in ("cls", "dist") if name in params]
-    count = positions.shape[1] if len(positions.shape) == 3 else 0
+    positions, before = params["pos_embedding"], {"cls": 1, "dist": 1, "reg": model.get("registers", 0)}
+    before = {name: length for name, length in before.items() if name in params}
+    count, own = positions.shape[1] if len(positions.shape) == 3 else 0, sum(before.values())
     fits = lambda n: n > 0 and n == (math.prod(grid) if grid else math.isqrt(n)**2)  # noqa: E731
-    possible = (0, len(tokens)) if reading.entries is None else (reading.entries,)
+    possible = (0, own) if reading.entries is None else (reading.entries,)
     extra = next((n for n in possible if fits(count - n)), None)
     if extra is None:
         raise FormatError(
-            f"{path}: the position embedding is {list(positions.shape)}, and the file has {len(tokens)} class tokens; "
+            f"{path}: the position embedding is {list(positions.shape)}, and the file has {own} tokens before patches; "
             + (f"a grid of {grid[0]}×{grid[1]} has {math.prod(grid)}" if grid else "that is no square")
             + ": give grid, the rows and columns of patches")
     if reading.entries is None and not grid:
         guess["grid"] = side, _ = square(count - extra)
         if not extra and model.get("layer_scale") is None:  # of published files, DeiT-III's have none
             raise FormatError(
-                f"{path}: its {count} positions are those of {side}×{side} patches, or of {count - len(tokens)} "
-                f"and the class token; give grid, the rows and columns of patches: grid=({side}, {side})")
+                f"{path}: its {count} positions are those of {side}×{side} patches, or of {count - own} "
+                f"and the tokens before them; give grid, the rows and columns of patches: grid=({side}, {side})")
+    ends = itertools.accumulate(before.values())
+    placed = {name: slice(end - before[name], end) for name, end in zip(before, ends, strict=True) if end <= extra}
+    for name, rows in placed.items():
+        params[name] = params[name].map(lambda a, rows=rows: a + positions.read()[:, rows], params[name].shape)
     if extra:
-        params = {**params, "pos_embedding": view(positions, lambda a: a[:, extra:])}
-        for i, name in enumerate(tokens):
-            params[name] = params[name].map(lambda a, i=i: a + positions.read()[:, i:i + 1], params[name].shape)
-        notes.append(f"the positions of {' and '.join(tokens)} are added to the tokens themselves")
+        params["pos_embedding"] = view(positions, lambda a: a[:, extra:])
+        notes.append(f"the positions of {' and '.join(placed)} are added to the tokens themselves")
     return params, grid or square(count - extra)
 
 

@@ -28,6 +28,7 @@ from cb_vit.weights.dialects.names import (
     flat,
     pick_heads,
     unique,
+    without_mask,
 )
 
 _BLOCK, _LAYER = "Transformer/encoderblock_#", "encoder.layer.#"
@@ -72,7 +73,8 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
     """
     spelt = {_bare(name): name for name in tensors}
     tensors = unique(((_bare(name), tensor) for name, tensor in tensors.items()), path)
-    said, guess = cards.huggingface(config, path), {}
+    tensors, notes = without_mask(tensors, "embeddings.mask_token")
+    said, guess = cards.huggingface(config, path, ("vit", "deit")), {}
     heads = pick_heads(tensors, ".layernorm_before.weight", ".intermediate.dense.weight", path,
                        said.model.get("num_heads") if num_heads is None else num_heads, guess, True)
     params, unknown = NAMES.read(tensors, heads, path)
@@ -87,7 +89,8 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
     return Reading(
         "huggingface", params, [spelt[name] for name in unknown], spell, said.model,
         {"pool_type": "tok", "posemb": "learn"}, guess, 2 if "dist" in params else 1, said.image_size,
-        images.normalisation(config), IMAGENET if "dist" in params else None, said.class_names)
+        images.normalisation(config), IMAGENET if "dist" in params else None, said.class_names,
+        notes)
 
 
 def to_huggingface(
@@ -163,6 +166,8 @@ def _refuse(config: Config, headless: bool) -> None:
                                        "export to timm")
     if config.layer_scale is not None:
         raise ConfigError("layer_scale", "transformers' ViT has no LayerScale; export to timm")
+    if config.registers:
+        raise ConfigError("registers", "transformers' ViT has none; export to timm")
     if config.context != "none":
         raise ConfigError("context", "transformers' ViT has no place for Context Broadcasting; export to timm")
     if config.rep_size and (not headless or config.rep_size not in (True, config.width)):

@@ -5,6 +5,7 @@ done here, or is not understood, leaves preparation open, with a note; normalisa
 """
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -12,8 +13,9 @@ from typing import Any
 
 from cb_vit.pp import builder
 from cb_vit.pp.normalisation import Normalisation
-from cb_vit.pp.ops_general import ValueRange, VggValueRange
+from cb_vit.pp.ops_general import OPS, ValueRange, VggValueRange
 from cb_vit.pp.ops_image import CentralCrop, Decode, Resize, ResizeSmall
+from cb_vit.registry import Call, parse_calls
 from cb_vit.retry import PARSING
 from cb_vit.weights.dialects.cards import NOTHING, READ, pair
 
@@ -36,6 +38,8 @@ _OF = {
              "default_to_square": True},
     "bit": {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
             "resample": 3, "size": 224, "do_center_crop": True, "crop_size": 224, "default_to_square": False},
+    "siglip": {"image_mean": 0.5, "image_std": 0.5, "resample": 3, "size": {"height": 224, "width": 224},
+               "do_center_crop": False, "default_to_square": False},
 }
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # numbered as Pillow's filters are
 _SYNONYMS = {"lanczos3": "lanczos", "area": "box"}
@@ -91,6 +95,41 @@ def evaluation(
     return pp, note
 
 
+def for_size(pp: str, size: tuple[int, int]) -> str:
+    """A preprocessing string that ends in images of another size.
+
+    Its ops that give sizes are scaled where that keeps the shape of the images (256 and 224 pixels become 592 and 518);
+    where it does not, or nothing fixes their size, images are resized at the end of what the host does.
+
+    Args:
+        pp: preprocessing string for evaluation.
+        size: (height, width) in pixels.
+    """
+    preprocess, calls = builder.build(pp, "pp"), parse_calls(pp, "pp")
+    before = preprocess.image_size
+    if before == size:
+        return pp
+    last = len(calls) - len(preprocess.device_ops)
+    host, device = [call.text for call in calls[:last]], [call.text for call in calls[last:]]
+    if before and size[0] * before[1] == size[1] * before[0]:
+        scaled = [_scale(call, size[0] / before[0]) for call in calls[:last]]
+        if builder.build(text := "|".join(scaled + device), "pp").image_size == size:
+            return text
+    return "|".join([*host, f"resize({size})", *device])
+
+
+def _scale(call: Call, factor: float) -> str:
+    """An op as it is written; its size in pixels, the first argument of all that have one, is scaled."""
+    op = call.bind(OPS[call.name], "pp")
+    name = next((name for name in ("size", "smaller_size") if hasattr(op, name)), None)
+    if name is None:
+        return call.text
+    height, width = (round(side * factor) for side in pair(getattr(op, name)))
+    said = (f"{field.name}={value!r}" for field in dataclasses.fields(op)
+            if field.name != name and (value := getattr(op, field.name)) != field.default)
+    return f"{call.name}({', '.join([repr(height if height == width else (height, width)), *said])})"
+
+
 def preprocessor(pp: str, normalisation: Normalisation) -> tuple[dict[str, Any], list[str]]:
     """The content of a `preprocessor_config.json`, and the ops of `pp` that it has no words for.
 
@@ -132,7 +171,7 @@ def _processor(card: Mapping[str, Any]) -> dict[str, Any] | None:
     if not known:
         return None
     name = known.get("image_processor_type") or known.get("feature_extractor_type") or card.get("model_type")
-    match = re.fullmatch(r"(deit|vit|bit)((ImageProcessor|FeatureExtractor)(Fast|Pil)?)?", str(name), re.IGNORECASE)
+    match = re.fullmatch(rf"({'|'.join(_OF)})((ImageProcessor|FeatureExtractor)(Fast|Pil)?)?", str(name), re.IGNORECASE)
     return {**_ANY, "named": name, **(_OF[match[1].lower()] if match else {}), **known}
 
 

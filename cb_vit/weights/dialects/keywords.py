@@ -129,6 +129,8 @@ def seen_in(params: Mapping[str, Tensor], reading: Reading, path: str) -> dict[s
         seen["pool_type"] = "tok" if "cls" in params else "map"
     if "pre_logits/bias" in params:
         seen["rep_size"] = math.prod(params["pre_logits/bias"].shape)
+    if "reg" in params:
+        seen["registers"] = shape("reg", 3)[1]
     if f"{block}LayerScale_0/gamma" in params:
         seen["layer_scale"] = LAYER_SCALE
     return seen | _context(params, depth, width)

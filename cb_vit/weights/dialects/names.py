@@ -116,7 +116,7 @@ class Names:
 
 
 def _find(table: Mapping[str, tuple[str, Layout]], name: str) -> tuple[str, Layout] | None:
-    number = re.search(r"(?<=blocks\.)\d+|(?<=layer\.)\d+|(?<=encoderblock_)\d+", name)
+    number = re.search(r"(?<=blocks\.)\d+|(?<=layer\.)\d+|(?<=layers\.)\d+|(?<=encoderblock_)\d+", name)
     entry = table.get(name if number is None else name[:number.start()] + "#" + name[number.end():])
     return entry and (entry[0].replace("#", number[0]) if number else entry[0], entry[1])
 
@@ -167,8 +167,20 @@ def parts(tensor: Tensor, functions: Sequence[Callable[[np.ndarray], np.ndarray]
             for i, function in enumerate(functions)]
 
 
+def without_mask(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors without the token that stands for masked patches in training, and a note on it if it is there.
+
+    Args:
+        tensors: tensors of the file by name.
+        name: name of the token.
+    """
+    note = f"{show(name)} is left in the file: it stands for masked patches, of which there are none after training"
+    return {key: tensor for key, tensor in tensors.items() if key != name}, [note] * (name in tensors)
+
+
 def pick_heads(
-    tensors: Mapping[str, Tensor], norm: str, mlp: str, path: str, told: int | None, guess: dict[str, Any], may: bool
+    tensors: Mapping[str, Tensor], norm: str, mlp: str, path: str, told: int | None, guess: dict[str, Any], may: bool,
+    published: Sequence[tuple[int, ...]] = PUBLISHED,
 ) -> int:
     """How many heads a model has, as PyTorch's files do not say; 1 where nobody knows.
 
@@ -180,6 +192,7 @@ def pick_heads(
         guess: dict in which "num_heads" is put down where nobody says: what all published models of the same sizes
             have, or None.
         may: whether the number may be guessed.
+        published: width, depth, MLP width and heads of all models of the kind that others have published.
 
     Raises:
         FormatError: there are no blocks, or the model cannot have as many heads as told.
@@ -192,7 +205,7 @@ def pick_heads(
         raise FormatError(f"{path}: num_heads={told} does not divide the width of the file, {width}")
     if told is not None:
         return told
-    found = [heads for *sizes, heads in PUBLISHED if may and (width, len(norms)) == tuple(sizes[:2])
+    found = [heads for *sizes, heads in published if may and (width, len(norms)) == tuple(sizes[:2])
              and inner == {(sizes[2],)}]
     guess["num_heads"] = found[0] if found else None
     return guess["num_heads"] or 1

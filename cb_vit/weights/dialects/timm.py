@@ -1,4 +1,4 @@
-"""timm's Vision Transformers, and those of facebookresearch/deit, which began as timm's and share its names.
+"""timm's Vision Transformers, and those of facebookresearch/deit and dinov2, which began as timm's and share its names.
 
 Context Broadcasting in a timm model is one line, after which our weights give our logits:
 
@@ -41,6 +41,7 @@ from cb_vit.weights.dialects.names import (
     parts,
     pick_heads,
     unique,
+    without_mask,
 )
 
 _BLOCK, _ATTENTION = "Transformer/encoderblock_#", "MultiHeadDotProductAttention_0"
@@ -70,6 +71,7 @@ NAMES = Names("timm", {
 }, {
     "cls_token": "cls",
     "dist_token": "dist",
+    "reg_token": "reg",
     "pos_embed": "pos_embedding",
     "attn_pool.latent": "MAPHead_0/probe",
     "blocks.#.ls1.gamma": f"{_BLOCK}/LayerScale_0/gamma",
@@ -80,8 +82,8 @@ _POOL = {"tok": "token", "gap": "avg", "map": "map", "none": ""}
 
 
 def recognise(names: Iterable[str]) -> bool:
-    """Whether a file with these names is one of timm's or DeiT's."""
-    return any(re.fullmatch(r"blocks\.\d+\.attn\.qkv\.weight", name) for name in names)
+    """Whether a file with these names is one of timm's, DeiT's or DINOv2's."""
+    return any(re.fullmatch(r"blocks\.(\d+\.)?\d+\.attn\.qkv\.weight", name) for name in names)
 
 
 def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config: Mapping[str, Any]) -> Reading:
@@ -98,7 +100,10 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
     """
     said, guess = cards.timm(config, path), {}
     deit = any(".gamma_" in name for name in tensors)  # DeiT-III's own files
-    tensors = _unfuse(((re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name), t) for name, t in tensors.items()), path)
+    bare = "register_tokens" in tensors  # DINOv2's own, where these have no positions, but the class token has
+    dinov2 = bare or ("mask_token" in tensors and not deit)
+    tensors, notes = without_mask(tensors, "mask_token")
+    tensors = _unfuse(((_modern(name), tensor) for name, tensor in tensors.items()), path)
     tokens = [name for name in ("cls_token", "dist_token") if name in tensors]
     width = next((math.prod(t.shape) for name, t in tensors.items() if name.endswith(".norm1.weight")), 0)
     if said.widths and num_heads is None and width not in said.widths:
@@ -115,17 +120,19 @@ def read(tensors: Mapping[str, Tensor], path: str, num_heads: int | None, config
     scaled = any(name.endswith(".ls1.gamma") for name in tensors)
     guess |= {"layer_norm_eps": 1e-6} if said.guessable else {}
     guess |= {"gelu": "erf"} if guessable else {}
-    deits = "dist_token" in tokens or (tokens and scaled)  # and DINOv2's, which are normalised alike
+    registers = params["reg"].shape[1] if "reg" in params and len(params["reg"].shape) == 3 else 0
+    # And DINOv2's, which are normalised alike; with other registers TIPS' and RADIO's, which are not.
+    deits = "dist_token" in tokens or (tokens and scaled and registers in (0, 4))
     if tokens == ["cls_token"] and not said.known:  # nor does a mean over tokens leave a trace
         guess["pool_type"] = "tok"
     elif not tokens and "attn_pool.latent" not in tensors:
         guess["pool_type"] = "gap"
     entries = len(tokens)
-    if tokens == ["cls_token"] and said.no_embed_class is not False:
-        entries = 0 if said.no_embed_class else None
+    if not bare and (registers or tokens == ["cls_token"]):
+        entries = {None: None, True: 0, False: entries + registers}[said.no_embed_class]
     return Reading(
-        "deit" if deit else "timm", params, unknown, _spell, said.model, usual, guess, entries, said.image_size,
-        images.normalisation(config), IMAGENET if deits else None, said.class_names)
+        "deit" if deit else "dinov2" if dinov2 else "timm", params, unknown, _spell, said.model, usual, guess, entries,
+        said.image_size, images.normalisation(config), IMAGENET if deits else None, said.class_names, notes)
 
 
 def to_timm(
@@ -134,7 +141,8 @@ def to_timm(
     """Parameters under timm's names, as `load_state_dict(strict=True)` takes them; `snippet` has the rest.
 
     timm's position embedding has entries for class and distillation token, which ours lacks: they are written as
-    zeros. With LayerScale and a class token there are none, as in timm's DeiT-III.
+    zeros. With LayerScale and a class token there are none, as in timm's DeiT-III, nor with registers, as in its
+    DINOv2.
 
     Args:
         params: parameters under our names, nested or flat, in loop layout.
@@ -149,7 +157,7 @@ def to_timm(
     bare = _no_embed_class(config) if no_embed_class is None else no_embed_class
     if bare and config.distilled:
         raise ConfigError("no_embed_class", "timm's distilled models always have the entries of both tokens")
-    entries = 0 if bare else (config.pool_type == "tok") + config.distilled
+    entries = 0 if bare else (config.pool_type == "tok") + config.distilled + config.registers
     return _fuse(NAMES.write(add_entries(flat(params, config, grid), entries)))
 
 
@@ -180,6 +188,8 @@ def arguments(config: Config, num_classes: int | None, image_size: tuple[int, in
         found["init_values"] = config.layer_scale
     if not token:
         found |= dict(class_token=False, global_pool=_POOL[config.pool_type], fc_norm=False)
+    if config.registers:
+        found["reg_tokens"] = config.registers
     if _no_embed_class(config):
         found["no_embed_class"] = True
     return found
@@ -227,6 +237,8 @@ def _refuse(config: Config) -> None:
         raise ConfigError("pool_type", f"timm has no counterpart to {config.pool_type!r}; it has {', '.join(_POOL)}")
     if config.rep_size:
         raise ConfigError("rep_size", "timm has no layer before the head any more")
+    if config.distilled and config.registers:
+        raise ConfigError("registers", "timm's distilled models have none")
     if config.context == "cb_s" and config.context_at != "mlp_end":
         raise ConfigError("context_at", f"cb_s goes to timm from 'mlp_end' only, not from {config.context_at!r}")
 
@@ -236,7 +248,14 @@ def _other_norm(config: Config) -> bool:
 
 
 def _no_embed_class(config: Config) -> bool:
-    return config.layer_scale is not None and config.pool_type == "tok" and not config.distilled
+    scaled = config.layer_scale is not None and config.pool_type == "tok"
+    return (scaled or config.registers > 0) and not config.distilled
+
+
+def _modern(name: str) -> str:
+    """timm's name for that of DeiT-III's own files, or of DINOv2's, whose training keeps its blocks in chunks."""
+    name = re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name))
+    return "reg_token" if name == "register_tokens" else name
 
 
 def _unfuse(tensors: Iterable[tuple[str, Tensor]], path: str) -> dict[str, Tensor]:
