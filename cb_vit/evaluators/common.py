@@ -18,6 +18,7 @@ import dataclasses
 import importlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Annotated, Any, TypeVar
@@ -35,10 +36,12 @@ from cb_vit.pp.builder import Preprocess
 from cb_vit.registry import Registry
 from cb_vit.skip_errors import Judge
 from cb_vit.train_state import TrainState
+from cb_vit.workdir import CONTENTS
 
 logger = logging.getLogger(__name__)
 EMA = "ema/"  # stands before the names of metrics of the averaged parameters
-EVALUATORS = Registry("evaluator", {name: f"cb_vit.evaluators.{name}" for name in ("classification", "mistakes")})
+EVALUATORS = Registry("evaluator", {name: f"cb_vit.evaluators.{name}" for name in (
+    "classification", "mistakes", "corruptions")})
 T = TypeVar("T")
 PredictFn = Callable[..., tuple[jax.Array, dict[str, Any]]]
 
@@ -70,6 +73,21 @@ class EvaluatorConfig(LoaderConfig):
         super().__post_init__()
         if self.log.value == 0:
             raise ConfigError(f"log_{self.log.unit}", "must be more than 0; an evaluator also runs at the last step")
+
+
+def check_folder(config: EvaluatorConfig) -> None:
+    """Refuse a prefix that is no folder for the files of an evaluator, in that of the run.
+
+    Raises:
+        ConfigError: at "prefix".
+    """
+    if config.prefix is None:
+        return
+    first, *rest = config.prefix.removesuffix("/").split("/")
+    plain = all(re.fullmatch(r"[\w-][\w.-]*", part) for part in (first, *rest))
+    if not plain or first in CONTENTS:
+        raise ConfigError("prefix", f"{config.prefix!r} is to be a folder of the run's own, for what is written: "
+                                    f"take letters and digits, such as '{config.type}/'")
 
 
 def read_evaluator(block: Any, path: str) -> EvaluatorConfig:
@@ -183,7 +201,8 @@ def has_files(evaluator: Any) -> bool:
 
 
 def over_batches(
-    function: Callable[[dict[str, jax.Array]], dict[str, jax.Array]], pipeline: Pipeline, sharding: NamedSharding
+    function: Callable[[dict[str, jax.Array]], dict[str, jax.Array]], pipeline: Pipeline, sharding: NamedSharding,
+    seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """What a function makes of each batch of an evaluator, on the host, the next batch being under way.
 
@@ -192,12 +211,13 @@ def over_batches(
             example, which are judged and left out here.
         pipeline: loader of the evaluator's data.
         sharding: sharding of a global batch.
+        seed: seed of what is drawn for each example.
 
     Raises:
         DataError: more examples cannot be read than `skip_errors` allows.
     """
     config = pipeline.config
-    batches = to_device(pipeline.evaluate(), pipeline.rows, sharding, config.batch_size)
+    batches = to_device(pipeline.evaluate(seed), pipeline.rows, sharding, config.batch_size)
     judge = Judge(pipeline, f"skip_errors of the evaluator {config.prefix!r}")
     with contextlib.closing(batches):
         for step, values in enumerate(_one_behind(function(batch) for batch in batches), 1):

@@ -101,6 +101,33 @@ class LiveLine:
         return parts
 
 
+@contextlib.contextmanager
+def counted(total: int, stream: Any) -> Iterator[Callable[[str], None]]:
+    """A line that counts the passes of something long, and is gone at its end.
+
+    Args:
+        total: number of passes.
+        stream: the terminal; None, or what is no terminal: there is no line.
+
+    Yields:
+        A function to be called with words for each pass as it begins.
+    """
+    doing = ""
+
+    def words(room: int) -> str:
+        return printable(doing)[:room]
+
+    def tell(text: str) -> None:
+        nonlocal doing
+        bar.update(1 if doing else 0)
+        doing = text
+        bar.refresh()
+
+    with _Bar(words, total=total, file=stream, leave=False, bar_format=BAR + "{n_fmt}/{total_fmt} | {remaining} left | {words}", nrows=24,
+              disable=stream is None or not stream.isatty()) as bar:
+        yield tell
+
+
 class _Bar(tqdm):
     """tqdm's bar with words of ours, which are found only when it is drawn."""
 

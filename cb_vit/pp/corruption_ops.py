@@ -163,7 +163,7 @@ def frost(pixels: Pixels, rng: np.random.Generator, kept: float, share: float, s
     """
     height, width, channels = pixels.shape
     picture = _frost(int(rng.integers(len(FROSTS))), scale, height, width)
-    top, left = (int(rng.integers(whole - part + 1)) for whole, part in zip(picture.shape, (height, width)))
+    top, left = (int(rng.integers(room + 1)) for room in (picture.shape[0] - height, picture.shape[1] - width))
     ice = picture[top:top + height, left:left + width] / 255
     return kept * pixels + share * (ice if channels == 3 else _grey(ice))
 

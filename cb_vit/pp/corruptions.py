@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from cb_vit.config import ConfigError
 from cb_vit.pp.images import as_uint8
 from cb_vit.pp.ops_general import register_op
 from cb_vit.pp.ops_image import PixelOp
@@ -101,11 +102,9 @@ class Corrupt(PixelOp):
 
     def check(self) -> None:
         """Refuse a corruption that does not exist, or whose pictures are not installed, and other severities."""
-        CORRUPTIONS.pick(self.name, "name")
+        check_corruption(self.name, "name")
         if self.severity not in SEVERITIES:
             raise ValueError(f"severity goes from 1 to 5, got {self.severity}")
-        if self.name == PICTURED:
-            frost_folder()
 
     def transform(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """The image corrupted."""
@@ -113,6 +112,17 @@ class Corrupt(PixelOp):
             raise ValueError(f"takes grey or RGB images, got one of mode {image.mode}; decode makes it RGB")
         pixels = corrupt(as_uint8(image), self.name, self.severity, rng)
         return Image.fromarray(pixels if image.mode == "RGB" else pixels[:, :, 0])
+
+
+def check_corruption(name: str, path: str) -> None:
+    """Refuse a corruption that does not exist, or whose pictures are not installed.
+
+    Raises:
+        ConfigError: at `path`.
+    """
+    CORRUPTIONS.pick(name, path)
+    if name == PICTURED and frost_folder() is None:
+        raise ConfigError(path, f"{name} needs pictures that are not installed; pip install 'cb_vit[corruptions]'")
 
 
 def corrupt(image: UInt8[np.ndarray, "h w c"], name: str, severity: int, rng: np.random.Generator
@@ -131,14 +141,8 @@ def corrupt(image: UInt8[np.ndarray, "h w c"], name: str, severity: int, rng: np
     return np.rint(np.clip(found, 0, 1) * 255).astype(np.uint8)
 
 
-def frost_folder() -> pathlib.Path:
-    """The folder of the authors' pictures of frost, which the package `imagecorruptions-imaug` brings.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    found = importlib.util.find_spec("imagecorruptions")  # which would import OpenCV and Numba: only its files are used
-    for place in found.submodule_search_locations or () if found else ():
-        if (folder := pathlib.Path(place) / "frost").is_dir():
-            return folder
-    raise ValueError("frost needs pictures that are not installed; pip install 'cb_vit[corruptions]'")
+def frost_folder() -> pathlib.Path | None:
+    """The folder of the authors' pictures of frost, of the package `imagecorruptions-imaug`; None: there is none."""
+    found = importlib.util.find_spec("imagecorruptions")  # to import it would take OpenCV and Numba, not needed here
+    places = found.submodule_search_locations or () if found else ()
+    return next((folder for place in places if (folder := pathlib.Path(place) / "frost").is_dir()), None)
