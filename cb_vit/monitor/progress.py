@@ -123,8 +123,8 @@ def counted(total: int, stream: Any) -> Iterator[Callable[[str], None]]:
         doing = text
         bar.refresh()
 
-    with _Bar(words, total=total, file=stream, leave=False, bar_format=BAR + "{n_fmt}/{total_fmt} | {remaining} left | {words}", nrows=24,
-              disable=stream is None or not stream.isatty()) as bar:
+    with _Bar(words, total=total, file=stream, leave=False, nrows=24, disable=stream is None or not stream.isatty(),
+              bar_format=BAR + "{n_fmt}/{total_fmt} | {remaining} left | {words}") as bar:
         yield tell
 
 
