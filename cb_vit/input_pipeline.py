@@ -269,12 +269,16 @@ class Pipeline:
             order = grain.MapDataset.range(len(self.source)).shuffle(seed=_fold(seed, "shuffle")).repeat()
         return Reordered(order, self._order) if self.config.repeats > 1 else order
 
-    def evaluate(self) -> Batches:
-        """Every example exactly once, in the source's order; the last batch is filled up with masked rows."""
+    def evaluate(self, seed: int = 0) -> Batches:
+        """Every example exactly once, in the source's order; the last batch is filled up with masked rows.
+
+        Args:
+            seed: seed of what is drawn for each example.
+        """
         size = self.config.batch_size
         steps = -(-len(self.source) // size)
         index = grain.MapDataset.range(steps * size).map(_PadAfter(len(self.source)))
-        return self._batches(index, 0, 0, steps)
+        return self._batches(index, seed, 0, steps)
 
     def _batches(self, order: grain.MapDataset, seed: int, start_step: int, total_steps: int) -> Batches:
         cfg = self.config

@@ -48,7 +48,8 @@ from cb_vit.workdir import CONTENTS
 
 logger = logging.getLogger(__name__)
 EVALUATORS = Registry("evaluator", {name: f"cb_vit.evaluators.{name}" for name in (
-    "classification", "mistakes", "calibration", "fewshot_lsr", "knn", "attack", "occlusion")})
+    "classification", "mistakes", "calibration", "fewshot_lsr", "knn", "attack", "occlusion",
+    "corruptions")})
 T = TypeVar("T")
 PredictFn = Callable[..., tuple[jax.Array, dict[str, Any]]]
 
@@ -260,7 +261,8 @@ def has_files(evaluator: Any) -> bool:
 
 
 def over_batches(
-    function: Callable[[dict[str, jax.Array]], dict[str, jax.Array]], pipeline: Pipeline, sharding: NamedSharding
+    function: Callable[[dict[str, jax.Array]], dict[str, jax.Array]], pipeline: Pipeline, sharding: NamedSharding,
+    seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """What a function makes of each batch of an evaluator, on the host, the next batch being under way.
 
@@ -269,12 +271,13 @@ def over_batches(
             example, which are judged and left out here.
         pipeline: loader of the evaluator's data.
         sharding: sharding of a global batch.
+        seed: seed of what is drawn for each example.
 
     Raises:
         DataError: more examples cannot be read than `skip_errors` allows.
     """
     config = pipeline.config
-    batches = to_device(pipeline.evaluate(), pipeline.rows, sharding, config.batch_size)
+    batches = to_device(pipeline.evaluate(seed), pipeline.rows, sharding, config.batch_size)
     judge = Judge(pipeline, f"skip_errors of the evaluator {config.prefix!r}")
     with contextlib.closing(batches):
         for step, values in enumerate(_one_behind(function(batch) for batch in batches), 1):

@@ -36,6 +36,7 @@ class Kind:
 
 KINDS = (  # by the whole name; the first match wins
     (r"(.*/)?prec@\d+", Kind("{:.1%}".format, noisy=False, best=np.nanargmax)),
+    (r"(.*/)?error", Kind("{:.1%}".format, noisy=False, best=np.nanargmin)),
     (r"(.*/)?loss", Kind("{:#.3g}".format, noisy=False, log=True, best=np.nanargmin)),
     (r"training_loss|l2_.*", Kind("{:#.3g}".format, log=True)),
     (r"lr(/.*)?", Kind("{:.2g}".format, noisy=False)),

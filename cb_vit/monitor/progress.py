@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -100,6 +101,34 @@ def fitting(parts: Iterable[str], room: int) -> str:
     for part in parts:
         words += f" | {part}" if len(words) + 3 + len(part) <= room else ""
     return words
+
+
+@contextlib.contextmanager
+def counted(total: int, stream: Any) -> Iterator[Callable[[str], None]]:
+    """A line that counts the passes of something long, and is gone at its end.
+
+    Args:
+        total: number of passes.
+        stream: the terminal; None, or what is no terminal: there is no line.
+
+    Yields:
+        A function to be called with words for each pass as it begins.
+    """
+    begun, doing, number = time.monotonic(), "", 0
+
+    def words(room: int) -> str:
+        done = number - 1
+        left = (time.monotonic() - begun) / done * (total - done) if done > 0 else None
+        return fitting([f"{number}/{total}", doing, "" if left is None else f"ETA {time_text(left)}"], room)
+
+    def tell(text: str) -> None:
+        nonlocal doing, number
+        doing, number = text, number + 1
+        bar.update(number - 1 - bar.n)
+        bar.refresh()
+
+    with Bar(words, total=total, initial=0, stream=stream) as bar:
+        yield tell
 
 
 class Bar(tqdm):

@@ -3,7 +3,8 @@
 The language and the names of the ops are big_vision's (`pp/builder.py` there). What differs: the ops at the end
 that do arithmetic (`value_range`, `vgg_value_range`, `onehot`) are split off when the string is read, to run on
 whole batches inside the jitted step, so that hosts deliver uint8. The ops are listed in `ops_general.py`,
-`ops_image.py`, `randaug.py` and `three_augment.py`; an op of one's own is a dataclass entered with `register_op`.
+`ops_image.py`, `randaug.py`, `three_augment.py` and `corruptions.py`; an op of one's own is a dataclass entered with
+`register_op`.
 """
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from cb_vit.config import ConfigError
-from cb_vit.pp import randaug, three_augment  # noqa: F401  they enter their ops
+from cb_vit.pp import corruptions, randaug, three_augment  # noqa: F401  they enter their ops
 from cb_vit.pp.images import as_uint8, is_encoded
 from cb_vit.pp.normalisation import Normalisation
 from cb_vit.pp.ops_general import (
@@ -113,6 +114,12 @@ class Preprocess:
             else:
                 texts.append(call.text)
         return build("|".join(texts), self.path)
+
+    def with_op(self, text: str) -> Preprocess:
+        """The same with one more op, such as "corrupt('fog', 3)", as the last one on the host."""
+        calls = [call.text for call in parse_calls(self.text, self.path)]
+        split = len(calls) - len(self.device_ops)
+        return build("|".join([*calls[:split], text, *calls[split:]]), self.path)
 
     def normalisation(self, channels: int) -> Normalisation:
         """What the device makes of pixels.
