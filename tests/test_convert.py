@@ -34,7 +34,6 @@ MODELS = {
     "cb": dict(pool_type="tok", context="cb", context_layers=(1,), layer_norm_eps=1e-3),
     "cb_s": dict(pool_type="gap", context="cb_s", gelu="erf", layer_scale=1e-4),
     "distilled": dict(pool_type="tok", distilled=True, context="cb", context_at="msa_end", gelu="erf"),
-    "registers": dict(pool_type="tok", registers=3, layer_scale=1e-4, gelu="erf"),
 }
 TARGETS = ["x.safetensors", "x.npz", "x"]
 
@@ -122,17 +121,18 @@ def test_images_that_are_no_square(tmp_path):
     assert_same(cb_vit.load(file)[1], params)
 
 
-def test_images_of_another_size(runs, tmp_path):
-    run, _, _ = runs["registers"]
-    expected = cb_vit.load(run, image_size=12)[1]
-    for target in ("x.safetensors", "x"):
-        tool_convert.main(cli.parse(tool_convert, [run, str(tmp_path / target), "--image_size=12"]))
-        found = open_weights(tmp_path / target, "")
-        assert found.grid == (3, 3) and builder.build(found.pp, "pp").image_size == (12, 12)
-        assert_same(found.read(), expected)
-    assert json.loads((tmp_path / "x" / "run.json").read_text())["image_shape"] == [12, 12, 3]
-    assert refusal(tool_convert, run, tmp_path / "y", "--image_size=9").startswith("image_size: 9×9 is asked for, but ")
-    assert refusal(tool_convert, run, tmp_path / "y", "--image_size=big").startswith("--image_size: expected pixels")
+def test_registers_and_images_of_another_size(tmp_path):
+    model, params = make(pool_type="tok", registers=3, gelu="erf")
+    write_npz(tmp_path / "x.npz", to_big_vision(params))
+    flags = ["--image_size=12", "--model=gelu=erf"]
+    tool_convert.main(cli.parse(tool_convert, [str(tmp_path / "x.npz"), str(tmp_path / "run"), *flags]))
+    run = open_weights(tmp_path / "run", "")
+    assert run.grid == (3, 3) and builder.build(run.pp, "pp").image_size == (12, 12)
+    assert run.model.config.registers == 3
+    assert_same(run.read(), cb_vit.load(tmp_path / "x.npz", image_size=12, gelu="erf")[1])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["image_shape"] == [12, 12, 3]
+    for wrong, error in (("9", "image_size: 9×9 is asked for, but "), ("big", "--image_size: expected pixels")):
+        assert refusal(tool_convert, tmp_path / "run", tmp_path / "y", f"--image_size={wrong}").startswith(error)
 
 
 def test_fixed_positions_are_written_out_where_they_must_be_learned(tmp_path):

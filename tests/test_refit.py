@@ -157,8 +157,8 @@ def test_a_file_without_a_head(files, tmp_path):
         cb_vit.load(tmp_path / "bare", num_classes=5)
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("size, grid", [(12, (3, 3)), ((8, 16), (2, 4))])
+@pytest.mark.parametrize("source, size, grid", [
+    (source, *size) for source, size in zip(SOURCES, [(12, (3, 3)), ((8, 16), (2, 4))] * 2, strict=True)])
 def test_images_of_another_size(files, params, source, size, grid):
     found = open_weights(files / source, "path", image_size=size, **GIVEN.get(source, {}))
     tree = found.read()
@@ -186,7 +186,8 @@ def test_images_of_the_same_size_and_of_none(files, params):
 
 def test_fixed_positions_are_for_any_size(tmp_path):
     model = cb_vit.Model(CLASSES, **SIZES | dict(distilled=False, posemb="sincos2d"))
-    tree = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"])
+    tree = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
     write_npz(tmp_path / "fixed.npz", to_big_vision(jax.device_get(tree)))
     found = open_weights(tmp_path / "fixed.npz", "path", image_size=(12, 20), gelu="erf", pool_type="tok")
     assert found.grid == (3, 5) and not any("resampled" in note for note in found.notes)
