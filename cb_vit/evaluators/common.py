@@ -18,6 +18,7 @@ import dataclasses
 import importlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Annotated, Any, TypeVar
@@ -35,10 +36,12 @@ from cb_vit.pp.builder import Preprocess
 from cb_vit.registry import Registry
 from cb_vit.skip_errors import Judge
 from cb_vit.train_state import TrainState
+from cb_vit.workdir import CONTENTS
 
 logger = logging.getLogger(__name__)
 EMA = "ema/"  # stands before the names of metrics of the averaged parameters
-EVALUATORS = Registry("evaluator", {name: f"cb_vit.evaluators.{name}" for name in ("classification", "mistakes")})
+EVALUATORS = Registry("evaluator", {name: f"cb_vit.evaluators.{name}" for name in (
+    "classification", "mistakes", "attention_density")})
 T = TypeVar("T")
 PredictFn = Callable[..., tuple[jax.Array, dict[str, Any]]]
 
@@ -70,6 +73,24 @@ class EvaluatorConfig(LoaderConfig):
         super().__post_init__()
         if self.log.value == 0:
             raise ConfigError(f"log_{self.log.unit}", "must be more than 0; an evaluator also runs at the last step")
+
+
+def check_folder(prefix: str | None, example: str) -> None:
+    """Refuse a prefix that is no folder for the files of an evaluator, in that of the run.
+
+    Args:
+        prefix: the setting; None: not given.
+        example: a good one.
+
+    Raises:
+        ConfigError: at "prefix".
+    """
+    if prefix is None:
+        return
+    first, *rest = prefix.removesuffix("/").split("/")
+    if first in CONTENTS or not all(re.fullmatch(r"[\w-][\w.-]*", part) for part in (first, *rest)):
+        raise ConfigError("prefix", f"{prefix!r} is to be a folder of the run's own, for what is written: take letters "
+                                    f"and digits, such as '{example}/'")
 
 
 def read_evaluator(block: Any, path: str) -> EvaluatorConfig:

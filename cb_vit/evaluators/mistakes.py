@@ -5,7 +5,6 @@ import collections
 import csv
 import dataclasses
 import io
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,14 +16,13 @@ from jaxtyping import Array, Bool, Float
 
 from cb_vit import dist
 from cb_vit.config import ConfigError
-from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, over_batches
+from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, check_folder, over_batches
 from cb_vit.input_pipeline import Pipeline
 from cb_vit.monitor.confusion import draw_confusion
 from cb_vit.monitor.contact_sheet import Line, Tile, draw_sheet
 from cb_vit.monitor.style import FAINT, RIGHT, WRONG
 from cb_vit.texts import printable
 from cb_vit.train_state import TrainState
-from cb_vit.workdir import CONTENTS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,12 +39,7 @@ class Config(EvaluatorConfig):
         super().__post_init__()
         if not 1 <= self.images <= 64:
             raise ConfigError("images", f"must be from 1 to 64, as more would be too small to see, got {self.images}")
-        if self.prefix is not None:  # the folder of its files, in that of the run
-            first, *rest = self.prefix.removesuffix("/").split("/")
-            plain = all(re.fullmatch(r"[\w-][\w.-]*", part) for part in (first, *rest))
-            if not plain or first in CONTENTS:
-                raise ConfigError("prefix", f"{self.prefix!r} is to be a folder of the run's own, for what is written: "
-                                            "take letters and digits, such as 'mistakes/'")
+        check_folder(self.prefix, "mistakes")
 
 
 class Guess(NamedTuple):

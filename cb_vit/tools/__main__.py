@@ -19,7 +19,8 @@ from cb_vit.config import suggest
 from cb_vit.tools import cli
 
 COMMANDS = {  # and their modules
-    "train": "train", "eval": "eval_only", "predict": "predict", "convert": "convert", "inspect": "inspect_config",
+    "train": "train", "eval": "eval_only", "predict": "predict", "density": "density",
+    "convert": "convert", "inspect": "inspect_config",
     "check-data": "check_data", "import-data": "import_data", "curves": "curves", "configs": "list_configs"}
 
 
