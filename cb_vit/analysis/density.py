@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cb_vit.monitor.panels import Kind, style
+from cb_vit.monitor.panels import Kind, label_ends, style
 from cb_vit.monitor.style import FAINT, INK, Look, plain, short, to_png
 
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
@@ -112,6 +112,7 @@ def draw_density(runs: Mapping[str, Sequence[Row]], title: str = "") -> bytes:
     """
     from matplotlib.figure import Figure  # not pyplot, whose global state belongs to the user
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter
     measures = [name for name in HEADINGS if any(pick(rows, name) for rows in runs.values())]
     columns = max(1, -(-len(measures) // 2))
     figure = Figure(figsize=(3.9 * columns, 6.9), dpi=110, layout="constrained", facecolor="white")
@@ -122,10 +123,12 @@ def draw_density(runs: Mapping[str, Sequence[Row]], title: str = "") -> bytes:
         for index, rows in enumerate(runs.values()):
             draw_blocks(ax, rows, name, index)
         style(ax, HEADINGS[name], Kind("{:.3g}".format))
-        draw_references(ax, REFERENCES.get(name, {}), sizes)
         if name in ("effective_tokens", "rank"):
             ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+            ax.yaxis.set_minor_formatter(NullFormatter())
+        draw_references(ax, REFERENCES.get(name, {}), sizes)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_xlabel("block", color=FAINT, fontsize=9, loc="right")
     for ax in axes.flat[len(measures):]:
@@ -160,7 +163,7 @@ def draw_blocks(ax: Any, rows: Sequence[Row], measure: str, index: int) -> None:
 
 
 def draw_references(ax: Any, lines: Mapping[str, Any], sizes: Sequence[int]) -> None:
-    """Lines across a panel, with what they say.
+    """Lines across a panel, and right of it what they are.
 
     Args:
         ax: the panel.
@@ -168,8 +171,9 @@ def draw_references(ax: Any, lines: Mapping[str, Any], sizes: Sequence[int]) -> 
         sizes: numbers of keys of the models.
     """
     heights = {(words, float(height(size))): size for words, height in lines.items() for size in sizes}
+    ends = []
     for (words, height), size in heights.items():
         several = sum(other == words for other, _ in heights) > 1
         ax.axhline(height, color=FAINT, lw=0.9, ls=(0, (1, 2)), zorder=1)
-        ax.annotate(f"{words}, N = {size}" if several else words, (1, height), xycoords=("axes fraction", "data"),
-                    xytext=(0, 2), textcoords="offset points", ha="right", va="bottom", color=FAINT, fontsize=7.5)
+        ends.append((f"{words}, N={size}" if several else words, height, FAINT))
+    label_ends(ax, ends)

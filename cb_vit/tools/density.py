@@ -37,6 +37,7 @@ from cb_vit.tools.predict import find_images, progress
 from cb_vit.weights import Weights
 
 TABLE, PICTURE, GRADIENT = "density.csv", "density.png", "softmax_gradient.png"
+FILES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 COLUMNS = {"entropy / ln N": ("entropy_normalised", ".3f"), "effective tokens": ("effective_tokens", ".1f"),
            "distance, pixels": (DISTANCE, ".1f"), "rank": ("rank", ".1f")}
 
@@ -156,12 +157,13 @@ def _add(sums: DensitySums, batch: Sequence[Prediction], values: Float[np.ndarra
 def table(label: str, rows: Sequence[Row]) -> Iterator[str]:
     """A line for each block of a model, of means over heads and images; all tokens are queries and keys."""
     columns = [pick(rows, measure) for measure, _ in COLUMNS.values()]
-    yield "  ".join([printable(label), *COLUMNS])
-    width = len(printable(label))
-    for block in zip(*columns, strict=True):
+    names = [f"block {row.block}" for row in columns[0]]
+    width = max(map(len, (printable(label), *names)))
+    yield "  ".join([f"{printable(label):<{width}}", *COLUMNS])
+    for name, block in zip(names, zip(*columns, strict=True), strict=True):
         cells = (f"{row.mean:>{len(heading)}{spec}}"
                  for row, (heading, (_, spec)) in zip(block, COLUMNS.items(), strict=True))
-        yield "  ".join([f"{f'block {block[0].block}':<{width}}", *cells])
+        yield "  ".join([f"{name:<{width}}", *cells])
 
 
 def name_models(paths: Sequence[str], labels: str | None) -> list[str]:
@@ -175,6 +177,8 @@ def name_models(paths: Sequence[str], labels: str | None) -> list[str]:
         if twice := next((path for path, place in zip(paths, places, strict=True) if places.count(place) > 1), None):
             raise ConfigError("--weights", f"{twice} is given twice; give it once, or tell them apart by --labels")
         names = short_names(places)
+        bare = [os.path.splitext(name)[0] if name.endswith(FILES) else name for name in names]
+        names = bare if len(set(bare)) == len(bare) else names
     else:
         names = [name.strip() for name in labels.split(",")]
     if len(names) != len(paths) or not all(names):
