@@ -30,7 +30,7 @@ EXAMPLE = "decode|resize_small(256)|central_crop(224)"
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a model says of one file.
+    """One file, and what a model says of it.
 
     Attributes:
         path: path of the file.
@@ -49,6 +49,73 @@ class Prediction:
     maps: Float[np.ndarray, "maps gy gx"] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Image files as a model takes them.
+
+    Attributes:
+        preprocess: preprocessing, from the function `preprocessing`.
+        shape: shape of the images that the model is given, [y x c].
+    """
+
+    preprocess: Preprocess
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, weights: Weights, preprocess: Preprocess) -> Images:
+        """The images for a model.
+
+        Raises:
+            ConfigError: it cannot take the images that `preprocess` makes.
+        """
+        return cls(preprocess, _image_shape(weights, preprocess))
+
+    def through(
+        self, function: Callable[[UInt8[np.ndarray, "b y x c"]], Any], paths: Sequence[str], batch_size: int
+    ) -> Iterator[tuple[list[Prediction], Any]]:
+        """What a function makes of the images, batch by batch, and the images themselves.
+
+        Args:
+            function: function of a batch, to which the device goes on while results are fetched.
+            paths: paths of image files.
+            batch_size: number of images at once; the last batch is filled up, so that one size is compiled. Rows that
+                hold no image, as the file could not be read, are black.
+
+        Returns:
+            The files of each batch, with `image` or `error`, and the function's result on the host.
+        """
+        read = ahead(self.read, paths, THREADS, 2 * batch_size)
+        running: collections.deque[tuple[list[Prediction], Any]] = collections.deque()
+        while batch := list(itertools.islice(read, batch_size)):
+            images = np.zeros((batch_size, *self.shape), np.uint8)
+            for row, found in enumerate(batch):
+                if not found.error:
+                    images[row] = found.image
+            running.append((batch, function(images)))
+            if len(running) > 1:  # the device works on while results are fetched
+                batch, outputs = running.popleft()
+                yield batch, jax.device_get(outputs)
+        for batch, outputs in running:
+            yield batch, jax.device_get(outputs)
+
+    def read(self, path: str) -> Prediction:
+        """One file, with `image` or `error`."""
+        try:
+            # The same draws for every file, should there be a random op.
+            with io.open_regular(path) as file:
+                data = file.read()
+            image = self.preprocess.host({"image": data}, np.random.default_rng(0))["image"]
+        except OSError as error:
+            return Prediction(path, error=error.strerror or str(error))
+        except Exception as error:  # as the input pipeline: ops raise whatever they stumble over
+            return Prediction(path, error=retry.reason(error))
+        if image.shape != self.shape:
+            (height, width, _), wanted = image.shape, self.shape[:2]
+            return Prediction(path, error=f"{height}×{width} pixels, where the model takes {wanted[0]}×{wanted[1]}; "
+                                          f"to resize, give --pp='{_resizing(self.preprocess, wanted)}'")
+        return Prediction(path, image=image)
+
+
 class Predictor:
     """A model that takes image files.
 
@@ -60,7 +127,7 @@ class Predictor:
         rollout: whether attention rollout is looked at too.
 
     Attributes:
-        image_shape: shape of the images that the model is given, [y x c].
+        images: the images that the model is given.
         view: description of the attention maps that are made; None: none are.
 
     Raises:
@@ -73,9 +140,10 @@ class Predictor:
         if not classes or config.pool_type == "none":
             what = "classifies every token on its own" if classes else "has no head, so it has no classes"
             raise ConfigError("--weights", f"{weights} {what}; fine-tune it first (config.model_init)")
-        self.weights, self.preprocess, self.top = weights, preprocess, min(top, classes)
-        self.image_shape = _image_shape(weights, preprocess)
-        self.view = None if layers is None else View(config, patch_grid(config, self.image_shape[:2]), layers, rollout)
+        self.weights, self.top = weights, min(top, classes)
+        self.images = Images.of(weights, preprocess)
+        grid = patch_grid(config, self.images.shape[:2])
+        self.view = None if layers is None else View(config, grid, layers, rollout)
         self._apply = jax.jit(self._forward)
 
     def __call__(self, paths: Sequence[str], batch_size: int) -> Iterator[Prediction]:
@@ -83,52 +151,26 @@ class Predictor:
 
         Args:
             paths: paths of image files.
-            batch_size: number of images at once; the last batch is filled up, so that one size is compiled.
+            batch_size: number of images at once.
 
         Raises:
             Failure: the model's output is not finite.
         """
         params = self.weights.read()
-        read = ahead(self._read, paths, THREADS, 2 * batch_size)
-        running: collections.deque[tuple[list[Prediction], Any]] = collections.deque()
-        while batch := list(itertools.islice(read, batch_size)):
-            images = np.zeros((batch_size, *self.image_shape), np.uint8)
-            for row, found in enumerate(batch):
-                if not found.error:
-                    images[row] = found.image
-            running.append((batch, self._apply(params, images)))
-            if len(running) > 1:  # the device works on while results are fetched
-                yield from _finish(*running.popleft())
-        for batch, outputs in running:
+        for batch, outputs in self.images.through(lambda images: self._apply(params, images), paths, batch_size):
             yield from _finish(batch, outputs)
 
     def _forward(
         self, params: Any, images: UInt8[Array, "b y x c"]
     ) -> tuple[Float[Array, "b k"], Int[Array, "b k"], Float[Array, "b maps gy gx"] | None]:
-        images = self.preprocess.device({"image": images})["image"]
+        images = self.images.preprocess.device({"image": images})["image"]
         logits, out = self.weights.model.apply({"params": params}, images, attention=self.view is not None)
         probabilities, classes = jax.lax.top_k(jax.nn.softmax(logits), self.top)
         return probabilities, classes, self.view and self.view.maps(out["encoder"])
 
-    def _read(self, path: str) -> Prediction:
-        try:
-            # The same draws for every file, should there be a random op.
-            with io.open_regular(path) as file:
-                data = file.read()
-            image = self.preprocess.host({"image": data}, np.random.default_rng(0))["image"]
-        except OSError as error:
-            return Prediction(path, error=error.strerror or str(error))
-        except Exception as error:  # as the input pipeline: ops raise whatever they stumble over
-            return Prediction(path, error=retry.reason(error))
-        if image.shape != self.image_shape:
-            (height, width, _), wanted = image.shape, self.image_shape[:2]
-            return Prediction(path, error=f"{height}×{width} pixels, where the model takes {wanted[0]}×{wanted[1]}; "
-                                          f"to resize, give --pp='{_resizing(self.preprocess, wanted)}'")
-        return Prediction(path, image=image)
-
 
 def _finish(batch: list[Prediction], outputs: Any) -> Iterator[Prediction]:
-    probabilities, classes, maps = jax.device_get(outputs)
+    probabilities, classes, maps = outputs
     for row, found in enumerate(batch):
         if found.error:
             yield found

@@ -146,8 +146,8 @@ def test_the_page_shows_what_is_there_in_pictures_and_in_numbers(full):
                  "attention on b/c.png", "corruptions: error by severity, error by corruption", "attack: fgsm: top-1",
                  "occlusion: random: top-1", "accuracy over confidence, bins of equal width", "confusion matrix"):
         assert sum(alt.startswith(what) for alt in alts) in (1, 2), what
-    for words in ("named on the command line", "context=cb − context=none", "+0.1000", "entropy_normalised, block",
-                  "severity", "gaussian_noise", "attention_distance, block", "6.0000", "attack/clean/prec@1",
+    for words in ("named on the command line", "context=cb − context=none", "+0.1000", "entropy / ln N, by block",
+                  "severity", "gaussian_noise", "attention distance, pixels, by block", "6.0000", "attack/clean/prec@1",
                   "ece/nll", "the classes it finds hardest", "0.10.2", "8 × cpu",
                   "config.model.context", "none, cb"):
         assert words in found.words, words
@@ -180,7 +180,7 @@ def test_what_cannot_be_read_is_left_out_and_said(tmp_path):
     (run / "mistakes/confusion.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
     (run / "robust/metrics.csv").write_bytes(b"\xff\xfe\x00")
     words = Reader(write_page([run])).words
-    for what in ("density.csv is left out: it has the columns 'block,mean', not block", "reliability.csv cannot be",
+    for what in ("density.csv is left out: it is no density.csv (line 1: its", "reliability.csv cannot be",
                  "confusion.png is left out: it is no PNG", "metrics.csv is left out: it 'utf-8' codec"):
         assert what in words, what
 

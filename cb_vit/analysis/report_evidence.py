@@ -8,14 +8,13 @@ from typing import Any
 from etils import epath
 
 from cb_vit import io
+from cb_vit.analysis import density as density_lib
 from cb_vit.analysis.comparison_tables import number
-from cb_vit.analysis.density_files import draw_density, read_density
 from cb_vit.analysis.page import paragraph, picture, side_by_side, table
 from cb_vit.analysis.report_files import Subject, below, mean_scores, pick, read_table, read_text, scores_of
 from cb_vit.analysis.report_pictures import draw_bars, draw_reliability
 from cb_vit.analysis.runs import Run
 
-DENSITY = ("block", "head", "queries", "keys", "measure", "mean", "std", "q05", "q25", "q50", "q75", "q95")
 RELIABILITY = ("bins", "low", "high", "examples", "confidence", "accuracy")
 BINS = {"width": "bins of equal width", "mass": "bins of equally many examples"}
 PHOTOGRAPHS = 8  # of which attention is shown
@@ -53,31 +52,26 @@ def _from(found: Mapping[str, tuple[Run, Any]]) -> str:
 
 def density(subject: Subject) -> str:
     """How dense the attention of each block is."""
-    found = _read(subject, "density.csv", lambda text: (read_density(text), read_table(text, DENSITY)))
+    found = _read(subject, "density.csv", density_lib.read_density)
     if not found:
         subject.missing.append("density of attention: no density.csv below the runs; the evaluator attention_density "
                                "writes it")
         return ""
-    try:
-        drawn = picture(draw_density({label: rows for label, (_, (rows, _)) in found.items()}),
-                        "measures of attention by block", _from(found))
-        return drawn + "".join(_density_tables({label: cells for label, (_, (_, cells)) in found.items()}))
-    except (ValueError, KeyError) as error:
-        subject.missing.append(f"density of attention: its tables cannot be read ({error})")
-        return ""
+    rows = {label: rows for label, (_, rows) in found.items()}
+    drawn = picture(density_lib.draw_density(rows), "measures of attention by block", _from(found))
+    return drawn + "".join(_density_tables(rows))
 
 
-def _density_tables(rows: Mapping[str, Rows]) -> Iterator[str]:
+def _density_tables(runs: Mapping[str, list[density_lib.Row]]) -> Iterator[str]:
     """The means of all measures over all heads and tokens, by block; distances are of patches alone."""
-    chosen = {label: [row for row in listed if (row["head"], row["queries"], row["keys"]) == (
-        ("all", "patches", "patches") if row["measure"] == "attention_distance" else ("all", "all", "all"))]
-              for label, listed in rows.items()}
-    for measure in dict.fromkeys(row["measure"] for listed in chosen.values() for row in listed):
-        values = {(label, row["block"]): row["mean"] for label, listed in chosen.items()
-                  for row in listed if row["measure"] == measure}
-        blocks = list(dict.fromkeys(block for _, block in values))
-        yield table([(f"{measure}, block", *blocks), *(
-            (label, *(number(float(values.get((label, block)) or "nan")) for block in blocks)) for label in chosen)])
+    for measure, heading in density_lib.HEADINGS.items():
+        means = {label: {row.block: row.mean for row in density_lib.pick(rows, measure)}
+                 for label, rows in runs.items()}
+        blocks = sorted({block for found in means.values() for block in found})
+        if blocks:
+            yield table([(f"{heading}, by block", *map(str, blocks)), *(
+                (label, *(number(found.get(block, float("nan"))) for block in blocks))
+                for label, found in means.items())])
 
 
 def attention(subject: Subject) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of a report: arms and their differences, lines, bars and reliability; told apart in grey as well."""
+"""Pictures of a report: arms and their differences, bars and reliability; told apart in grey as well."""
 from __future__ import annotations
 
 import math
@@ -67,27 +67,6 @@ def _rows(ax: Any, names: Sequence[str]) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def draw_lines(panels: Mapping[str, Lines], axis: str) -> bytes:
-    """A panel for each heading, a line for each name, as a PNG.
-
-    Args:
-        panels: lines by heading.
-        axis: what the places on the axis are.
-    """
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    columns = min(2, len(panels))
-    figure, axes = _figure(columns, 5.4, 3.1, math.ceil(len(panels) / columns))
-    for ax, (heading, lines) in zip(axes.flat, panels.items(), strict=False):
-        for name, line in lines.items():
-            look, marker = _look(names, name)
-            ax.plot(list(line), list(line.values()), color=look.colour, ls=look.dash, marker=marker, ms=5, lw=1.5)
-        _style(ax, heading)
-        _whole(ax)
-        ax.set_xlabel(axis, color=FAINT, fontsize=9, loc="right")
-    _finish(figure, axes, len(panels), names)
-    return to_png(figure)
-
-
 def draw_bars(panels: Mapping[str, Mapping[str, Mapping[str, float]]]) -> bytes:
     """A panel for each heading, groups of bars by name, as a PNG.
 
@@ -133,7 +112,7 @@ def draw_reliability(lines: Lines, heading: str) -> bytes:
     ax.set(xlim=(0, 1.02), ylim=(0, 1.02))
     ax.set_xlabel("confidence", color=FAINT, fontsize=9, loc="right")
     ax.set_ylabel("accuracy", color=FAINT, fontsize=9, loc="top")
-    _finish(figure, axes, 1, names)
+    _legend(figure, names)
     return to_png(figure)
 
 
@@ -142,15 +121,8 @@ def _look(names: Sequence[str], name: str) -> tuple[Look, str]:
     return Look.number(number), MARKERS[number % len(MARKERS)]
 
 
-def _whole(ax: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-
-
-def _finish(figure: Any, axes: np.ndarray, panels: int, names: Sequence[str]) -> None:
+def _legend(figure: Any, names: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
-    for ax in axes.flat[panels:]:
-        ax.set_axis_off()
     shown, looks = short(names, 40), [_look(names, name) for name in names]
     lines = [Line2D([], [], color=look.colour, ls=look.dash, marker=marker, lw=1.5) for look, marker in looks]
     figure.legend(lines, [plain(shown[name]) for name in names], loc="outside lower left", ncols=3, frameon=False,

@@ -19,9 +19,9 @@ from cb_vit.config import suggest
 from cb_vit.tools import cli
 
 COMMANDS = {  # and their modules
-    "train": "train", "eval": "eval_only", "predict": "predict", "convert": "convert", "inspect": "inspect_config",
-    "check-data": "check_data", "import-data": "import_data", "curves": "curves", "sweep": "sweep",
-    "compare": "compare", "report": "report", "configs": "list_configs"}
+    "train": "train", "eval": "eval_only", "predict": "predict", "density": "density",
+    "convert": "convert", "inspect": "inspect_config", "check-data": "check_data", "import-data": "import_data",
+    "curves": "curves", "sweep": "sweep", "compare": "compare", "report": "report", "configs": "list_configs"}
 
 
 def main() -> None:

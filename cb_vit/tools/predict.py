@@ -95,7 +95,7 @@ def predict(files: Sequence[str], weights: Weights, options: Options) -> None:
 
     width, broken = max(len(printable(file)) for file in files), 0
     batch_size = min(options.batch_size, len(files))
-    for found in _progress(predictor(files, batch_size), len(files), batch_size):
+    for found in progress(predictor(files, batch_size), len(files), batch_size):
         if found.error:
             broken += 1
             cli.show(f"{found.path}: {found.error}", file=sys.stderr)
@@ -221,7 +221,7 @@ def _looks(files: Sequence[str], options: Options) -> AttentionFolder | None:
     return None
 
 
-def _progress(predictions: Iterable[Prediction], total: int, batch_size: int) -> Iterator[Prediction]:
+def progress(predictions: Iterable[Prediction], total: int, batch_size: int) -> Iterator[Prediction]:
     """The predictions; where they take long, stderr hears how far they are."""
     chrono, said = Chrono(total, 1), time.monotonic()
     for done, found in enumerate(predictions, 1):
