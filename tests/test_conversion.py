@@ -199,8 +199,10 @@ def test_huggingface_dinov2_computes_what_its_layers_say():
     assert found.model["registers"] == registers and found.normalisation[0][0] == 0.485
     assert any("'embeddings.mask_token' is left in the file" in note for note in found.notes)
     del arrays["embeddings.register_tokens"]
-    bare = understand(arrays, num_heads=H).model
-    assert (bare["layer_norm_eps"], bare["gelu"], bare["pool_type"]) == (1e-6, "erf", "tok") and "registers" not in bare
+    for card in ({}, {"model_type": "dinov2"}):
+        bare = understand(arrays, num_heads=H, config=card).model
+        assert (bare["layer_norm_eps"], bare["gelu"], bare["pool_type"]) == (1e-6, "erf", "tok")
+        assert not bare.get("registers")
 
 
 def test_huggingface_siglip_computes_what_its_layers_say():
@@ -223,9 +225,10 @@ def test_huggingface_siglip_computes_what_its_layers_say():
     assert found.model["pool_type"] == "map" and found.model["gelu"] == "tanh" and found.grid == (GRID, GRID)
     assert found.normalisation == ((0.5,) * 3, (0.5,) * 3)
 
-    old = understand({f"vision_model.{name}": array for name, array in arrays.items()}, num_heads=H)
+    for card in ({}, {"model_type": "siglip"}, {"vision_config": {"model_type": "siglip_vision_model"}}):
+        old = understand({f"vision_model.{name}": array for name, array in arrays.items()}, num_heads=H, config=card)
+        assert old.model["layer_norm_eps"] == 1e-6 and old.model["gelu"] == "tanh"
     assert_same(read(old), read(found))
-    assert old.model["layer_norm_eps"] == 1e-6 and old.model["gelu"] == "tanh"
     towers = {f"vision_model.{name}": array for name, array in arrays.items()} | random({
         "text_model.embeddings.token_embedding.weight": (9, D), "text_model.encoder.layers.0.layer_norm1.weight": (D,),
         "logit_scale": (1,)})

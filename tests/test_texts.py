@@ -37,6 +37,9 @@ HUGGINGFACE = dict(model_type="vit", num_attention_heads=3, hidden_size=192, hid
                    image_processor_type="ViTImageProcessor", size=dict(height=32, width=32), resample=2, do_resize=True,
                    image_mean=[0.5] * 3, image_std=[0.5] * 3, rescale_factor=1 / 255, do_rescale=True,
                    do_center_crop=True, crop_size=32)
+TOWERS = dict(model_type="siglip", text_config=dict(vocab_size=9), id2label={"0": "a", "1": "b"},
+              vision_config=dict(model_type="siglip_vision_model", num_attention_heads=3, hidden_size=192,
+                                 hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6, image_size=[32, 32]))
 HEADER = {"__metadata__": {"format": "pt", "a": "b"},
           "x": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]},
           "y": {"dtype": "BF16", "shape": [], "data_offsets": [8, 10]}}
@@ -101,6 +104,11 @@ def read_header(path, data):
     return open_file(path)
 
 
+read_huggingface, read_towers = (
+    functools.partial(read_card, functools.partial(cards.huggingface, kinds=kinds))
+    for kinds in (("vit", "deit"), ("siglip_vision_model", "siglip")))
+
+
 def read_index_file(path, data):
     path.write_bytes(data)
     return shards(str(path), read_index(str(path))[0])
@@ -155,7 +163,7 @@ def read_default(path, data):
 
 READERS = {  # reader, what it reads when all is well, how many mutations of that
     "timm's card": (functools.partial(read_card, cards.timm), TIMM, 250),
-    "Hugging Face's card": (functools.partial(read_card, cards.huggingface), HUGGINGFACE, 250),
+    "Hugging Face's card": (read_huggingface, HUGGINGFACE, 150), "card of two towers": (read_towers, TOWERS, 100),
     "header": (read_header, HEADER, 300), "index": (read_index_file, INDEX, 200), "run.json": (read_run, RUN, 150),
     "config.json": (read_config, {"lr": 0.1, "model": {"depth": 1}, "a": [1, {"b": None}]}, 150),
     "checkpoint": (read_meta, META, 250), "records": (read_records, {"step": 2, "loss": 1.5, "n": 3}, 150),

@@ -234,7 +234,7 @@ def huggingface(card: Mapping[str, Any], path: str, kinds: tuple[str, ...]) -> S
         return Said({})
     if part := next(filter(None, (_block(card, key, path) for key in PARTS)), None):
         card = {**part, "id2label": card.get("id2label")}
-    if (kind := card.get("model_type") or kinds[0]) not in kinds:
+    if (kind := kinds[0] if card.get("model_type") is None else card["model_type"]) not in kinds:
         raise FormatError(f"{path}: its config.json says model_type={show(kind)}, which is not supported with these "
                           f"arrays; supported is {' or '.join(map(show, kinds))}")
     told = [key for key, rule in CONFIG.items() if isinstance(rule, Tells) and key in card]
