@@ -53,6 +53,7 @@ class Row(NamedTuple):
 
 
 WORDS = Row._fields.index("mean")  # columns before the numbers
+LARGEST = 1e9  # magnitude that no measure reaches: pixels and tokens are fewer
 
 
 def as_csv(rows: Iterable[Row]) -> str:
@@ -78,8 +79,9 @@ def read_density(text: str) -> list[Row]:
         for line in lines:
             block, head, *words = line[:WORDS]
             numbers = [float(cell or "nan") for cell in line[WORDS:]]
-            if len(line) != len(Row._fields) or np.isinf(numbers).any() or not (head == "all" or head.isdecimal()):
-                raise ValueError(f"it is {line}")
+            good = block.isdecimal() and (head == "all" or head.isdecimal()) and len(line) == len(Row._fields)
+            if not good or any(abs(number) > LARGEST for number in numbers):
+                raise ValueError(f"it is {','.join(line):.100}")
             rows.append(Row(int(block), head, *words, *numbers))
     except (ValueError, csv.Error) as error:
         raise ValueError(f"is no density.csv (line {lines.line_num}: {error})") from None
@@ -95,15 +97,14 @@ def pick(rows: Iterable[Row], measure: str, heads: bool = False, queries: str = 
 
 
 def number_of_keys(rows: Iterable[Row]) -> int | None:
-    """How many tokens there are, as entropy and entropy / ln N tell; None: they do not."""
-    whole = {row.block: row.mean for row in pick(rows, "entropy")}
-    pairs = [(row.mean, whole[row.block]) for row in pick(rows, "entropy_normalised") if row.block in whole]
-    share, entropy = max(pairs, default=(0, 0))
-    return round(math.exp(entropy / share)) if share and entropy / share < 30 else None  # more are no tokens
+    """How many tokens there are, as entropy / ln N tells; None: there is no entropy."""
+    shares = {row.block: row.mean for row in pick(rows, "entropy_normalised") if row.mean > 0}
+    logs = [row.mean / shares[row.block] for row in pick(rows, "entropy") if row.block in shares]
+    return round(math.exp(min(np.median(logs), math.log(LARGEST)))) if logs else None
 
 
 def draw_density(runs: Mapping[str, Sequence[Row]], title: str = "") -> bytes:
-    """Every measure by block as a PNG: the mean over heads, their standard deviation as a band, heads as faint marks.
+    """Every measure by block as a PNG: the mean over heads as a line, single heads as faint marks, and their range as a band.
 
     Lines say where uniform and one-hot attention lie.
 
@@ -156,8 +157,9 @@ def draw_blocks(ax: Any, rows: Sequence[Row], measure: str, index: int) -> None:
     look, marker = Look.number(index), MARKERS[index % len(MARKERS)]
     line, heads = pick(rows, measure), pick(rows, measure, heads=True)
     blocks, means = (np.array([row[at] for row in line], float) for at in (0, WORDS))
-    spread = np.array([np.std([row.mean for row in heads if row.block == block] or [0]) for block in blocks])
-    ax.fill_between(blocks, means - spread, means + spread, color=look.colour, alpha=0.13, lw=0)
+    single = [[row.mean for row in heads if row.block == block] or [mean]
+              for block, mean in zip(blocks, means, strict=True)]
+    ax.fill_between(blocks, [*map(min, single)], [*map(max, single)], color=look.colour, alpha=0.13, lw=0)
     ax.plot([row.block for row in heads], [row.mean for row in heads], marker, color=look.colour, ms=2.6, alpha=0.35,
             mew=0)
     ax.plot(blocks, means, color=look.colour, ls=look.dash, lw=1.6, marker=marker, ms=4)

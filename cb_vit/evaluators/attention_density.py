@@ -71,7 +71,7 @@ class Evaluator:
         rows = self._sums.rows()
         yield "density.csv", as_csv(rows)
         yield "density.png", draw_density(
-            {"all heads": rows}, f"step {self._step}: attention over {self._sums.images:,} images")
+            {f"step {self._step}": rows}, f"attention over {self._sums.images:,} images; k = {self.config.top_k}")
 
     def _make(self, state: TrainState) -> tuple[Density, Callable[..., dict[str, jax.Array]]]:
         """The measures for the model's tokens, and the function from a batch to the numbers of its images."""

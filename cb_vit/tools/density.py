@@ -107,7 +107,7 @@ def density(files: Sequence[str], models: Mapping[str, Weights], options: Option
         found[label] = sums.rows()
         cli.show(*table(label, found[label]))
         _write(os.path.join(options.output, as_folder(label), TABLE), as_csv(found[label]).encode())
-    title = f"attention over {len(files) - broken:,} images"
+    title = f"attention over {len(files) - broken:,} images; k = {options.top_k}"
     _write(os.path.join(options.output, PICTURE), draw_density(found, title))
     _write(os.path.join(options.output, GRADIENT), draw_gradient(found))
     cli.show(f"wrote  {', '.join(outputs(options.output, models))}")
