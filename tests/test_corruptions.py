@@ -23,6 +23,7 @@ from cb_vit.evaluators import common
 from cb_vit.evaluators import corruptions as evaluator_module
 from cb_vit.evaluators.corruptions import ALEXNET, ALEXNET_CLEAN, Evaluator, mean_corruption_error
 from cb_vit.input_pipeline import Pipeline
+from cb_vit.monitor import progress
 from cb_vit.monitor.progress import counted
 from cb_vit.pp import corruption_ops, corruptions
 from cb_vit.pp.builder import build
@@ -332,13 +333,15 @@ def test_batches_and_devices_change_nothing_and_the_seed_does():
         evaluate(**noise), evaluate(devices=3, batch_size=6, **noise), evaluate(devices=8, batch_size=32, **noise)))
     assert all(other == first for other in others)
 
-    def batches(batch_size, seed):
+    def images(batch_size, seed):
         evaluator, _ = evaluate(batch_size=batch_size, **noise)
-        found = [batch["image"] for batch in evaluator._passes["gaussian_noise", 5].evaluate(seed)]
-        return np.concatenate(found)[:N]
+        found = [batch["image"] for batch in evaluator._pipeline.evaluate(seed)]
+        return np.concatenate(found)[:3 * N].reshape(3, N, 10, 12, 3)
 
-    np.testing.assert_array_equal(batches(4, 0), batches(7, 0))
-    assert (batches(4, 0) != batches(4, 1)).any(axis=(1, 2, 3)).all()
+    first, same, other = images(4, 0), images(17, 0), images(4, 1)
+    np.testing.assert_array_equal(first, same)
+    np.testing.assert_array_equal(first[0], [Noisy(LABELS, CLASSES)[i]["image"] for i in range(N)])
+    assert (first[1:] != other[1:]).any(axis=(2, 3, 4)).all()
 
 
 def test_some_examples_several_labels_none_and_broken_ones():
@@ -351,7 +354,7 @@ def test_some_examples_several_labels_none_and_broken_ones():
 
     for count, seed in ((5, 0), (5, 1), (100, 0)):
         evaluator, state = evaluate(examples=count, seed=seed, corruptions=("contrast",), severities=(5,))
-        chosen = evaluator._passes["clean", 0].source.indices
+        chosen = evaluator._pipeline.source.source.indices
         assert len(chosen) == min(count, N) == len(set(chosen))
         assert dict(evaluator.run(state))["error"] == pytest.approx(wrong(chosen, "contrast", 5))
 
@@ -361,11 +364,14 @@ def test_some_examples_several_labels_none_and_broken_ones():
     evaluator, state = evaluate(broken=(3,), corruptions=("contrast",))
     with pytest.raises(DataError, match="example 3 is broken"):
         dict(evaluator.run(state))
+    evaluator, state = evaluate(broken=(3, 11), skip_errors=0.01, corruptions=("contrast",))
+    with pytest.raises(DataError, match="12 of 126 examples could not be read"):
+        dict(evaluator.run(state))
 
 
 def test_the_op_stands_at_the_end_of_the_host_part():
     evaluator, _ = evaluate(pp="resize(16)|", corruptions=("fog",), severities=(3,))
-    assert evaluator._passes["fog", 3].preprocess.text == (
+    assert evaluator._pipeline.preprocess.passes[1].text == (
         f"resize(16)|corrupt('fog', 3)|value_range(-1, 1)|onehot({CLASSES})|keep('image', 'labels')")
     assert build("value_range(-1, 1)", "pp").with_op("flip_lr").text == "flip_lr|value_range(-1, 1)"
     assert build("resize(8)|keep('image')", "pp").with_op("flip_lr").text == "resize(8)|keep('image')|flip_lr"
@@ -428,7 +434,7 @@ def test_mce_is_of_imagenet_at_its_full_alone(monkeypatch):
 
     def metrics(**settings):
         evaluator, state = evaluate(**dict(corruptions=["all"], names=names) | settings)
-        monkeypatch.setattr(Evaluator, "_count", lambda self, state, pipeline: (3, 4))
+        monkeypatch.setattr(Evaluator, "_count", lambda self, state: dict.fromkeys(self._passes, (3, 4)))
         return dict(evaluator.run(state)).keys()
 
     assert "mce" not in metrics()  # images of ten pixels have CIFAR-10-C's constants
@@ -445,12 +451,13 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_line_counts_the_passes_and_is_gone_in_the_end():
+def test_a_line_counts_the_parts_and_is_gone_in_the_end(monkeypatch):
     stream = Terminal()
+    monkeypatch.setattr(progress, "INTERVAL", 0)
     with counted(2, stream) as tell:
         for words in ("clean", "fog 1"):
             tell(words)
-    assert "0/2" in stream.getvalue() and "| clean" in stream.getvalue() and "1/2" in stream.getvalue()
+    assert all(text in stream.getvalue() for text in ("0/2", "1/2", "| clean", "2/2", "| fog 1"))
     assert stream.getvalue().rstrip("\r").split("\r")[-1].strip() == ""
     for silent in (None, io.StringIO()):
         with counted(2, silent) as tell:

@@ -103,14 +103,14 @@ class LiveLine:
 
 @contextlib.contextmanager
 def counted(total: int, stream: Any) -> Iterator[Callable[[str], None]]:
-    """A line that counts the passes of something long, and is gone at its end.
+    """A line that counts the parts of something long, and is gone at its end.
 
     Args:
-        total: number of passes.
+        total: number of parts.
         stream: the terminal; None, or what is no terminal: there is no line.
 
     Yields:
-        A function to be called with words for each pass as it begins.
+        A function to be called as each part is done, with words for what is under way.
     """
     doing = ""
 
@@ -119,12 +119,12 @@ def counted(total: int, stream: Any) -> Iterator[Callable[[str], None]]:
 
     def tell(text: str) -> None:
         nonlocal doing
-        bar.update(1 if doing else 0)
         doing = text
-        bar.refresh()
+        bar.update()
 
-    with _Bar(words, total=total, file=stream, leave=False, nrows=24, disable=stream is None or not stream.isatty(),
-              bar_format=BAR + "{n_fmt}/{total_fmt} | {remaining} left | {words}") as bar:
+    with _Bar(words, total=total, file=stream, mininterval=INTERVAL, miniters=1, leave=False, nrows=24,
+              bar_format=BAR + "{n_fmt}/{total_fmt} | {remaining} left | {words}",
+              disable=stream is None or not stream.isatty()) as bar:
         yield tell
 
 
