@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +24,14 @@ from cb_vit.datasets.labels import assumes_imagenet
 from cb_vit.evaluators.classification import batch_sums
 from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, check_folder, over_batches
 from cb_vit.evaluators.mistakes import table
+from cb_vit.evaluators.passes import PASS, in_passes
 from cb_vit.input_pipeline import Pipeline
 from cb_vit.monitor.corruptions import draw_errors
 from cb_vit.monitor.progress import counted
 from cb_vit.pp.corruptions import BUILT_IN, CORRUPTIONS, SEVERITIES, SMALL, check_corruption
 from cb_vit.train_state import TrainState
 
-ALL = "all"
+ALL, CLEAN = "all", ("clean", 0)
 # Top-1 error of AlexNet, mean over the severities of each corruption: `ALEXNET_ERR` of AugMix's code
 # (https://github.com/google-research/augmix, imagenet.py), which has it from the authors' repository.
 ALEXNET = {
@@ -46,14 +48,14 @@ class Config(EvaluatorConfig):
     """Settings of an evaluator of corruptions.
 
     Attributes:
-        corruptions: names of the corruptions; ["all"]: the 15; None: all but frost, which needs pictures that
+        corruptions: names of the corruptions; "all": the 15; None: all but frost, which needs pictures that
             `pip install 'cb_vit[corruptions]'` brings.
         severities: strengths of each, from 1 to 5.
         examples: number of examples, drawn by lot; None, or more than there are: all.
         seed: seed of the lots and of the corruptions.
     """
 
-    corruptions: tuple[str, ...] | None = None
+    corruptions: tuple[str, ...] | Literal["all"] | None = None
     severities: tuple[int, ...] = SEVERITIES
     examples: int | None = None
     seed: int = 0
@@ -79,7 +81,7 @@ class Config(EvaluatorConfig):
         """Names of the corruptions that are measured."""
         if self.corruptions is None:
             return BUILT_IN
-        return tuple(CORRUPTIONS) if self.corruptions == (ALL,) else self.corruptions
+        return tuple(CORRUPTIONS) if self.corruptions in (ALL, (ALL,)) else self.corruptions
 
 
 class Evaluator:
@@ -96,23 +98,25 @@ class Evaluator:
                                                         "or 3")
         total = len(pipeline.source)
         chosen = draw(total, min(config.examples or total, total), config.seed)
-        clean = dataclasses.replace(pipeline, source=Chosen(pipeline.source, chosen))
-        self._passes = {("clean", 0): clean} | {
-            (name, severity): dataclasses.replace(
-                clean, preprocess=clean.preprocess.with_op(f"corrupt({name!r}, {severity})"))
-            for name in config.names for severity in config.severities}
+        ops = {(name, severity): f"corrupt({name!r}, {severity})"
+               for name in config.names for severity in config.severities}
+        preprocess = pipeline.preprocess
+        self._passes = (CLEAN, *ops)
+        self._pipeline = in_passes(dataclasses.replace(pipeline, source=Chosen(pipeline.source, chosen)),
+                                   [preprocess, *map(preprocess.with_op, ops.values())])
         self._sharding, self._step = sharding, 0
         self._benchmark = min(shape[:2]) >= SMALL and _is_imagenet(pipeline.source.class_names)
         self._found: dict[tuple[str, int], tuple[int, int]] = {}
 
         def sums(state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            batch = pipeline.preprocess.device(batch)
+            which, batch = batch[PASS], preprocess.device(batch)
             logits, _ = predict_fn(state, batch["image"])
-            found = batch_sums(logits, batch["labels"], batch["_mask"], jnp.zeros(len(logits)))
-            return {"right": found["prec@1"], "seen": found["seen"],
-                    "masked": jnp.sum(~batch["_mask"], dtype=jnp.int32)}
+            # Row by row, as the rows of a batch may be of several passes.
+            rows = jax.vmap(lambda *row: batch_sums(*(part[None] for part in row), jnp.zeros(1)))(
+                logits, batch["labels"], batch["_mask"])
+            per_pass = {name: jax.ops.segment_sum(rows[name], which, len(self._passes)) for name in ("prec@1", "seen")}
+            return {**per_pass, "masked": jnp.sum(~batch["_mask"], dtype=jnp.int32)}
 
-        # One program: the passes differ on the host alone.
         self._sums = jax.jit(sums, out_shardings=dist.replicated(sharding.mesh))
 
     def run(self, train_state: TrainState) -> Iterator[tuple[str, float]]:
@@ -122,12 +126,8 @@ class Evaluator:
         Raises:
             DataError: more examples cannot be read than `skip_errors` allows.
         """
-        self._step, self._found = int(train_state.step), {}
-        with counted(len(self._passes), sys.stderr if jax.process_index() == 0 else None) as tell:
-            for (name, severity), pipeline in self._passes.items():
-                tell(f"{name} {severity or ''}".strip())
-                self._found[name, severity] = self._count(train_state, pipeline)
-        errors, clean = self._errors(), _share(*self._found["clean", 0])
+        self._step, self._found = int(train_state.step), self._count(train_state)
+        errors, clean = self._errors(), _share(*self._found[CLEAN])
         yield "error", float(np.mean(list(errors.values())))
         for number, severity in enumerate(self.config.severities):
             yield f"severity_{severity}/error", float(np.mean([values[number] for values in errors.values()]))
@@ -144,17 +144,22 @@ class Evaluator:
         yield "corruptions.csv", table(("corruption", "severity", "error", "examples"), (
             (name, severity, f"{_share(right, seen):.6f}" if seen else "", seen)
             for (name, severity), (right, seen) in self._found.items()))
-        right, seen = self._found["clean", 0]
+        right, seen = self._found[CLEAN]
         yield "corruptions.png", draw_errors(
             self._errors(), self.config.severities, _share(right, seen), f"step {self._step}: {seen:,} examples")
 
-    def _count(self, train_state: TrainState, pipeline: Pipeline) -> tuple[int, int]:
-        """How many examples of a pass are right, and how many there are."""
-        right = seen = 0
-        for sums in over_batches(lambda batch: self._sums(train_state, batch), pipeline, self._sharding,
-                                 self.config.seed):
-            right, seen = right + int(sums["right"]), seen + int(sums["seen"])
-        return right, seen
+    def _count(self, train_state: TrainState) -> dict[tuple[str, int], tuple[int, int]]:
+        """How many examples of each pass are right, and how many there are."""
+        size, each = self.config.batch_size, len(self._pipeline.source) // len(self._passes)
+        total = np.zeros((2, len(self._passes)), np.int64)
+        batches = over_batches(lambda batch: self._sums(train_state, batch), self._pipeline, self._sharding,
+                               self.config.seed)
+        with counted(-(-len(self._pipeline.source) // size), sys.stderr if jax.process_index() == 0 else None) as tell:
+            for number, sums in enumerate(batches):
+                name, severity = self._passes[number * size // each]
+                tell(f"{name} {severity or ''}".strip())
+                total += np.stack([sums["prec@1"], sums["seen"]]).astype(np.int64)
+        return dict(zip(self._passes, map(tuple, total.T.tolist()), strict=True))
 
     def _errors(self) -> dict[str, list[float]]:
         """The errors of each corruption, in the order of the severities."""

@@ -7,8 +7,8 @@ import numpy as np
 
 from cb_vit.monitor.style import FAINT, INK, WRONG, plain, to_png
 
-CELL = 0.62, 0.3  # inches
-DARK = 0.55  # error from which on letters are white
+CELL, WIDTH = (0.62, 0.3), 5.2  # inches: of a cell, and of the picture at least, for the words above
+DARK = 0.33  # error from which on letters are white
 
 
 def draw_errors(errors: Mapping[str, Sequence[float]], severities: Sequence[int], clean: float, title: str) -> bytes:
@@ -17,7 +17,7 @@ def draw_errors(errors: Mapping[str, Sequence[float]], severities: Sequence[int]
     Args:
         errors: errors of each corruption, from 0 to 1, in the order of the severities; NaN: not known.
         severities: the severities.
-        clean: the error without a corruption.
+        clean: the error without a corruption; NaN: not known.
         title: text above.
     """
     from matplotlib.colors import LinearSegmentedColormap
@@ -26,8 +26,8 @@ def draw_errors(errors: Mapping[str, Sequence[float]], severities: Sequence[int]
     values = np.vstack([values, values.mean(0)])
     values = np.hstack([values, values.mean(1, keepdims=True)])
     rows, columns = [*errors, "mean"], [*map(str, severities), "mean"]
-    figure = Figure(figsize=(2.2 + CELL[0] * len(columns), 1.1 + CELL[1] * len(rows)), dpi=110, layout="constrained",
-                    facecolor="white")
+    size = max(2.2 + CELL[0] * len(columns), WIDTH), 1.1 + CELL[1] * len(rows)
+    figure = Figure(figsize=size, dpi=110, layout="constrained", facecolor="white")
     ax = figure.subplots()
     ax.imshow(values, LinearSegmentedColormap.from_list("", ["white", WRONG, INK]), vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
@@ -42,6 +42,6 @@ def draw_errors(errors: Mapping[str, Sequence[float]], severities: Sequence[int]
     ax.spines[:].set_visible(False)
     for axis, line in ((ax.axhline, len(rows)), (ax.axvline, len(columns))):
         axis(line - 1.5, color="white", lw=4)  # sets the means apart
-    words = f"top-1 error, {plain(title)}" + (f"; {clean:.1%} without a corruption" if clean == clean else "")
+    words = f"top-1 error, {plain(title)}" + (f"; clean {clean:.1%}" if clean == clean else "")
     figure.suptitle(words, x=0.01, ha="left", fontsize=9.5)
     return to_png(figure)
