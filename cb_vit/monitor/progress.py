@@ -105,27 +105,25 @@ def fitting(parts: Iterable[str], room: int) -> str:
 
 @contextlib.contextmanager
 def counted(total: int, stream: Any) -> Iterator[Callable[[str], None]]:
-    """A line that counts the passes of something long, and is gone at its end.
+    """A line that counts the parts of something long, and is gone at its end.
 
     Args:
-        total: number of passes.
+        total: number of parts.
         stream: the terminal; None, or what is no terminal: there is no line.
 
     Yields:
-        A function to be called with words for each pass as it begins.
+        A function to be called as each part is done, with words for what is under way.
     """
-    begun, doing, number = time.monotonic(), "", 0
+    begun, doing, done = time.monotonic(), "", 0
 
     def words(room: int) -> str:
-        done = number - 1
-        left = (time.monotonic() - begun) / done * (total - done) if done > 0 else None
-        return fitting([f"{number}/{total}", doing, "" if left is None else f"ETA {time_text(left)}"], room)
+        left = (time.monotonic() - begun) / done * (total - done) if done else None
+        return fitting([f"{done}/{total}", doing, "" if left is None else f"ETA {time_text(left)}"], room)
 
     def tell(text: str) -> None:
-        nonlocal doing, number
-        doing, number = text, number + 1
-        bar.update(number - 1 - bar.n)
-        bar.refresh()
+        nonlocal doing, done
+        doing, done = text, done + 1
+        bar.update()
 
     with Bar(words, total=total, initial=0, stream=stream) as bar:
         yield tell
