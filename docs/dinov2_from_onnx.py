@@ -144,6 +144,8 @@ def main():
     parser.add_argument("DST", type=Path, help="The folder to write.")
     parser.add_argument("--check", type=Path, nargs="+", metavar="IMAGE", help="Photographs to compare features on.")
     args = parser.parse_args()
+    if missing := [str(file) for file in (args.SRC, *(args.check or ())) if not file.is_file()]:
+        parser.error(f"{', '.join(missing)}: no such file")
     model = onnx.load(str(args.SRC))
     graph = Graph(model)
     arrays = convert(graph)
