@@ -75,7 +75,7 @@ def reduce(request):
 
 def test_every_measure_is_its_definition(reduce):
     density, function = reduce
-    maps = [softmax(scale, density.prefix, seed=int(10 * scale)) for scale in (0.01, 1, 4, 30)]
+    maps = [softmax(scale, density.prefix, seed=int(10 * scale)) for scale in (0.01, 2, 30)]
     maps.append(maps[1].astype(jnp.bfloat16).astype(np.float32))  # whose rows do not sum to 1
     assert np.abs(maps[-1].sum(-1) - 1).max() > 1e-4
     for a in maps:
