@@ -140,8 +140,9 @@ def _open(name: str, config: EvaluatorConfig, predict_fn: PredictFn, state_shape
     except Exception as error:  # whatever the model says to images it was not made for
         raise ConfigError(f"{path}.pp_fn", f"the model cannot take its images, {shape}: they are not like those it "
                                            f"was trained on ({str(error).splitlines()[0][:120]})") from None
-    return _module(config.type, path).Evaluator(
-        predict_fn, config=pipeline.config, pipeline=pipeline, sharding=sharding)
+    with under(path):
+        return _module(config.type, path).Evaluator(
+            predict_fn, config=pipeline.config, pipeline=pipeline, sharding=sharding)
 
 
 def open_pipeline(name: str, config: EvaluatorConfig, sharding: NamedSharding, training: LoaderConfig,
