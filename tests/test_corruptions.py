@@ -332,6 +332,8 @@ def test_batches_and_devices_change_nothing_and_the_seed_does():
     first, *others = (dict(evaluator.run(state)) for evaluator, state in (
         evaluate(**noise), evaluate(devices=3, batch_size=6, **noise), evaluate(devices=8, batch_size=32, **noise)))
     assert all(other == first for other in others)
+    assert len({dict(evaluator.run(state))["error"] for evaluator, state in (
+        evaluate(seed=seed, **noise) for seed in range(4))}) > 1
 
     def images(batch_size, seed):
         evaluator, _ = evaluate(batch_size=batch_size, **noise)
@@ -398,6 +400,12 @@ def test_impossible_settings_are_refused_by_name(settings, message):
     with pytest.raises(ConfigError) as error:
         evaluate(**settings)
     assert str(error.value).startswith(f"val.{message}")
+
+
+def test_images_of_other_channels_are_refused(monkeypatch):
+    monkeypatch.setattr(Noisy, "__getitem__", lambda self, index: {"image": np.zeros((8, 8, 4), np.uint8), "label": 0})
+    with pytest.raises(ConfigError, match="^pp_fn: makes images of 4 channels, and corruptions take 1 or 3"):
+        evaluate()
 
 
 def test_frost_is_refused_before_anything_is_read(monkeypatch):

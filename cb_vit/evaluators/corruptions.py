@@ -94,8 +94,8 @@ class Evaluator:
         self.config, self.source = config, pipeline.source
         shape, _ = pipeline.spec["image"]
         if shape[2] not in (1, 3):
-            raise ConfigError(pipeline.preprocess.path, f"makes images of {shape[2]} channels, and corruptions take 1 "
-                                                        "or 3")
+            raise ConfigError("pp_fn", f"makes images of {shape[2]} channels, and corruptions take 1 or 3; decode "
+                                       "makes it 3")
         total = len(pipeline.source)
         chosen = draw(total, min(config.examples or total, total), config.seed)
         ops = {(name, severity): f"corrupt({name!r}, {severity})"
