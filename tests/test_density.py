@@ -48,7 +48,7 @@ def test_a_table_is_read_as_it_was_written():
     lambda text: text + "0,all" + ",a" * 3 + ",1e300" * 7, lambda text: text + "0,all" + ",a" * 3 + ",1" * 8,
     lambda text: text + '"', lambda text: "\x89PNG\0"])
 def test_what_is_no_table_is_refused(change):
-    with pytest.raises(ValueError, match=r"^this is no density\.csv, line \d+: "):
+    with pytest.raises(ValueError, match=r"^is no density\.csv \(line \d+: "):
         read_density(change(as_csv(rows())))
 
 
