@@ -104,7 +104,7 @@ def number_of_keys(rows: Iterable[Row]) -> int | None:
 
 
 def draw_density(runs: Mapping[str, Sequence[Row]], title: str = "") -> bytes:
-    """Every measure by block as a PNG: the mean over heads as a line, single heads as faint marks, and their range as a band.
+    """Every measure by block as a PNG: the mean over heads as a line, heads as faint marks, their range as a band.
 
     Lines say where uniform and one-hot attention lie.
 
