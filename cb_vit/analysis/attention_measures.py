@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from cb_vit.config import ConfigError
 
@@ -144,37 +144,44 @@ class Density:
             attention: the probabilities, from each query to each key. Rows are divided by their sum, as what was
                 rounded to bfloat16 does not sum to 1.
         """
-        p = attention / jnp.sum(attention, axis=-1, keepdims=True)
-        before, patches = p[..., :self.prefix], p[..., self.prefix:]
-        share = jnp.sum(patches, axis=-1)
+        before, patches = attention[..., :self.prefix], attention[..., self.prefix:]
+        mass = jnp.sum(patches, axis=-1)
+        whole = mass + jnp.sum(before, axis=-1)
+        share, before = mass / whole, before / whole[..., None]
         # Normalised at once: the squares of small shares would be lost, and differences to a whole map would cancel.
-        inside = patches / jnp.maximum(share, TINY)[..., None]
+        inside = patches / jnp.maximum(mass, TINY)[..., None]
+        none = mass < TINY  # false for NaN, which stays what it is
         square, cube = jnp.sum(inside**2, axis=-1), jnp.sum(inside**3, axis=-1)
         entropy = -jnp.sum(_p_log_p(inside), axis=-1)
         top = jax.lax.top_k(inside, min(self.top_k, self.patches))[0]
-        gram = _gram(inside)
-        none = share < TINY  # false for NaN, which stays what it is
-        over_patches = self._rows(self.patches, entropy, square, cube, top, _off(inside))
-        rows = {"patches": {name: jnp.where(none, jnp.inf, value) for name, value in over_patches.items()}}
+        rows = {"patches": self._rows(self.patches, entropy, square, cube, top, _off(inside, self.patches))}
+        rows["patches"] = {name: jnp.where(none, jnp.inf, value) for name, value in rows["patches"].items()}
+        grams, squares = {"patches": _gram(inside)}, {"patches": square}
 
-        # Over all keys by sums of what the two parts give, as in the chain rule of entropy.
-        sums = (share * entropy - _p_log_p(share) - jnp.sum(_p_log_p(before), axis=-1),
-                share**2 * square + jnp.sum(before**2, axis=-1), share**3 * cube + jnp.sum(before**3, axis=-1))
-        both = jnp.concatenate([before, share[..., None] * top], axis=-1)
-        top = jax.lax.top_k(both, min(self.top_k, both.shape[-1]))[0]
-        rows["all"] = self._rows(p.shape[-1], *sums, top, _off(p))
-        grams = {"patches": gram, "all": gram * share[..., :, None] * share[..., None, :] + _gram(before)}
+        # Over all keys by what the two parts give, as in the chain rule of entropy.
+        n, scaled = self.prefix + self.patches, share[..., None]
+        entropy = share * entropy - _p_log_p(share) - jnp.sum(_p_log_p(before), axis=-1)
+        square = share**2 * square + jnp.sum(before**2, axis=-1)
+        cube = share**3 * cube + jnp.sum(before**3, axis=-1)
+        top = jnp.concatenate([before, scaled * top], axis=-1)
+        top = jax.lax.top_k(top, min(self.top_k, top.shape[-1]))[0]
+        rows["all"] = self._rows(n, entropy, square, cube, top, _off(scaled * inside, n) + _off(before, n))
+        grams["all"] = grams["patches"] * scaled * share[..., None, :] + _gram(before)
+        squares["all"] = square
 
         found = []
         for queries, keys in self._pairs:
             where = self._of(queries)
-            found += [_rank(grams[keys][..., where, where]) if name == "rank" else _mean(rows[keys][name][..., where])
-                      for name in MEASURES]
-        # One contraction with a fixed matrix, at full precision, as TPUs would multiply in bfloat16.
-        pixels = jnp.einsum("bhqk,qk->bhq", inside[..., self.prefix:, :], jnp.asarray(self.distances, jnp.float32),
-                            precision="highest")
-        found.append(_mean(jnp.where(none[..., self.prefix:], jnp.inf, pixels)))
-        return jnp.stack(found, axis=-1)
+            rank = _rank(squares[keys][..., where], grams[keys][..., where, where])
+            found += [rank if name == "rank" else _mean(rows[keys][name][..., where]) for name in MEASURES]
+        return jnp.stack([*found, self._pixels(inside[..., self.prefix:, :], none[..., self.prefix:])], axis=-1)
+
+    def _pixels(self, inside: Float[Array, "b h p p"], none: Bool[Array, "b h p"]) -> Float[Array, "b h"]:
+        """Mean distance over the queries that have one, as a contraction with a fixed matrix; inf: none has."""
+        # At full precision, as TPUs would multiply in bfloat16.
+        total = jnp.einsum("bhqk,qk->bh", inside, jnp.asarray(self.distances, jnp.float32), precision="highest")
+        number = jnp.sum(~none, axis=-1)
+        return jnp.where(number == 0, jnp.inf, total / jnp.maximum(number, 1))
 
     @property
     def _pairs(self) -> list[tuple[str, str]]:
@@ -205,18 +212,23 @@ def _p_log_p(p: Float[Array, "*b n"]) -> Float[Array, "*b n"]:
     return p * jnp.log(jnp.maximum(p, TINY))  # 0 where p is 0
 
 
-def _off(p: Float[Array, "*b n"]) -> Float[Array, "*b"]:
-    """Total variation distance from uniform."""
-    return jnp.sum(jnp.abs(p - 1 / p.shape[-1]), axis=-1) / 2
+def _off(p: Float[Array, "*b m"], n: int) -> Float[Array, "*b"]:
+    """What some of n keys add to the total variation distance from uniform."""
+    return jnp.sum(jnp.abs(p - 1 / n), axis=-1) / 2
 
 
 def _gram(p: Float[Array, "b h n m"]) -> Float[Array, "b h n n"]:
     return jnp.einsum("bhnm,bhkm->bhnk", p, p, precision="highest")
 
 
-def _rank(gram: Float[Array, "b h q q"]) -> Float[Array, "b h"]:
-    """Participation ratio (tr AᵀA)² / tr (AᵀA)² of A by its Gram matrix AAᵀ; inf: A is 0."""
-    trace = jnp.trace(gram, axis1=-2, axis2=-1)
+def _rank(squares: Float[Array, "b h q"], gram: Float[Array, "b h q q"]) -> Float[Array, "b h"]:
+    """Participation ratio (tr AᵀA)² / tr (AᵀA)² of A; inf: A is 0.
+
+    Args:
+        squares: the squared norm of each row of A.
+        gram: AAᵀ, whose squares sum to as much as those of AᵀA.
+    """
+    trace = jnp.sum(squares, axis=-1)
     return jnp.where(trace == 0, jnp.inf, trace**2 / jnp.sum(gram**2, axis=(-2, -1)))
 
 
