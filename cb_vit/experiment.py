@@ -127,11 +127,15 @@ class Experiment:
         """(logits, out) of the model in evaluation; what evaluators get. The options are those of the model."""
         return self.model.apply({"params": state.params}, images, train=False, **options)
 
-    def open_evaluators(self, class_names: Sequence[str] | None = None) -> dict[str, Any]:
+    def open_evaluators(
+        self, class_names: Sequence[str] | None = None,
+        on_absent: Callable[[str, datasets.Absent], None] = evaluators.tell_absent,
+    ) -> dict[str, Any]:
         """The evaluators of `config.evals`, by name, their data opened.
 
         Args:
             class_names: names of the head's classes in training; None: as the training data here calls them.
+            on_absent: function that is told of optional evaluators whose data is not there, as for `open_all`.
 
         Raises:
             ConfigError: an evaluator cannot work, or none of them measures the metric of `keep_best`.
@@ -139,14 +143,17 @@ class Experiment:
         settings = self.settings
         evals = evaluators.open_all(
             settings.evals, lambda config: self.predict, state_shapes=self.shapes, sharding=self.batch_sharding,
-            training=settings.input, num_classes=self.num_classes, class_names=class_names or self.class_names)
+            training=settings.input, num_classes=self.num_classes, class_names=class_names or self.class_names,
+            on_absent=on_absent)
         prefixes = [evaluator.config.prefix for evaluator in evals.values()]
         known = [*prefixes, *(f"{evaluators.EMA}{prefix}" for prefix in prefixes if settings.ema)]
         best = settings.keep_best
         if best and not best.metric.startswith(tuple(known)):
             listed = ", ".join(map(repr, known)) or "(config.evals is empty)"
+            absent = "".join(f"; {name} is left out, as its data is not there" for name in settings.evals
+                             if name not in evals)
             raise ConfigError("config.keep_best.metric", f"{best.metric!r} is of no evaluator; names of their metrics "
-                                                         f"begin with {listed}")
+                                                         f"begin with {listed}{absent}")
         return evals
 
     def notes(self, evals: Mapping[str, Any], model_init: Mapping[str, Any] | None) -> dict[str, Any]:

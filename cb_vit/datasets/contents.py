@@ -8,12 +8,33 @@ from typing import Any
 
 import numpy as np
 
-from cb_vit.config import Failure
+from cb_vit import io
+from cb_vit.config import ConfigError, Failure
 from cb_vit.datasets import labels
 
 
 class DataError(Failure):
     """Stored data that cannot be read: the message names the file and the record."""
+
+
+class Absent(ConfigError):
+    """Data that is not there at all, as against what is damaged or of another form."""
+
+    def under(self, prefix: str) -> Absent:
+        """The same error, with its path taken as relative to `prefix`."""
+        return Absent(f"{prefix}.{self.path}", self.message)
+
+
+def no_folder(root: str, path: str, expected: str) -> ConfigError:
+    """The error that there is no folder `root`: `Absent` where nothing is, but not where something else is.
+
+    Args:
+        root: path of the folder.
+        path: the setting that names it.
+        expected: what it should hold, in words.
+    """
+    kind = Absent if io.kind(root) in (None, io.LINK) else ConfigError
+    return kind(path, f"{root} is no folder; {expected}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,8 @@ __all__ = ["DataError", "Source", "SourceConfig", "Span", "Spans", "allow_open_f
            "check_split", "open_source", "select", "splits_of"]
 
 # name in the config -> module of this room; any other name is a dataset of TFDS.
-KINDS = {"digits": "digits", "fake": "fake", "folder": "folder", "idx": "idx"}
+KINDS = {"digits": "digits", "fake": "fake", "folder": "folder", "idx": "idx", "first_of": "first_of",
+         "real": "real"}
 Block = Mapping[str, Any] | ml_collections.ConfigDict
 
 
@@ -38,7 +39,8 @@ class SourceConfig:
     """What every block of data may say; each kind of source adds to it.
 
     Attributes:
-        name: the kind of data ("digits", "fake", "folder", "idx"), or the name of a dataset of TFDS.
+        name: the kind of data ("digits", "fake", "folder", "idx", "first_of", "real"), or the name of a dataset of
+            TFDS.
         split: the examples to take, e.g. "train[:90%]".
         labels: what tells classes: "name", so that two sources, or a source and a model, mean the same class by a name;
             or "index", the class's number alone, which of a folder called "17" is 17.
@@ -108,7 +110,8 @@ def open_source(block: SourceConfig | Block, path: str) -> Source:
         path: where they stand, for errors.
 
     Raises:
-        ConfigError: a setting is wrong: the data is not prepared, there is no such split, or it selects nothing.
+        Absent: there is no such data: no folder, or none that is prepared.
+        ConfigError: a setting is wrong: there is no such split, or it selects nothing.
         DataError: the stored data is damaged.
     """
     config = block if isinstance(block, SourceConfig) else check_source(block, path)

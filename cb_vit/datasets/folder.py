@@ -2,7 +2,8 @@
 
 Every folder directly under ROOT is a split, every folder in a split a class. Classes are numbered in the sorted
 order of their names in `train` (in all splits together where there is no `train`), the same for every split; names
-that are all whole numbers are sorted as numbers. Where `holdout` says how much, part of every class is held out as
+that are all whole numbers are sorted as numbers. With `whole` ROOT holds the classes themselves, and there is one
+split, "all". Where `holdout` says how much, part of every class is held out as
 "val", from a root that holds the classes themselves, or from a `train` beside which no split is called so. A
 `labels_file` tells the classes of images that lie in other folders, and ImageNet is also read as Kaggle gives it.
 """
@@ -17,12 +18,12 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from cb_vit.config import ConfigError, parse
-from cb_vit.datasets.contents import Contents, DataError, fingerprint
+from cb_vit.datasets.contents import Contents, DataError, fingerprint, no_folder
 from cb_vit.datasets.core import SourceConfig, Spans, select, splits_of
 from cb_vit.datasets.ilsvrc import Kaggle, find_splits, has_flat_val
 from cb_vit.datasets.label_table import Keys
 from cb_vit.datasets.labelled import labelled
-from cb_vit.datasets.layouts import EXPECTED, HeldOut, Layout, class_folders
+from cb_vit.datasets.layouts import EXPECTED, HeldOut, Layout, Whole, class_folders
 from cb_vit.datasets.listing import Listing, listing_of
 from cb_vit.io import is_local, open_regular
 
@@ -33,6 +34,7 @@ class FolderConfig(SourceConfig):
 
     Attributes:
         root: the folder that holds the splits, or with `holdout` the classes; local or mounted.
+        whole: whether the root holds the folders of the classes itself, and all images are one split, "all".
         holdout: share of the images of each class that "val" is to have, where there is no folder to evaluate on; which
             they are is a function of their names and `holdout_seed`. None: every split is a folder.
         holdout_seed: seed of which they are.
@@ -44,6 +46,7 @@ class FolderConfig(SourceConfig):
     """
 
     root: str
+    whole: bool = False
     holdout: float | None = None
     holdout_seed: int = 0
     labels_file: str | None = None
@@ -56,6 +59,8 @@ class FolderConfig(SourceConfig):
         for key in ("image_key", "label_key", "split_key"):
             if getattr(self, key) and not self.labels_file:
                 raise ConfigError(key, "names a column of labels_file, and there is none; set labels_file")
+        if self.whole and (self.holdout is not None or self.labels_file):
+            raise ConfigError("whole", "makes one split of the folders of classes; leave out holdout and labels_file")
         if self.holdout is not None and not 0 < self.holdout < 1:
             raise ConfigError("holdout", f"is a share of the images, above 0 and below 1, got {self.holdout}")
         if not is_local(self.root):
@@ -80,7 +85,7 @@ def open_source(config: FolderConfig, path: str) -> FolderSource:
     """
     root = os.path.abspath(os.path.expanduser(config.root))
     if not os.path.isdir(root):
-        raise ConfigError(f"{path}.root", f"{root} is no folder; {EXPECTED}")
+        raise no_folder(root, f"{path}.root", EXPECTED)
     try:
         return _open(root, config, path)
     except OSError as error:
@@ -105,6 +110,8 @@ def _layout(root: str, config: FolderConfig, path: str) -> Layout:
     if config.labels_file:
         keys = Keys(config.image_key, config.label_key, config.split_key)
         return labelled(root, config.labels_file, keys, *hold_out, path)
+    if config.whole:
+        return Whole(root, path)
     root = find_splits(root)
     return Kaggle(root, path) if has_flat_val(root) else class_folders(root, *hold_out, path)
 

@@ -16,8 +16,8 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from cb_vit.config import ConfigError, parse
-from cb_vit.datasets.contents import Contents, DataError, fingerprint
+from cb_vit.config import parse
+from cb_vit.datasets.contents import Absent, Contents, DataError, fingerprint, no_folder
 from cb_vit.datasets.core import SourceConfig, Spans, select, splits_of
 from cb_vit.io import open_regular
 
@@ -53,7 +53,7 @@ def open_source(config: IdxConfig, path: str) -> IdxSource:
     """
     root = os.path.abspath(os.path.expanduser(config.root))
     if not os.path.isdir(root):
-        raise ConfigError(f"{path}.root", f"{root} is no folder; it should hold train-images-idx3-ubyte.gz and its kin")
+        raise no_folder(root, f"{path}.root", "it should hold train-images-idx3-ubyte.gz and its kin")
     images, labels = {}, {}
     for split in splits_of(config.split, SPLITS, f"{path}.split"):
         images[split] = _read(root, f"{SPLITS[split]}-images-idx3-ubyte", 3, f"{path}.root")
@@ -100,7 +100,7 @@ def _read(root: str, name: str, axes: int, path: str) -> np.ndarray:
     file = os.path.join(root, name)
     found = next((candidate for candidate in (file, f"{file}.gz") if os.path.exists(candidate)), None)
     if found is None:
-        raise ConfigError(path, f"neither {name} nor {name}.gz is in {root}")
+        raise Absent(path, f"neither {name} nor {name}.gz is in {root}")
     try:
         with contextlib.ExitStack() as stack:
             handle = stack.enter_context(open_regular(found))

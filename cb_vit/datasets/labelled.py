@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from cb_vit.config import ConfigError
-from cb_vit.datasets.contents import DataError
+from cb_vit.datasets.contents import Absent, DataError
 from cb_vit.datasets.label_table import Keys, Row, read_rows
 from cb_vit.datasets.labels import in_order
 from cb_vit.datasets.layouts import SPLITS, THREADS, TO_EVALUATE, TRAIN, HeldOut, Layout, Parts
@@ -101,14 +101,14 @@ def labelled(root: str, labels_file: str, keys: Keys, share: float | None, seed:
         path: where the block of the data stands, for errors.
 
     Raises:
-        ConfigError: under `path`: there is no such file, or its columns are not clear.
+        Absent: under `path`: there is no such file.
+        ConfigError: under `path`: its columns are not clear.
         DataError: a line cannot be right.
     """
     file = os.path.normpath(os.path.join(root, os.path.expanduser(labels_file)))
     files = _by_split(file) if ANY in labels_file else {None: file}
     if not files or not all(map(os.path.exists, files.values())):
-        raise ConfigError(f"{path}.labels_file", f"there is no file {file}; give its path, absolute "
-                                                 "or relative to root")
+        raise Absent(f"{path}.labels_file", f"there is no file {file}; give its path, absolute or relative to root")
     layout = Labelled(root, files, keys, path)
     if share and not layout.tells_splits:
         return HeldOut(layout, layout.splits[0], share, seed)

@@ -18,7 +18,7 @@ EXPECTED = ("expected ROOT/train/<class>/*.jpg (also png, webp, bmp, tif, gif) a
             "class; or with holdout=0.1 ROOT/<class>/…")
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # as people call them
 THREADS = 16
-TRAIN, HELD_OUT = "train", "val"
+TRAIN, HELD_OUT, ALL = "train", "val", "all"
 TO_EVALUATE = {"val", "valid", "validation"}
 Parts = tuple[tuple[str, ...], dict[str, Part]]
 
@@ -70,6 +70,29 @@ class ClassFolders:
         if cause := _other_layout(self.root, self.splits):
             return ConfigError(f"{self.path}.root", f"{cause}: {error.message}; {EXPECTED}")
         return ConfigError(error.path, f"{error.message} (the folders in {self.root}; {EXPECTED})")
+
+
+class Whole(ClassFolders):
+    """A folder for each class, and one split of them all, `ALL`.
+
+    Args:
+        root: the folder that holds those of the classes.
+        path: where the block of the data stands, for errors.
+    """
+
+    def __init__(self, root: str, path: str):
+        parent, self.name = os.path.split(root)
+        super().__init__(parent, [self.name], path)
+        self.splits = [ALL]
+
+    def find(self, names: Sequence[str]) -> Parts:
+        """See `Layout`."""
+        classes, parts = ClassFolders(self.root, [self.name], self.path).find([self.name])
+        return classes, {ALL: parts[self.name]}
+
+    def missing(self, error: ConfigError) -> ConfigError:
+        """See `Layout`."""
+        return ConfigError(error.path, f"{error.message} (with whole=True there is this one alone)")
 
 
 class HeldOut:

@@ -53,6 +53,8 @@ class Relabelled:
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         example = self.source[index]
         label = example["label"]
+        if np.ndim(label):
+            return {**example, "label": np.array([*self.places, -1])[label]}
         if label >= 0 and (label := self.places[label]) < 0:
             name = class_name(self.source.class_names, example["label"])
             raise DataError(f"{example['id']}: is of class {name}, which the model does not have")
@@ -82,6 +84,34 @@ def by_index(source: Any, path: str) -> Any:
 def known_names(source: Any) -> tuple[str, ...] | None:
     """The names that a source's classes are known by; None: they count by their numbers."""
     return None if _by_index(source) else source.class_names
+
+
+def classes_of(source: Any, path: str, skip_errors: bool = False) -> np.ndarray:
+    """The numbers of the classes that data has, of those of the model that it is aligned with: int64, ascending.
+
+    They are those that the data names; or where it names all of the model's, as copies of ImageNet-A by TFDS do, those
+    that an example is of.
+
+    Args:
+        source: the source of the examples, from `align`.
+        path: where its block stands, for errors.
+        skip_errors: whether examples that cannot be read are left out.
+
+    Raises:
+        ConfigError: at `path`: the data does not name its classes, or has none.
+        DataError: an example cannot be read.
+    """
+    if source.class_names is None:
+        raise ConfigError(path, "does not name its classes, so that it is not known which of the model's it has; "
+                                "leave out only_data_classes")
+    places = sorted({place for place in getattr(source, "places", range(source.num_classes)) if place >= 0})
+    if len(places) == source.num_classes:
+        counts = contents_of(source).counts
+        places = np.unique(labels_of(source, skip_errors)) if counts is None else np.flatnonzero(counts)
+    found = np.asarray(places, np.int64)
+    if not np.any(found >= 0):
+        raise ConfigError(path, "has no example with a class")
+    return found[found >= 0]
 
 
 def _by_index(source: Any) -> bool:

@@ -17,7 +17,7 @@ from etils import epath
 from cb_vit import retry
 from cb_vit.config import ConfigError, parse
 from cb_vit.datasets.arrayrecord import ArrayRecords
-from cb_vit.datasets.contents import Contents, DataError, fingerprint
+from cb_vit.datasets.contents import Absent, Contents, DataError, fingerprint
 from cb_vit.datasets.core import KINDS, SourceConfig, Spans, select
 from cb_vit.datasets.tfrecord import TFRecords, index_files
 from cb_vit.io import as_path, check_address, open_regular
@@ -213,7 +213,7 @@ def find_folder(config: TfdsConfig, path: str) -> epath.Path:
         path: where the block stands, for errors.
 
     Raises:
-        ConfigError: there is no such folder; names the command that prepares it.
+        Absent: there is no such folder; names the command that prepares it.
     """
     name, sub, version = NAME.fullmatch(config.name).group("name", "config", "version")
     data_dir = as_path(config.data_dir or default_data_dir())
@@ -222,7 +222,7 @@ def find_folder(config: TfdsConfig, path: str) -> epath.Path:
         sub = _default_config(home)
     versions = _versions(home / sub if sub else home, version)
     if not versions:
-        raise ConfigError(f"{path}.name", _not_prepared(config, data_dir, home, path))
+        raise Absent(f"{path}.name", _not_prepared(config, data_dir, home, path))
     return (home / sub if sub else home) / versions[-1]
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from cb_vit import dist
+from cb_vit import datasets, dist
 from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, over_batches
 from cb_vit.input_pipeline import Pipeline
 from cb_vit.losses import LOSSES
@@ -21,9 +21,12 @@ class Config(EvaluatorConfig):
 
     Attributes:
         loss_name: name of the loss that is averaged.
+        only_data_classes: whether only classes that the data has compete, as ImageNet-A and -R are scored, which have
+            200 of ImageNet's: the logits of others are left out before all that is measured.
     """
 
     loss_name: str = "softmax_xent"
+    only_data_classes: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -35,17 +38,26 @@ class Evaluator:
 
     Labels may be multi-hot, as in big_vision: a prediction is right if its class is among them (so
     ReaL works), and an example without any label is left out of numerator and denominator.
+
+    Attributes:
+        counted: number of examples of the last run that had a label.
+        image_size: (height, width) of what the model sees.
     """
 
     def __init__(self, predict_fn: PredictFn, *, config: Config, pipeline: Pipeline, sharding: NamedSharding):
         self.config, self.source = config, pipeline.source
         self._pipeline, self._sharding = pipeline, sharding
-        loss = LOSSES[config.loss_name]
+        self.counted, self.image_size = 0, pipeline.spec["image"][0][:2]
+        loss, classes = LOSSES[config.loss_name], None
+        if config.only_data_classes:
+            classes = datasets.classes_of(pipeline.source, "data", bool(config.skip_errors))
 
         def sums(state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
             batch = pipeline.preprocess.device(batch)
-            logits, _ = predict_fn(state, batch["image"])
-            found = batch_sums(logits, batch["labels"], batch["_mask"], loss(logits, batch["labels"]))
+            logits, labels = predict_fn(state, batch["image"])[0], batch["labels"]
+            if classes is not None:
+                logits, labels = logits[:, classes], labels[:, classes]
+            found = batch_sums(logits, labels, batch["_mask"], loss(logits, labels))
             return {**found, "masked": jnp.sum(~batch["_mask"], dtype=jnp.int32)}
 
         self._sums = jax.jit(sums, out_shardings=dist.replicated(sharding.mesh))
@@ -62,6 +74,7 @@ class Evaluator:
         for sums in over_batches(lambda batch: self._sums(train_state, batch), self._pipeline, self._sharding):
             total = {name: total.get(name, 0.0) + float(value) for name, value in sums.items()}
         seen = total.pop("seen", 0.0)
+        self.counted = round(seen)
         for name, value in total.items():
             yield name, value / seen if seen else float("nan")
 

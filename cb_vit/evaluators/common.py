@@ -35,7 +35,7 @@ from jax.sharding import NamedSharding
 
 from cb_vit import datasets, dist, io
 from cb_vit.config import ConfigError, Duration, Read, convert, parse, plain, under
-from cb_vit.datasets.contents import describe
+from cb_vit.datasets.contents import Absent, describe
 from cb_vit.datasets.core import SourceConfig
 from cb_vit.input_pipeline import LoaderConfig, Pipeline, check_example, to_device
 from cb_vit.pp import builder
@@ -66,6 +66,8 @@ class EvaluatorConfig(LoaderConfig):
         pp_fn: preprocessing of an example, as in `config.input.pp`.
         log: the time between two evaluations, e.g. `log_epochs=1`; there is always one at the last step.
         prefix: beginning of the names of its metrics; None: the block's name and "/".
+        optional: whether the evaluator is left out, which is said, where its data is not there; what is damaged or of
+            another form stays an error.
     """
 
     type: str
@@ -76,6 +78,7 @@ class EvaluatorConfig(LoaderConfig):
     num_threads: int | None = None
     prefetch: int | None = None
     prefix: str | None = None
+    optional: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,11 +128,17 @@ def read_evaluator(block: Any, path: str) -> EvaluatorConfig:
     return config
 
 
+def tell_absent(name: str, error: Absent) -> None:
+    """Say that an optional evaluator is left out."""
+    logger.warning("config.evals.%s is left out, as it is optional: %s", name, error)
+
+
 def open_all(
     evals: Mapping[str, EvaluatorConfig], predict_fn: Callable[[EvaluatorConfig], PredictFn], *, state_shapes: Any,
     sharding: NamedSharding, training: LoaderConfig, num_classes: int, class_names: Sequence[str] | None = None,
+    on_absent: Callable[[str, Absent], None] = tell_absent,
 ) -> dict[str, Any]:
-    """Evaluators by name, their data opened.
+    """Evaluators by name, their data opened; without optional ones whose data is not there, on whatever process.
 
     Args:
         evals: settings of each evaluator, by its name.
@@ -140,6 +149,7 @@ def open_all(
         num_classes: width of the model's head; 0: it has none.
         class_names: names of the model's classes, by which the labels of the data are brought to its numbers; None: not
             known.
+        on_absent: function that is told of each optional evaluator that is left out: its name, and why.
 
     Raises:
         ConfigError: the data of an evaluator is not there, or not what the model takes; the model has no head to
@@ -150,8 +160,12 @@ def open_all(
             others = ", ".join(kind for kind in EVALUATORS if not getattr(_module(kind, ""), "NEEDS_CLASSES", True))
             raise ConfigError(f"config.evals.{name}.type", f"{config.type!r} scores classes of the model, which has no "
                                                            f"head; what needs none is {others}")
-    opened = {name: _open(name, config, predict_fn(config), state_shapes, sharding, training, num_classes, class_names)
-              for name, config in evals.items()}
+    opened = {}
+    for name, config in evals.items():
+        sources = _there(name, config, on_absent) if config.optional else None
+        if sources is not None or not config.optional:
+            opened[name] = _open(name, config, predict_fn(config), state_shapes, sharding, training, num_classes,
+                                 class_names, sources)
     owners: dict[str, str] = {}
     for name, evaluator in opened.items():
         if (other := owners.setdefault(evaluator.config.prefix, name)) != name:
@@ -160,9 +174,28 @@ def open_all(
     return opened
 
 
+def _there(name: str, config: EvaluatorConfig, on_absent: Callable[[str, Absent], None]
+           ) -> dict[str, datasets.Source] | None:
+    """The data of an optional evaluator; None: it is not there, for this process or another."""
+    def look() -> dict[str, datasets.Source] | Absent:
+        try:
+            return open_sources(name, config)
+        except Absent as error:
+            return error
+
+    found = dist.together(look)  # where it is damaged, all end
+    if not dist.worst(isinstance(found, Absent)):
+        return found
+    if not isinstance(found, Absent):
+        found = Absent(f"config.evals.{name}.data", "is there, but not for another process; put it where all can read")
+    on_absent(name, found)
+    return None
+
+
 def _open(name: str, config: EvaluatorConfig, predict_fn: PredictFn, state_shapes: Any, sharding: NamedSharding,
-          training: LoaderConfig, num_classes: int, class_names: Sequence[str] | None) -> Any:
-    pipelines = open_pipelines(name, config, sharding, training, num_classes, class_names)
+          training: LoaderConfig, num_classes: int, class_names: Sequence[str] | None,
+          sources: Mapping[str, datasets.Source] | None) -> Any:
+    pipelines = open_pipelines(name, config, sharding, training, num_classes, class_names, sources)
     pipeline = pipelines.pop("data")
     path, (shape, _) = f"config.evals.{name}", pipeline.spec["image"]
     try:
@@ -178,8 +211,24 @@ def _open(name: str, config: EvaluatorConfig, predict_fn: PredictFn, state_shape
     return evaluator
 
 
+def open_sources(name: str, config: EvaluatorConfig) -> dict[str, datasets.Source]:
+    """The sources of one evaluator: what it has in `further`, and "data".
+
+    Args:
+        name: name of the evaluator.
+        config: its settings.
+
+    Raises:
+        Absent: there is no such data.
+        ConfigError: the data is of another form.
+    """
+    blocks = {**config.further, "data": config.data}
+    return {field: datasets.open_source(block, f"config.evals.{name}.{field}") for field, block in blocks.items()}
+
+
 def open_pipelines(name: str, config: EvaluatorConfig, sharding: NamedSharding, training: LoaderConfig,
-                   num_classes: int, class_names: Sequence[str] | None) -> dict[str, Pipeline]:
+                   num_classes: int, class_names: Sequence[str] | None,
+                   sources: Mapping[str, datasets.Source] | None = None) -> dict[str, Pipeline]:
     """The data of one evaluator, opened: "data", and what it has in `further`.
 
     The configs of the pipelines have all that the block leaves to `training`. The classes are those of the model, or if
@@ -189,6 +238,7 @@ def open_pipelines(name: str, config: EvaluatorConfig, sharding: NamedSharding, 
         name: name of the evaluator.
         config: its settings.
         sharding, training, num_classes, class_names: as for `open_all`.
+        sources: its data, from `open_sources`; None: to be opened.
 
     Raises:
         ConfigError: the data is not there, or not what the model takes.
@@ -200,7 +250,7 @@ def open_pipelines(name: str, config: EvaluatorConfig, sharding: NamedSharding, 
     with under(path):
         config = dataclasses.replace(config, prefix=prefix, **unsaid)
     blocks = {**config.further, "data": config.data}
-    sources = {field: datasets.open_source(block, f"{path}.{field}") for field, block in blocks.items()}
+    sources = open_sources(name, config) if sources is None else sources
     whose = "the model"
     if not config.needs_classes:
         first = next(iter(sources.values()))

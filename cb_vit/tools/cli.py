@@ -28,6 +28,8 @@ CONFIG_HELP = (
     "Any setting can be overridden, whether the file has it or not: --config.lr=3e-4, --config.input.batch_size=512, "
     "--config.total_steps=1000.")
 
+SUITE_KEYS = {"evals", "num_classes"}  # all that a suite of evaluators says
+
 
 class Parser(argparse.ArgumentParser):
     """argparse's parser, whose errors are `ConfigError`s."""
@@ -176,7 +178,11 @@ def config_of(args: argparse.Namespace, run: str | None = None) -> dict[str, Any
             return lay_over(config, args.overrides)
         no_run = f", and {run} has no config.json" if run else ""
         raise ConfigError("--config", f"not given{no_run}; for example --config=digits, or --config=list")
-    return lay_over(config_files.get_config(args.config), args.overrides)
+    config = config_files.get_config(args.config)
+    if not set(config) - SUITE_KEYS:
+        name = args.config.partition(":")[0]
+        raise ConfigError("--config", f"{name} is a suite of evaluators, no experiment: cb-vit eval --suite={name}")
+    return lay_over(config, args.overrides)
 
 
 def words_of(args: argparse.Namespace) -> list[str]:

@@ -17,6 +17,7 @@ import cb_vit
 from cb_vit.config import ConfigError, suggest
 from cb_vit.registry import UNPARSED
 
+SUITE = "Suite"  # first word of the docstring of a file that has evaluators alone, for `cb-vit eval --suite`
 
 def shipped() -> Path:
     """The folder of the configs that come with cb_vit: in the package where it is installed, in a clone beside it."""
@@ -24,17 +25,18 @@ def shipped() -> Path:
     return folder if (folder := package / "configs").is_dir() else package.parent / "configs"
 
 
-def get_config(given: str) -> ml_collections.ConfigDict:
+def get_config(given: str, flag: str = "--config") -> ml_collections.ConfigDict:
     """The config that `--config=given` names, to be changed as one likes.
 
     Args:
         given: a name or the path of a file, with or without its arguments: "digits", "folder:root=flowers".
+        flag: the flag that names it, for errors.
 
     Raises:
         ConfigError: the config cannot be loaded; the message names the line of the file.
     """
     name, colon, arg = given.partition(":")
-    path = _find(name)
+    path = _find(name, flag)
     try:
         with _importable(path):
             make = runpy.run_path(path).get("get_config")
@@ -51,14 +53,22 @@ def get_config(given: str) -> ml_collections.ConfigDict:
     return config
 
 
-def _find(name: str) -> str:
+def _find(name: str, flag: str) -> str:
     """The file that is meant: a name is that of one that comes with cb_vit, anything else a path."""
     if os.sep not in name and (found := shipped() / f"{name}.py").is_file():
         return str(found)
     if os.path.isfile(name):
         return name
+    if flag == "--suite":
+        raise ConfigError(flag, f"neither a suite of cb_vit's nor a file: {name!r}{suggest(name, suites())} Suites: "
+                                f"{', '.join(suites())}")
     near = suggest(name, [*(path.stem for path, _ in listed(shipped())), *map(str, Path("configs").glob("*.py"))])
-    raise ConfigError("--config", f"neither a config of cb_vit's nor a file: {name!r}{near} --config=list lists them")
+    raise ConfigError(flag, f"neither a config of cb_vit's nor a file: {name!r}{near} --config=list lists them")
+
+
+def suites() -> list[str]:
+    """Names of the suites that come with cb_vit."""
+    return [path.stem for path, line in listed(shipped()) if line.startswith(SUITE)]
 
 
 @contextlib.contextmanager
