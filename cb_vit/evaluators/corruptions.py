@@ -62,7 +62,7 @@ class Config(EvaluatorConfig):
         super().__post_init__()
         check_folder(self)
         for name in self.names:
-            check_corruption(name, "corruptions")
+            self.check_name(name)
         for field, values in (("corruptions", self.names), ("severities", self.severities)):
             if not values or len(set(values)) < len(values):
                 raise ConfigError(field, f"must be different, and at least one; got {values}")
@@ -81,6 +81,10 @@ class Config(EvaluatorConfig):
             return BUILT_IN
         return tuple(CORRUPTIONS) if self.corruptions == (ALL,) else self.corruptions
 
+    def check_name(self, name: str) -> None:
+        """Refuse a corruption that cannot be had."""
+        check_corruption(name, "corruptions")
+
 
 class Evaluator:
     """Top-1 error under corruptions, over a data source; `files` shows that of the last run.
@@ -94,15 +98,12 @@ class Evaluator:
         if shape[2] not in (1, 3):
             raise ConfigError(pipeline.preprocess.path, f"makes images of {shape[2]} channels, and corruptions take 1 "
                                                         "or 3")
-        total = len(pipeline.source)
-        chosen = draw(total, min(config.examples or total, total), config.seed)
-        clean = dataclasses.replace(pipeline, source=Chosen(pipeline.source, chosen))
+        clean = self.some(pipeline)
         self._passes = {("clean", 0): clean} | {
-            (name, severity): dataclasses.replace(
-                clean, preprocess=clean.preprocess.with_op(f"corrupt({name!r}, {severity})"))
+            (name, severity): self.corrupted(clean, name, severity)
             for name in config.names for severity in config.severities}
         self._sharding, self._step = sharding, 0
-        self._benchmark = min(shape[:2]) >= SMALL and _is_imagenet(pipeline.source.class_names)
+        self._benchmark = min(shape[:2]) >= SMALL and is_imagenet(pipeline.source.class_names)
         self._found: dict[tuple[str, int], tuple[int, int]] = {}
 
         def sums(state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -114,6 +115,16 @@ class Evaluator:
 
         # One program: the passes differ on the host alone.
         self._sums = jax.jit(sums, out_shardings=dist.replicated(sharding.mesh))
+
+    def some(self, pipeline: Pipeline) -> Pipeline:
+        """A pipeline of the examples that are measured."""
+        total = len(pipeline.source)
+        chosen = draw(total, min(self.config.examples or total, total), self.config.seed)
+        return dataclasses.replace(pipeline, source=Chosen(pipeline.source, chosen))
+
+    def corrupted(self, clean: Pipeline, name: str, severity: int) -> Pipeline:
+        """The pipeline of a corruption, from that of the images without one."""
+        return dataclasses.replace(clean, preprocess=clean.preprocess.with_op(f"corrupt({name!r}, {severity})"))
 
     def run(self, train_state: TrainState) -> Iterator[tuple[str, float]]:
         """Yields `error`, the mean over corruptions and severities; `severity_1/error` … and `fog/error` …, the means
@@ -185,7 +196,8 @@ def mean_corruption_error(errors: Mapping[str, Sequence[float]], clean: float) -
     return float(mce), float(relative)
 
 
-def _is_imagenet(names: Sequence[str] | None) -> bool:
+def is_imagenet(names: Sequence[str] | None) -> bool:
+    """Whether these are the names of ImageNet's 1 000 classes."""
     return len(names or ()) == IMAGENET_CLASSES and assumes_imagenet(names, None, IMAGENET_CLASSES)
 
 
