@@ -47,5 +47,9 @@ def get_config(arg=None):
     for name in ("a", "r"):
         config.evals[f"imagenet-{name}"] = measured(
             tfds(f"imagenet_{name}", "test"), folder(f"imagenet-{name}"), only_data_classes=True)
+    if "://" not in arg.data_dir:
+        config.evals["imagenet-c"] = dict(
+            type="stored_corruptions", data=dict(name="first_of", blocks=val), root=f"{arg.data_dir}/imagenet-c",
+            batch_size=arg.batch_size, optional=True)
     config.evals["sketch"] = measured(tfds("imagenet_sketch", "test"), folder("sketch"))
     return config

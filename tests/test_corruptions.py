@@ -356,7 +356,7 @@ def test_some_examples_several_labels_none_and_broken_ones():
 
     for count, seed in ((5, 0), (5, 1), (100, 0)):
         evaluator, state = evaluate(examples=count, seed=seed, corruptions=("contrast",), severities=(5,))
-        chosen = evaluator._pipeline.source.source.indices
+        chosen = evaluator._pipeline.source.sources[0].indices
         assert len(chosen) == min(count, N) == len(set(chosen))
         assert dict(evaluator.run(state))["error"] == pytest.approx(wrong(chosen, "contrast", 5))
 

@@ -49,7 +49,7 @@ from cb_vit.workdir import CONTENTS
 logger = logging.getLogger(__name__)
 EVALUATORS = Registry("evaluator", {name: f"cb_vit.evaluators.{name}" for name in (
     "classification", "mistakes", "calibration", "fewshot_lsr", "knn", "attack", "occlusion",
-    "corruptions", "attention_density")})
+    "corruptions", "stored_corruptions", "attention_density")})
 T = TypeVar("T")
 PredictFn = Callable[..., tuple[jax.Array, dict[str, Any]]]
 

@@ -64,7 +64,7 @@ class Config(EvaluatorConfig):
         super().__post_init__()
         check_folder(self)
         for name in self.names:
-            check_corruption(name, "corruptions")
+            self.check_name(name)
         for field, values in (("corruptions", self.names), ("severities", self.severities)):
             if not values or len(set(values)) < len(values):
                 raise ConfigError(field, f"must be different, and at least one; got {values}")
@@ -83,6 +83,10 @@ class Config(EvaluatorConfig):
             return BUILT_IN
         return tuple(CORRUPTIONS) if self.corruptions in (ALL, (ALL,)) else self.corruptions
 
+    def check_name(self, name: str) -> None:
+        """Refuse a corruption that cannot be had."""
+        check_corruption(name, "corruptions")
+
 
 class Evaluator:
     """Top-1 error under corruptions, over a data source; `files` shows that of the last run.
@@ -96,16 +100,12 @@ class Evaluator:
         if shape[2] not in (1, 3):
             raise ConfigError("pp_fn", f"makes images of {shape[2]} channels, and corruptions take 1 or 3; decode "
                                        "makes it 3")
-        total = len(pipeline.source)
-        chosen = draw(total, min(config.examples or total, total), config.seed)
-        ops = {(name, severity): f"corrupt({name!r}, {severity})"
-               for name in config.names for severity in config.severities}
-        preprocess = pipeline.preprocess
-        self._passes = (CLEAN, *ops)
-        self._pipeline = in_passes(dataclasses.replace(pipeline, source=Chosen(pipeline.source, chosen)),
-                                   [preprocess, *map(preprocess.with_op, ops.values())])
+        clean, preprocess = self.some(pipeline), pipeline.preprocess
+        passes = {CLEAN: clean} | {(name, severity): self.corrupted(clean, name, severity)
+                                   for name in config.names for severity in config.severities}
+        self._passes, self._pipeline = tuple(passes), in_passes(tuple(passes.values()))
         self._sharding, self._step = sharding, 0
-        self._benchmark = min(shape[:2]) >= SMALL and _is_imagenet(pipeline.source.class_names)
+        self._benchmark = min(shape[:2]) >= SMALL and is_imagenet(pipeline.source.class_names)
         self._found: dict[tuple[str, int], tuple[int, int]] = {}
 
         def sums(state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -118,6 +118,16 @@ class Evaluator:
             return {**per_pass, "masked": jnp.sum(~batch["_mask"], dtype=jnp.int32)}
 
         self._sums = jax.jit(sums, out_shardings=dist.replicated(sharding.mesh))
+
+    def some(self, pipeline: Pipeline) -> Pipeline:
+        """A pipeline of the examples that are measured."""
+        total = len(pipeline.source)
+        chosen = draw(total, min(self.config.examples or total, total), self.config.seed)
+        return dataclasses.replace(pipeline, source=Chosen(pipeline.source, chosen))
+
+    def corrupted(self, clean: Pipeline, name: str, severity: int) -> Pipeline:
+        """The pipeline of a corruption, from that of the images without one."""
+        return dataclasses.replace(clean, preprocess=clean.preprocess.with_op(f"corrupt({name!r}, {severity})"))
 
     def run(self, train_state: TrainState) -> Iterator[tuple[str, float]]:
         """Yields `error`, the mean over corruptions and severities; `severity_1/error` … and `fog/error` …, the means
@@ -150,13 +160,13 @@ class Evaluator:
 
     def _count(self, train_state: TrainState) -> dict[tuple[str, int], tuple[int, int]]:
         """How many examples of each pass are right, and how many there are."""
-        size, each = self.config.batch_size, len(self._pipeline.source) // len(self._passes)
+        size, source = self.config.batch_size, self._pipeline.source
         total = np.zeros((2, len(self._passes)), np.int64)
         batches = over_batches(lambda batch: self._sums(train_state, batch), self._pipeline, self._sharding,
                                self.config.seed)
-        with counted(-(-len(self._pipeline.source) // size), sys.stderr if jax.process_index() == 0 else None) as tell:
+        with counted(-(-len(source) // size), sys.stderr if jax.process_index() == 0 else None) as tell:
             for number, sums in enumerate(batches):
-                name, severity = self._passes[number * size // each]
+                name, severity = self._passes[source.pass_of(number * size)]
                 tell(f"{name} {severity or ''}".strip())
                 total += np.stack([sums["prec@1"], sums["seen"]]).astype(np.int64)
         return dict(zip(self._passes, map(tuple, total.T.tolist()), strict=True))
@@ -190,7 +200,8 @@ def mean_corruption_error(errors: Mapping[str, Sequence[float]], clean: float) -
     return float(mce), float(relative)
 
 
-def _is_imagenet(names: Sequence[str] | None) -> bool:
+def is_imagenet(names: Sequence[str] | None) -> bool:
+    """Whether these are the names of ImageNet's 1 000 classes."""
     return len(names or ()) == IMAGENET_CLASSES and assumes_imagenet(names, None, IMAGENET_CLASSES)
 
 

@@ -1,4 +1,4 @@
-"""Several passes over the same examples, each preprocessed in its own way, as one stream of batches.
+"""Several passes over examples, each of its own data or preprocessed in its own way, as one stream of batches.
 
 Threads and worker processes start once, and the device never waits between two passes.
 """
@@ -17,27 +17,34 @@ from cb_vit.pp.builder import Preprocess
 PASS = "_pass"  # number of an example's pass, from 0
 
 
-class Repeated:
-    """A `core.Source`: another one several times over; `PASS` of an example says which time it is.
+class InTurn:
+    """A `core.Source`: others one after the other; `PASS` of an example says which of them it is from.
 
     Args:
-        source: the source of the examples.
-        passes: number of passes.
+        sources: the sources, of the same classes.
+
+    Attributes:
+        ends: number of examples up to the end of each source.
     """
 
-    def __init__(self, source: Any, passes: int):
-        self.source, self.passes = source, passes
-        self.num_classes, self.class_names = source.num_classes, source.class_names
+    def __init__(self, sources: Sequence[Any]):
+        self.sources, self.ends = sources, np.cumsum([len(source) for source in sources])
+        self.num_classes, self.class_names = sources[0].num_classes, sources[0].class_names
 
     def __len__(self) -> int:
-        return self.passes * len(self.source)
+        return int(self.ends[-1])
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-        number = operator.index(index)
-        if not 0 <= number < len(self):
-            raise IndexError(f"example {number} is outside 0 … {len(self) - 1}")
-        number, index = divmod(number, len(self.source))
-        return {**self.source[index], PASS: number}
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} is outside 0 … {len(self) - 1}")
+        number = self.pass_of(index)
+        source = self.sources[number]
+        return {**source[index - int(self.ends[number]) + len(source)], PASS: number}
+
+    def pass_of(self, index: int) -> int:
+        """Number of the pass that an example is of."""
+        return int(np.searchsorted(self.ends, index, side="right"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +63,13 @@ class EachPass(Preprocess):
         return {**self.passes[features[PASS]].host(rest, rng), PASS: np.asarray(features[PASS], np.int32)}
 
 
-def in_passes(pipeline: Pipeline, passes: Sequence[Preprocess]) -> Pipeline:
-    """A pipeline that goes through its examples once with each of several ways of preprocessing them.
+def in_passes(passes: Sequence[Pipeline]) -> Pipeline:
+    """One pipeline that goes through the examples of several, one after the other.
 
     Args:
-        pipeline: the pipeline.
-        passes: preprocessing of each pass, which differ on the host alone.
+        passes: the pipelines, whose preprocessing differs on the host alone; how they load is as in the first.
     """
-    first = {field.name: getattr(passes[0], field.name) for field in dataclasses.fields(Preprocess)}
-    return dataclasses.replace(pipeline, source=Repeated(pipeline.source, len(passes)),
-                               preprocess=EachPass(**first, passes=tuple(passes)))
+    preprocess = passes[0].preprocess
+    first = {field.name: getattr(preprocess, field.name) for field in dataclasses.fields(Preprocess)}
+    each = EachPass(**first, passes=tuple(one.preprocess for one in passes))
+    return dataclasses.replace(passes[0], source=InTurn([one.source for one in passes]), preprocess=each)

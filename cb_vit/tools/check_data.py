@@ -77,12 +77,20 @@ def _surveyors(settings: Settings, smallest: int | None) -> Iterator[Surveyor]:
     loaders |= {f"config.evals.{name}.{field}": (data, block.pp_fn) for name, block in settings.evals.items()
                 for field, data in {"data": block.data, **block.further}.items()}
     seen = []
+    optional = tuple(f"config.evals.{name}." for name, block in settings.evals.items() if block.optional)
     for name, (data, pp) in loaders.items():
         if data not in seen:
             seen.append(data)
+            try:
+                source = datasets.open_source(data, name)
+            except datasets.Absent as error:
+                if not name.startswith(optional):
+                    raise
+                cli.show(f"left out, as it is optional: {error}")
+                continue
             exif = any(isinstance(op, Decode) and op.exif for _, op in pp.host_ops)
             least = smallest or (min(pp.image_size) // 2 if pp.image_size else 1)
-            yield Surveyor(name, datasets.open_source(data, name), exif, least)
+            yield Surveyor(name, source, exif, least)
 
 
 def _report(findings: Sequence[Finding], whole: bool) -> Iterator[str]:

@@ -66,6 +66,8 @@ def main(args: argparse.Namespace) -> None:
     settings = check(cli.config_of(args, run)) if suite is None else None
     if settings and not settings.evals:
         raise ConfigError("config.evals", "has no evaluator; add one to the config, as in configs/digits.py")
+    if args.weights is None:
+        _check_run(path)
     if args.output is not None:
         _prepare(args.output, suite)
     dist.initialize()
@@ -137,11 +139,14 @@ class Session:
         _tell(f"written to {self.output}: {', '.join(files)}")
 
 
-def _evaluate_run(settings: Settings, workdir: str, session: Session) -> None:
+def _check_run(workdir: str) -> None:
     io.check_address(workdir, "--workdir")
-    directory = io.as_path(workdir) / "checkpoints"
-    if not io.exists(directory):
+    if not io.exists(directory := io.as_path(workdir) / "checkpoints"):
         raise ConfigError("--workdir", f"{directory} does not exist; give the workdir of a run")
+
+
+def _evaluate_run(settings: Settings, workdir: str, session: Session) -> None:
+    directory = io.as_path(workdir) / "checkpoints"
     known = startup.recorded_classes(workdir)
     run = experiment.build(startup.with_model_of_run(settings, workdir), known_classes=known)
     with run.active_mesh(), contextlib.closing(Checkpointer(directory, read_only=True)) as checkpointer:

@@ -20,6 +20,7 @@ METRICS = ("evaluator", "type", "metric", "value")
 # The columns of `results-imagenet.csv` of https://github.com/huggingface/pytorch-image-models/tree/main/results.
 TIMM = ("model", "img_size", "top1", "top1_err", "top5", "top5_err", "param_count", "crop_pct", "interpolation")
 CLASSIFICATION = "classification"
+CORRUPTED = {"error": "mean error", "mce": "mCE", "relative_mce": "relative mCE"}  # of evaluators of corruptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +66,16 @@ def summary(results: Sequence[Result], absent: Mapping[str, str]) -> Iterator[st
             for average in (False, True) if result.percent("prec@1", average) is not None]
     if not rows and not absent:
         return
-    width = max(len("data set"), *(len(name) for name in (*(row[0] for row in rows), *absent))) + 2
+    names = [*(row[0] for row in rows), *absent, *(result.name for result in results)]
+    width = max(map(len, ["data set", *names])) + 2
     yield f"{'data set':<{width}}{'top-1 %':>9}{'top-5 %':>9}{'images':>10}"
     for name, top1, top5, images in rows:
         yield f"{name:<{width}}{top1:>9}{top5:>9}{images:>10}"
+    for result in results:
+        shares = [f"{label} {share:.2f}" for metric, label in CORRUPTED.items()
+                  if (share := result.percent(metric, False)) is not None]
+        if shares and result.kind != CLASSIFICATION:
+            yield f"{result.name:<{width}}in %: {', '.join(shares)}"
     for name, why in absent.items():
         yield f"{name:<{width}}left out: {why}"
 
