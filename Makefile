@@ -1,5 +1,5 @@
 # Two commands: `make train` sets everything up and trains on embedded data; `make test` runs the tests.
-# `make parity` compares with timm, transformers and PyTorch, in an environment of its own.
+# `make parity` compares with timm, transformers, netcal and PyTorch, in an environment of its own.
 .PHONY: train test lint parity clean
 .DELETE_ON_ERROR:
 
@@ -33,10 +33,11 @@ $(VENV)/installed: requirements.txt
 # torchvision is only there because timm imports it: its compiled half, which would want a certain torch, is not used.
 # timm asks Pillow for what 13 refuses.
 $(PARITY)/installed: requirements.txt
-	@echo "setting up $(PARITY) with PyTorch, timm and transformers (a few GB)"
+	@echo "setting up $(PARITY) with PyTorch, timm, transformers and netcal (a few GB)"
 	@$(PYTHON) -m venv --clear $(PARITY)
 	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.24.0 huggingface_hub safetensors
+	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check netcal==1.4.0 onnx==1.23.2
 	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 timm==1.0.31
 	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check "pillow<13"
 	@touch $@
