@@ -3,11 +3,12 @@ import csv
 import dataclasses
 import json
 import re
+import sys
 
 import jax
 import numpy as np
 import pytest
-from helpers import Numbered, open_evaluator, predict_numbered, random, refusal, timm_shapes
+from helpers import After, Numbered, open_evaluator, predict_numbered, random, refusal, timm_shapes
 from PIL import Image
 from safetensors.numpy import save_file
 from scipy.special import log_softmax
@@ -17,9 +18,11 @@ from cb_vit.config import ConfigError, parse
 from cb_vit.datasets import Absent, DataError, align, classes_of, open_source
 from cb_vit.datasets.labels import wnids
 from cb_vit.datasets.relabel import Relabelled
-from cb_vit.evaluators import common
+from cb_vit.evaluators import common, stored_corruptions
 from cb_vit.input_pipeline import InputConfig
+from cb_vit.pp import builder
 from cb_vit.pp.normalisation import Normalisation
+from cb_vit.settings import check
 from cb_vit.tools import cli, config_files, eval_only, results, suites
 from cb_vit.weights import export_run, open_weights
 from cb_vit.workdir import write_notes
@@ -222,6 +225,37 @@ def test_optional_evaluators_are_left_out_where_their_data_is_absent(tmp_path, m
     assert not opened(told, val=dict(optional=True)) and "is there, but not for another process" in told[-1][1]
 
 
+# ImageNet-C as it is stored.
+
+
+def test_stored_corruptions_are_measured_as_they_are():
+    labels = [0, 1, 2] * 4
+    logits = np.random.default_rng(1).normal(0, 1, (36, 3)).astype(np.float32)
+    sources = {"data": named(labels, "abc")} | {
+        f"fog/{severity}": After(12 * number, labels, 3) for number, severity in enumerate((2, 5), 1)}
+    evaluator, state = open_evaluator(
+        "stored_corruptions", sources, predict_numbered, {"logits": logits}, "onehot(3)|keep('image', 'labels')",
+        corruptions=("fog",), severities=(2, 5), root="/c")
+    wrong = np.mean(np.argmax(logits, axis=1).reshape(3, 12) != labels, axis=1)
+    assert dict(evaluator.run(state)) == pytest.approx({
+        "clean/error": wrong[0], "severity_2/error": wrong[1], "severity_5/error": wrong[2],
+        "fog/error": wrong[1:].mean(), "error": wrong[1:].mean()})
+    assert {name: block.root for name, block in evaluator.config.further.items()} == {
+        "fog/2": "/c/fog/2", "fog/5": "/c/fog/5"}
+    assert common.sources_of(evaluator).keys() == sources.keys()
+    preprocess = stored_corruptions._as_stored(
+        builder.build("decode|resize_small(14)|central_crop(12)|value_range(-1, 1)|onehot(3)", "pp"), (12, 12, 3))
+    assert preprocess.text == "decode|resize((12, 12))|value_range(-1, 1)|onehot(3)"
+
+
+def test_all_75_folders_count_and_no_other():
+    block = dict(BLOCK, type="stored_corruptions", root="/c")
+    config = common.read_evaluator(block, "val")
+    assert len(config.further) == 75 and "frost/5" in config.further
+    with pytest.raises(ConfigError, match=r"val\.corruptions: ImageNet-C has no 'fogg'; did you mean fog\?"):
+        common.read_evaluator(block | dict(corruptions=("fogg",)), "val")
+
+
 # Tables.
 
 
@@ -292,18 +326,26 @@ def test_stress_measures_a_run_on_its_own_data(home, tmp_path, capsys):
     config |= {"evals": {"first": dict(own, data=dict(own["data"], num_examples=3)), "val": own},
                "keep_best": dict(metric="val/prec@1")}
     write_notes(folder, config, json.loads((folder / "run.json").read_text()))
-    run("--suite=stress:examples=9", f"--weights={folder}", f"--output={folder / 'stress'}",
-        "--config.evals.corruptions.corruptions=('contrast',)", "--config.evals.corruptions.severities=(1,5)",
-        "--config.evals.attack.eps=(1.0,)", "--config.evals.attack.steps=1", "--config.evals.occlusion.ratios=(0.5,)",
-        "--config.evals.occlusion.ways=('random',)")
+    args = cli.parse(eval_only, ["--suite=stress:examples=9", f"--weights={folder}", "--config.evals.attack.steps=1"])
+    settings = check(suites.settle(suites.read_suite(args), args, config, None))
+    assert {block.type: block.pp_fn.text for block in settings.evals.values()} == dict.fromkeys(
+        ("classification", "calibration", "corruptions", "attack", "occlusion"), own["pp_fn"])
+    assert {block.data.num_examples for block in settings.evals.values()} == {20} and settings.keep_best is None
+    assert settings.evals["attack"].steps == 1 and settings.evals["occlusion"].examples == 9
+    (tmp_path / "mine.py").write_text("""
+import configs.stress as base
+
+def get_config(arg=None):
+    config = base.get_config(arg)
+    config.evals = {name: config.evals[name] for name in ("val", "corruptions")}
+    return config
+""")
+    run(f"--suite={tmp_path / 'mine.py'}:examples=9", f"--weights={folder}", f"--output={folder / 'stress'}",
+        "--config.evals.corruptions.corruptions=('contrast',)", "--config.evals.corruptions.severities=(1,)")
     assert re.search(r"^val +[\d.]+ +- +20$", capsys.readouterr().out, re.MULTILINE)
-    found = rows_of(folder / "stress" / "metrics.csv")
-    assert {row["evaluator"]: row["type"] for row in found} == {
-        "val": "classification", "calibration": "calibration", "corruptions": "corruptions", "attack": "attack",
-        "occlusion": "occlusion"}
-    names = {row["metric"] for row in found}
-    assert {"val/prec@1", "calibration/ece", "corruptions/severity_5/error", "attack/pgd/eps_1/prec@1",
-            "occlusion/random/0.5/prec@1"} <= names
+    found = {row["metric"]: (row["evaluator"], row["type"]) for row in rows_of(folder / "stress" / "metrics.csv")}
+    assert found["val/prec@1"] == ("val", "classification")
+    assert found["corruptions/severity_1/error"] == ("corruptions", "corruptions")
     assert [row["model"] for row in rows_of(folder / "stress" / "results-val.csv")] == [str(folder)]
 
 
@@ -331,6 +373,16 @@ def test_errors_come_early_and_say_what_to_do(home, tmp_path):
     for count, has in ((10, "has 10"), (0, "has no head")):
         with pytest.raises(ConfigError, match=rf"^--suite: is for models of 1,000 classes, and m {has}; "):
             suites.check_classes({"num_classes": 1000}, count, "m")
+
+
+def test_processes_know_of_each_other_before_weights_are_opened(home, monkeypatch):
+    calls = []
+    monkeypatch.setattr(dist, "initialize", lambda: calls.append("initialize"))
+    monkeypatch.setattr(eval_only.source, "open_source", lambda *args: calls.append("open") or sys.exit())
+    for more in (["--suite=stress"], ["--config=debug"]):
+        with pytest.raises(SystemExit):
+            run(f"--weights={home / 'tiny'}", *more)
+    assert calls == ["initialize", "open"] * 2
 
 
 def test_suites_are_listed_as_what_they_are():
