@@ -1,7 +1,6 @@
 """What others wrote: how it is shown to people, and the one way in which JSON is read."""
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -25,10 +24,10 @@ def first_few(names: Iterable[str], most: int = 5) -> str:
 
 
 def short_names(places: Sequence[str]) -> list[str]:
-    """The ends of some paths that differ: as many of their parts as tell all of them apart."""
+    """The ends of some paths that differ: as many of their parts as tell all of them apart, or else the paths."""
     parts = [tuple(part for part in place.split("/") if part) for place in places]
-    ends = (["/".join(path[-count:]) for path in parts] for count in itertools.count(1))
-    return next(names for names in ends if len(set(names)) == len(names))
+    ends = (["/".join(path[-count:]) for path in parts] for count in range(1, 1 + max(map(len, parts), default=0)))
+    return next((names for names in ends if len(set(names)) == len(names)), list(places))
 
 
 def parse_json(content: bytes, encodable: bool = False) -> Any:

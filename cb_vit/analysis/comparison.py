@@ -166,15 +166,15 @@ def compare_found(found: Found, metric: str | None = None, baseline: str | None 
         raise ConfigError(FIELD, f"{first_few(problems, 3)}; finish what is not, or leave it out with --allow_missing")
     notes += [f"left out: {problem}; {LEFT_OUT}" for problem in problems]
     baseline = baseline or next((sweep.baseline for sweep in found.sweeps.values() if sweep.baseline), None)
-    pairs = _pairs(arms, baseline) if baseline else []
+    pairs = _pairs(arms, baseline, _settled(found)) if baseline else []
     primary = _result(metric, arms, pairs, level, tested=True)
     others, partly = [], []
+    finished = [run for run in found.runs if run.finished]
     for name in _metrics(found):
         if name != metric:
-            (others if all(_finite(run.final(name)) for arm in arms for run in arm.runs.values()) else partly).append(
-                name)
+            (others if all(_finite(run.final(name)) for run in finished) else partly).append(name)
     if partly:
-        notes.append(f"not all runs have {first_few(partly)} at the last step; left out")
+        notes.append(f"not all finished runs have {first_few(partly)} at the last step; left out")
     return Comparison(
         primary, better_known, chosen, level, tuple(dict.fromkeys(base.name for _, base in pairs)),
         tuple(_result(name, arms, pairs, level, tested=False) for name in others), tuple(notes), tuple(arms))
@@ -239,9 +239,15 @@ def _result(metric: str, arms: Sequence[Arm], pairs: Sequence[tuple[Arm, Arm]], 
     return Result(metric, tuple(scores.values()), tuple(differences))
 
 
-def _pairs(arms: Sequence[Arm], baseline: str) -> list[tuple[Arm, Arm]]:
+def _settled(found: Found) -> dict[str, str]:
+    """Names of the grid that have one value in all runs, and so tell no arms apart, with that value."""
+    values = {axis: {run.grid[axis] for run in found.runs} for axis in found.axes if axis != "seed"}
+    return {axis: next(iter(found)) for axis, found in values.items() if len(found) == 1}
+
+
+def _pairs(arms: Sequence[Arm], baseline: str, settled: Mapping[str, str]) -> list[tuple[Arm, Arm]]:
     """Each arm with the arm that it is compared with."""
-    wanted = _read_baseline(arms, baseline)
+    wanted = _read_baseline(arms, baseline, settled)
     bases = [arm for arm in arms if all(arm.factors[name] == value for name, value in wanted.items())]
     if not bases:
         raise ConfigError("--baseline", f"no arm is {baseline!r}; there are "
@@ -260,11 +266,13 @@ def _pairs(arms: Sequence[Arm], baseline: str) -> list[tuple[Arm, Arm]]:
     return pairs
 
 
-def _read_baseline(arms: Sequence[Arm], baseline: str) -> Mapping[str, str]:
+def _read_baseline(arms: Sequence[Arm], baseline: str, settled: Mapping[str, str]) -> Mapping[str, str]:
     """The factors that "context=none,lr=0.1" names, by the whole names of them."""
     factors, wanted = list(arms[0].factors), {}
     for part in split_values(baseline):
         name, equals, value = part.partition("=")
+        if equals and settled.get(name) == value:  # so all arms are
+            continue
         matching = [factor for factor in factors if factor == name or factor.endswith(f".{name}")]
         if not equals or len(matching) != 1:
             raise ConfigError("--baseline", f"cannot read {part!r}; the arms are "

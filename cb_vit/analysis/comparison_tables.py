@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 
 from cb_vit.analysis import statistics
@@ -179,4 +180,5 @@ def latex(text: str) -> str:
 
 
 def _maths(text: str) -> str:
+    text = re.sub(r"e([+-])0*(\d+)", lambda found: rf" \times 10^{{{found[1].replace('+', '')}{found[2]}}}", text)
     return "--" if text == "\u2014" else f"${text}$"

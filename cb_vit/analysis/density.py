@@ -54,6 +54,7 @@ class Row(NamedTuple):
 
 WORDS = Row._fields.index("mean")  # columns before the numbers
 LARGEST = 1e9  # magnitude that no measure reaches: pixels and tokens are fewer
+DIGITS = 3  # of the number of a block
 
 
 def as_csv(rows: Iterable[Row]) -> str:
@@ -79,7 +80,8 @@ def read_density(text: str) -> list[Row]:
         for line in lines:
             block, head, *words = line[:WORDS]
             numbers = [float(cell or "nan") for cell in line[WORDS:]]
-            good = block.isdecimal() and (head == "all" or head.isdecimal()) and len(line) == len(Row._fields)
+            numbered = block.isdecimal() and len(block) <= DIGITS and (head == "all" or head.isdecimal())
+            good = numbered and len(line) == len(Row._fields)
             if not good or any(abs(number) > LARGEST for number in numbers):
                 raise ValueError(f"it is {','.join(line):.100}")
             rows.append(Row(int(block), head, *words, *numbers))
@@ -157,8 +159,10 @@ def draw_blocks(ax: Any, rows: Sequence[Row], measure: str, index: int) -> None:
     look, marker = Look.number(index), MARKERS[index % len(MARKERS)]
     line, heads = pick(rows, measure), pick(rows, measure, heads=True)
     blocks, means = (np.array([row[at] for row in line], float) for at in (0, WORDS))
-    single = [[row.mean for row in heads if row.block == block] or [mean]
-              for block, mean in zip(blocks, means, strict=True)]
+    by_number: dict[int, list[float]] = {}
+    for row in heads:
+        by_number.setdefault(row.block, []).append(row.mean)
+    single = [by_number.get(int(block), [mean]) for block, mean in zip(blocks, means, strict=True)]
     ax.fill_between(blocks, [*map(min, single)], [*map(max, single)], color=look.colour, alpha=0.13, lw=0)
     ax.plot([row.block for row in heads], [row.mean for row in heads], marker, color=look.colour, ms=2.6, alpha=0.35,
             mew=0)

@@ -1,6 +1,7 @@
 """A report on runs: what they have measured and left behind, on one page, and what is not there said in words."""
 from __future__ import annotations
 
+import collections
 import datetime
 import os
 import re
@@ -76,7 +77,10 @@ def _comparison(subject: Subject, choices: Mapping[str, Any]) -> str:
             raise
         return paragraph(f"The runs are not compared. {error}")
     body = paragraph(tables.heading(comparison))
-    body += picture(draw_comparison(comparison), f"{comparison.primary.metric} of each arm, and their differences")
+    try:
+        body += picture(draw_comparison(comparison), f"{comparison.primary.metric} of each arm, and their differences")
+    except (ValueError, ArithmeticError) as error:  # of numbers that no axis holds
+        subject.missing.append(f"the picture of the comparison: its numbers cannot be drawn ({error})")
     body += table(tables.score_rows(comparison))
     if comparison.primary.differences:
         body += table(tables.difference_rows(comparison.primary))
@@ -169,19 +173,22 @@ def _command(run: Run) -> str:
 
 
 def _versions(subject: Subject) -> str:
-    rows = [("", "value", "runs")]
-    for label, read in (("devices", lambda run: run.notes.get("devices")), *(
-            (name, lambda run, name=name: run.notes["versions"].get(name))
-            for name in dict.fromkeys(name for run in subject.found.runs
-                                      for name in run.notes.get("versions") or ()))):
-        values: dict[str, int] = {}
-        for run in subject.found.runs:
-            if isinstance(run.notes.get("versions"), Mapping) and (value := read(run)) is not None:
-                values[str(value)] = values.get(str(value), 0) + 1
-        rows += [(label, value, count) for value, count in values.items()]
-    if unknown := [run.name for run in subject.found.runs if not isinstance(run.notes.get("versions"), Mapping)]:
+    """Versions and devices, and how many of the runs had each."""
+    found: dict[str, collections.Counter[str]] = {}
+    unknown = []
+    for run in subject.found.runs:
+        versions = run.notes.get("versions")
+        if not isinstance(versions, Mapping):
+            unknown.append(run.name)
+            continue
+        for name, value in {"devices": run.notes.get("devices"), **versions}.items():
+            if value is not None:
+                found.setdefault(str(name), collections.Counter())[str(value)] += 1
+    if unknown:
         subject.missing.append(f"versions: not recorded by {first_few(unknown)}")
-    return table(rows, "versions and devices, and how many of the runs had them", left=2) if len(rows) > 1 else ""
+    rows = [(name, value, count) for name, values in found.items() for value, count in values.items()]
+    heading = "versions and devices, and how many of the runs had them"
+    return table([("", "value", "runs"), *rows], heading, left=2) if rows else ""
 
 
 def _settings(subject: Subject) -> str:

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import io as text_io
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -26,6 +27,8 @@ SCORES = ("evaluator", "type", "metric", "value")  # columns of `metrics.csv`
 def below(folder: epath.Path, name: str, depth: int = DEEPEST) -> Iterator[epath.Path]:
     """Files below a folder that match a regular expression, by their order; not in what a run keeps for itself.
 
+    Nor in links, which may lead out of the run, and not what is of the average of its parameters.
+
     Args:
         folder: a run's folder, or one in it.
         name: regular expression of the whole name of a file.
@@ -39,7 +42,8 @@ def below(folder: epath.Path, name: str, depth: int = DEEPEST) -> Iterator[epath
         raise Failure(f"{folder} cannot be read: {error.strerror}") from None
     for path in entries:
         if path.is_dir():
-            if depth and path.name not in CONTENTS and not path.name.startswith("."):
+            kept = path.name in CONTENTS or path.name == EMA.rstrip("/") or path.name.startswith(".")
+            if depth and not kept and not os.path.islink(path):
                 yield from below(path, name, depth - 1)
         elif re.fullmatch(name, path.name):
             yield path

@@ -18,6 +18,7 @@ LOG = "sweep.log"  # in the folder of a cell: what its run has said
 FORMAT = 1
 LONGEST = 40  # characters of a value in the name of a folder
 MOST_BYTES = 200  # of the name of a folder; file systems take 255
+NAME = re.compile(r"\w[\w.]*")
 PAIRS = {"(": ")", "[": "]", "{": "}", "'": "'", '"': '"'}
 
 
@@ -59,7 +60,11 @@ class Sweep:
     def __post_init__(self):
         if self.format != FORMAT:
             raise ConfigError("format", f"is {self.format}, and this version of cb_vit knows {FORMAT}; update it")
+        if odd := next((name for name in self.grid if not NAME.fullmatch(name)), None):  # it becomes part of a path
+            raise ConfigError("grid", f"{odd!r} is no name of an argument or a setting")
         for name, cell in self.cells.items():
+            if list(cell.grid) != list(self.grid):
+                raise ConfigError(f"cells.{name}", f"should have values of {', '.join(self.grid)}")
             if name != cell_name(cell.grid):  # it becomes a path
                 raise ConfigError(f"cells.{name}", f"should be called {cell_name(cell.grid)}")
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Key, Num
 from cb_vit import dist
 from cb_vit.config import ConfigError
 from cb_vit.datasets.chosen import Chosen, draw
-from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, over_batches
+from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, have_one_name, over_batches
 from cb_vit.input_pipeline import Pipeline
 from cb_vit.train_state import TrainState
 
@@ -51,8 +51,8 @@ class Config(EvaluatorConfig):
         super().__post_init__()
         for name in ("attacks", "eps"):
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
-                raise ConfigError(name, f"must be different, and at least one; got {values}")
+            if not values or have_one_name(values):
+                raise ConfigError(name, f"must be different in six digits, and at least one; got {values}")
         for eps in self.eps:
             if not 0 <= eps <= 255:
                 raise ConfigError("eps", f"is in units of a pixel from 0 to 255, got {eps}")

@@ -23,7 +23,7 @@ from cb_vit.config import ConfigError, Read
 from cb_vit.datasets import DataError, check_source
 from cb_vit.datasets.chosen import Chosen, draw
 from cb_vit.datasets.core import SourceConfig
-from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, check_folder, over_batches
+from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, check_finite, check_folder, over_batches
 from cb_vit.evaluators.mistakes import table
 from cb_vit.input_pipeline import Pipeline
 from cb_vit.monitor.reliability import Bin, draw_reliability
@@ -247,7 +247,11 @@ def fit_temperature(logits: Float[np.ndarray, "n c"], true: Float[np.ndarray, " 
     Args:
         logits: logits z of the classes.
         true: Σ_c y_c z_c of each example: the logit of its class.
+
+    Raises:
+        Failure: logits are not finite.
     """
+    check_finite(bool(np.isfinite(logits).all()))
     highest = logits.max(axis=1, keepdims=True)
     logits, true = (logits - highest).astype(np.float64), np.float64(true) - highest[:, 0]
 

@@ -14,6 +14,8 @@ from cb_vit.input_pipeline import Pipeline
 from cb_vit.losses import LOSSES
 from cb_vit.train_state import TrainState
 
+METRICS = ("prec@1", "prec@5", "loss")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(EvaluatorConfig):

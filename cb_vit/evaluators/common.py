@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from cb_vit import datasets, dist, io
-from cb_vit.config import ConfigError, Duration, Read, convert, parse, plain, under
+from cb_vit.config import ConfigError, Duration, Failure, Read, convert, parse, plain, under
 from cb_vit.datasets.contents import Absent, describe
 from cb_vit.datasets.core import SourceConfig
 from cb_vit.input_pipeline import LoaderConfig, Pipeline, check_example, to_device
@@ -109,6 +109,12 @@ def check_folder(config: EvaluatorConfig) -> None:
     if not plain or first in CONTENTS:
         raise ConfigError("prefix", f"{config.prefix!r} is to be a folder of the run's own, for what is written: "
                                     f"take letters and digits, such as '{config.type}/'")
+
+
+def have_one_name(values: Sequence[str | float]) -> bool:
+    """Whether two of some settings would have the same name in that of a metric."""
+    names = [value if isinstance(value, str) else f"{value:g}" for value in values]
+    return len(set(names)) < len(names)
 
 
 def read_evaluator(block: Any, path: str) -> EvaluatorConfig:
@@ -308,6 +314,16 @@ def sources_of(evaluator: Any) -> dict[str, Any]:
 def has_files(evaluator: Any) -> bool:
     """Whether an evaluator has more to show than numbers."""
     return hasattr(evaluator, "files")
+
+
+def check_finite(finite: bool) -> None:
+    """Refuse what a model gives where it is no number: whatever is fitted to it would be none either.
+
+    Raises:
+        Failure: it is not finite.
+    """
+    if not finite:
+        raise Failure("the model's output is not finite; are these weights whole?")
 
 
 def over_batches(

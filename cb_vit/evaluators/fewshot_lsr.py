@@ -22,7 +22,7 @@ from cb_vit.datasets import check_source
 from cb_vit.datasets.chosen import Chosen
 from cb_vit.datasets.contents import DataError, class_name
 from cb_vit.datasets.core import SourceConfig
-from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, over_batches
+from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, check_finite, have_one_name, over_batches
 from cb_vit.evaluators.features import check_layer, check_single, labelled_features
 from cb_vit.input_pipeline import Pipeline
 from cb_vit.train_state import TrainState
@@ -54,8 +54,8 @@ class Config(EvaluatorConfig):
         super().__post_init__()
         if not self.shots or min(self.shots) < 1 or len(set(self.shots)) < len(self.shots):
             raise ConfigError("shots", f"must be different numbers of at least 1, got {self.shots}")
-        if not self.l2_reg or not 0 < min(self.l2_reg) <= max(self.l2_reg) < float("inf") or (
-                len(set(self.l2_reg)) < len(self.l2_reg)):
+        if not self.l2_reg or not 0 < min(self.l2_reg) <= max(self.l2_reg) < float("inf") or have_one_name(
+                self.l2_reg):
             raise ConfigError("l2_reg", f"must be different numbers above 0, got {self.l2_reg}")
         if self.seeds < 1:
             raise ConfigError("seeds", f"must be at least 1, got {self.seeds}")
@@ -151,6 +151,7 @@ class Evaluator:
         features, label, labels, counted = (np.concatenate([batch[name] for batch in kept])
                                             for name in ("features", "label", "labels", "counted"))
         check_single(int(labels.sum()), int(counted.sum()), "train_data")
+        check_finite(bool(np.isfinite(features[counted]).all()))
         fitted = []
         for shots in self.config.shots:
             for seed in self._shots:

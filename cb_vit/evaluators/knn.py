@@ -20,7 +20,7 @@ from cb_vit import dist
 from cb_vit.config import ConfigError, Read
 from cb_vit.datasets import DataError, check_source
 from cb_vit.datasets.core import SourceConfig
-from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, over_batches
+from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, check_finite, over_batches
 from cb_vit.evaluators.features import check_layer, check_single, labelled_features
 from cb_vit.input_pipeline import Pipeline
 from cb_vit.train_state import TrainState
@@ -80,7 +80,9 @@ class Evaluator:
         def normalised(state: TrainState, batch: dict[str, jax.Array], whose: Pipeline) -> dict[str, jax.Array]:
             found = labelled_features(predict_fn, config.representation_layer, whose, state, batch)
             length = jnp.linalg.norm(found["features"], axis=1, keepdims=True)
-            return {**found, "features": found["features"] / jnp.maximum(length, 1e-12)}
+            odd = found["counted"] & ~jnp.all(jnp.isfinite(found["features"]), axis=1)
+            return {**found, "features": found["features"] / jnp.maximum(length, 1e-12),
+                    "odd": jnp.sum(odd, dtype=jnp.int32)}
 
         def begin(state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
             width = jax.eval_shape(lambda: normalised(state, batch, train_data))["features"].shape[1]
@@ -94,13 +96,14 @@ class Evaluator:
                     for name, values in (("features", found["features"]), ("label", label.astype(jnp.int32)))}
             labels = jnp.where(batch["_mask"], jnp.sum(found["labels"], axis=1, dtype=jnp.int32), 0)
             return bank, {"masked": found["masked"], "counted": jnp.sum(found["counted"], dtype=jnp.int32),
-                          "labels": jnp.sum(labels, dtype=jnp.int32)}
+                          "labels": jnp.sum(labels, dtype=jnp.int32), "odd": found["odd"]}
 
         def sums(state: TrainState, bank: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
             found = normalised(state, batch, pipeline)
             neighbours = nearest(found["features"], bank, most, everywhere)
             labels = found["labels"] & found["counted"][:, None]
-            return {"masked": found["masked"], "seen": jnp.sum(found["counted"], dtype=jnp.int32)} | {
+            seen = jnp.sum(found["counted"], dtype=jnp.int32)
+            return {"masked": found["masked"], "seen": seen, "odd": found["odd"]} | {
                 f"k_{k}/{name}": value
                 for k, votes in votes_of(*neighbours, config.k, config.temperature, labels.shape[1]).items()
                 for name, value in batch_hits(votes, labels, k).items()}
@@ -126,6 +129,7 @@ class Evaluator:
         for sums in over_batches(lambda batch: self._sums(train_state, bank, batch), self._pipeline, self._sharding):
             total = {name: total.get(name, 0) + int(value) for name, value in sums.items()}
         seen = total.pop("seen", 0)
+        check_finite(not total.pop("odd", 0))
         for k in self.config.k:
             for name in (f"k_{k}/prec@1", f"k_{k}/prec@5"):
                 if name in total:
@@ -144,6 +148,7 @@ class Evaluator:
         counted = 0
         for counts in over_batches(store, self.train_data, self._sharding):
             counted += int(counts["counted"])
+            check_finite(not counts["odd"])
             check_single(int(counts["labels"]), int(counts["counted"]), "train_data")
         if counted < max(self.config.k):
             raise DataError(f"train_data: {max(self.config.k)} neighbours are asked for, and {counted:,} examples have "

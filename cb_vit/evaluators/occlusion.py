@@ -27,7 +27,7 @@ from cb_vit.config import ConfigError
 from cb_vit.datasets import DataError
 from cb_vit.datasets.chosen import Chosen, draw
 from cb_vit.evaluators.attack import example_keys
-from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, check_folder, over_batches
+from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, check_folder, have_one_name, over_batches
 from cb_vit.evaluators.mistakes import table
 from cb_vit.evaluators.patches import Looks, draw_looks, hidden, hide, shuffle
 from cb_vit.input_pipeline import Pipeline, load_example
@@ -66,8 +66,8 @@ class Config(EvaluatorConfig):
         check_folder(self)
         for name in ("ways", "ratios", "shuffle"):
             values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ConfigError(name, f"must be different, got {values}")
+            if have_one_name(values):
+                raise ConfigError(name, f"must be different in six digits, got {values}")
         if not (self.ways and self.ratios) and not self.shuffle:
             raise ConfigError("ways", "and ratios, or shuffle, say what is measured, and all are empty")
         for ratio in self.ratios:
@@ -190,7 +190,7 @@ class Evaluator:
     def _tiles(self, shown: Sequence[int]) -> Iterator[Tile]:
         """The first images, each under the conditions with these numbers."""
         rows, images = [], []
-        for row in range(min(len(self._pipeline.source), SHOWN)):
+        for row in range(min(len(self._pipeline.source), SHOWN, self.config.batch_size)):
             # What `skip_errors` let pass is not shown.
             with contextlib.suppress(DataError):
                 images.append(load_example(self._pipeline.source, self._pipeline.preprocess, row,

@@ -36,6 +36,7 @@ from cb_vit.tools.curves import short_names
 from cb_vit.tools.predict import find_images, progress
 from cb_vit.weights import Weights
 
+LONGEST = 100  # characters of the name of a folder
 TABLE, PICTURE, GRADIENT = "density.csv", "density.png", "softmax_gradient.png"
 FILES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 COLUMNS = {"entropy / ln N": ("entropy_normalised", ".3f"), "effective tokens": ("effective_tokens", ".1f"),
@@ -194,8 +195,8 @@ def name_models(paths: Sequence[str], labels: str | None) -> list[str]:
 
 
 def as_folder(label: str) -> str:
-    """The name of a model's folder."""
-    return re.sub(r"[^\w@+=. -]|^\.+", "_", label)
+    """The name of a model's folder; long ones by their ends, which differ sooner."""
+    return re.sub(r"[^\w@+=. -]|^\.+", "_", label[-LONGEST:])
 
 
 def outputs(folder: str, labels: Sequence[str] | Mapping[str, object]) -> list[str]:

@@ -184,7 +184,7 @@ class Scheduler:
             self._next_look = 0.0
             if is_complete(job):
                 self._complete(job)
-            elif self._told or status == 0:  # a run that was told to stop ends well
+            elif status == 0 or (self._told and (status < 0 or status > 128)):  # told to stop: well, or by the signal
                 logger.info("%s  stopped; the same command goes on with it", job.name)
                 self.outcome.stopped.append(job)
             else:

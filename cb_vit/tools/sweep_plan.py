@@ -12,8 +12,20 @@ from typing import Any
 
 from cb_vit import io
 from cb_vit import workdir as workdir_lib
-from cb_vit.analysis.sweeps import FORMAT, MOST_BYTES, SWEEP, Cell, Sweep, cell_name, cells_of, read_sweep, split_values
+from cb_vit.analysis.sweeps import (
+    FORMAT,
+    MOST_BYTES,
+    NAME,
+    SWEEP,
+    Cell,
+    Sweep,
+    cell_name,
+    cells_of,
+    read_sweep,
+    split_values,
+)
 from cb_vit.config import ConfigError, duration_keys, suggest
+from cb_vit.evaluators.classification import METRICS
 from cb_vit.overrides import lay_over
 from cb_vit.records import EMA
 from cb_vit.settings import Settings, check
@@ -41,7 +53,7 @@ def read_grid(given: Sequence[str], overrides: Sequence[tuple[str, str | None]],
     for text in given:
         name, equals, values = (part.strip() for part in text.partition("="))
         listed = tuple(split_values(values)) if values else ()
-        if not equals or not re.fullmatch(r"\w[\w.]*", name):
+        if not equals or not NAME.fullmatch(name):
             raise ConfigError("--grid", f"cannot read {text!r}; write a name and its values, such as context=none,cb")
         if name.startswith("config."):
             raise ConfigError("--grid", f"{text!r}: settings stand here without config.; write "
@@ -178,12 +190,12 @@ class Plan:
                                                f"{first_few(changed)} (in the cell {name}); {way_out}")
         for flag in ("metric", "baseline"):
             was, now = getattr(old, flag), getattr(sweep, flag)
-            if now is not None and was != now and (was or _begun(workdir, old)):
+            if now is not None and was != now and _begun(workdir, old):
                 raise ConfigError(f"--{flag}", f"{now} is named too late: the sweep in {workdir} began with "
                                                f"{was or 'none'}; leave it out, and give it to cb-vit compare")
         grid = {name: tuple(dict.fromkeys((*old.grid[name], *values))) for name, values in sweep.grid.items()}
         return dataclasses.replace(sweep, settings=old.settings, grid=grid, cells={**old.cells, **sweep.cells},
-                                   metric=old.metric or sweep.metric, baseline=old.baseline or sweep.baseline)
+                                   metric=sweep.metric or old.metric, baseline=sweep.baseline or old.baseline)
 
     def record(self, workdir: str | os.PathLike, sweep: Sweep) -> Sweep:
         """Write the sweep down, beside what is there already, and return it.
@@ -213,6 +225,12 @@ def _check_metric(metric: str, settings: Settings) -> None:
     if not metric.startswith(tuple(known)) or metric in known:
         raise ConfigError("--metric", f"{metric!r} is of no evaluator; names of their metrics begin with "
                                       f"{', '.join(map(repr, known)) or '(config.evals is empty)'}")
+    scored = [prefix for prefix, block in zip(prefixes, settings.evals.values(), strict=True)
+              if block.type == "classification"]
+    prefix = next((prefix for prefix in scored if metric.removeprefix(EMA).startswith(prefix)), None)
+    if prefix is not None and (name := metric.removeprefix(EMA).removeprefix(prefix)) not in METRICS:
+        raise ConfigError("--metric", f"{metric!r}: this evaluator has no {name!r}{suggest(name, METRICS)} It has "
+                                      f"{', '.join(METRICS)}")
 
 
 def _check_baseline(baseline: str, grid: Grid) -> None:
