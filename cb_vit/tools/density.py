@@ -99,6 +99,8 @@ def density(files: Sequence[str], models: Mapping[str, Weights], options: Option
     """
     files = spread_evenly(files, options.images)
     images = {label: Images.of(weights, preprocessing(weights, options.pp)) for label, weights in models.items()}
+    with io.writing(options.output):  # before time is spent
+        io.as_path(options.output).mkdir(parents=True, exist_ok=True)
     found, broken = {}, 0
     for label, weights in models.items():
         for line in (f"{label}: {weights}, {weights.format}", *weights.notes,
@@ -216,12 +218,11 @@ def check_outputs(options: Options, labels: Sequence[str], files: Sequence[str])
     if io.is_local(folder) and (there := io.kind(os.path.expanduser(folder))) not in (None, io.FOLDER):
         raise ConfigError("--output", f"{folder} is {there}; give a folder")
     paths = outputs(folder, labels)
-    if eaten := set(map(os.path.realpath, paths)) & set(map(os.path.realpath, files)):
+    here = {os.path.realpath(os.path.expanduser(path)) for path in paths if io.is_local(path)}
+    if eaten := here & set(map(os.path.realpath, files)):
         raise ConfigError("--output", f"{min(eaten)} is one of the images; choose another folder")
     if not options.overwrite and (there := next(filter(io.is_taken, paths), None)):
         raise ConfigError("--output", f"{there} is already there; choose another folder, or give --overwrite")
-    with io.writing(folder):
-        io.as_path(folder).mkdir(parents=True, exist_ok=True)
 
 
 def spread_evenly(files: Sequence[str], number: int | None) -> list[str]:
