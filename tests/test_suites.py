@@ -337,15 +337,15 @@ import configs.stress as base
 
 def get_config(arg=None):
     config = base.get_config(arg)
-    config.evals = {name: config.evals[name] for name in ("val", "corruptions")}
+    config.evals = {name: config.evals[name] for name in ("val", "attack")}
     return config
 """)
     run(f"--suite={tmp_path / 'mine.py'}:examples=9", f"--weights={folder}", f"--output={folder / 'stress'}",
-        "--config.evals.corruptions.corruptions=('contrast',)", "--config.evals.corruptions.severities=(1,)")
+        "--config.evals.attack.attacks=('fgsm',)", "--config.evals.attack.eps=(1.0,)")
     assert re.search(r"^val +[\d.]+ +- +20$", capsys.readouterr().out, re.MULTILINE)
     found = {row["metric"]: (row["evaluator"], row["type"]) for row in rows_of(folder / "stress" / "metrics.csv")}
     assert found["val/prec@1"] == ("val", "classification")
-    assert found["corruptions/severity_1/error"] == ("corruptions", "corruptions")
+    assert found["attack/fgsm/eps_1/prec@1"] == ("attack", "attack")
     assert [row["model"] for row in rows_of(folder / "stress" / "results-val.csv")] == [str(folder)]
 
 
