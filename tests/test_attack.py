@@ -154,6 +154,7 @@ def test_images_stay_in_the_ball_and_among_pixels(eps, steps, begins):
     (dict(eps=(1.0, 256.0)), "val.eps: is in units of a pixel from 0 to 255, got 256.0"),
     (dict(eps=(0.03,)), "val.eps: is in units of a pixel from 0 to 255, got 0.03: 8 / 255 is written 8"),
     (dict(eps=()), "val.eps: must be different, and at least one"), (dict(eps=(1.0, 1.0)), "val.eps: must be"),
+    (dict(eps=(1.0, 1.0000001)), "val.eps: must be"),
     (dict(attacks=("cw",)), "val.attacks[0]: unknown value 'cw'; Choices: fgsm, pgd"),
     (dict(attacks=()), "val.attacks: must be different"), (dict(steps=0), "val.steps: must be at least 1, got 0"),
     (dict(step_size=0.0), "val.step_size: is in units of a pixel"), (dict(examples=0), "val.examples: must be at"),

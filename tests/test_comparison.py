@@ -126,7 +126,7 @@ def test_what_changes_nothing_makes_no_arm(tmp_path):
 def test_one_arm_and_one_seed_are_said_in_words(tmp_path):
     runs = arms(tmp_path, "none", "cb", seeds=(3,))
     said = "\n".join(tables.lines(cb_vit.compare(*runs, metric="val/prec@1", baseline="context=none")))
-    assert "context=cb has 1 pairs with context=none: no spread, so neither interval nor test" in said
+    assert "context=cb has pairs with context=none: 1, so no spread, and neither interval nor test" in said
     assert "there is one arm" in "".join(tables.notes(cb_vit.compare(runs[0], metric="val/loss")))
     assert "no arm is named" in "".join(tables.notes(cb_vit.compare(*runs, metric="val/loss")))
 

@@ -110,6 +110,7 @@ def test_every_cell_is_checked_before_one_begins(tmp_path, grid, error):
     (["--grid=seed=0", "--metric=val/"], "--metric: 'val/' is of no evaluator; names of their metrics begin with 'va"),
     (["--grid=context=none,cb", "--baseline=contxt=none"], "--baseline: 'contxt=none': contxt is no name of the grid"),
     (["--grid=context=none,cb", "--baseline=context=no"], "--baseline: 'context=no' is no cell of the grid"),
+    (["--grid=seed=0", "--metric=val/precc@1"], "--metric: 'val/precc@1': this evaluator has no 'precc@1'"),
     (["--grid=seed=0", "--baseline=seed=0"], "--baseline: 'seed=0': seed is no name of the grid"),
     (["--grid=seed=0", "--parallel=0"], "--parallel: expected a whole number of at least 1, got '0'"),
     (["--grid=seed=0", "--workdir=gs://b/x"], "--workdir: gs://b/x is in a bucket, where cells can be neither locked"),
@@ -144,9 +145,11 @@ def test_values_may_be_added_and_what_cells_share_may_not_change(tmp_path):
             (plan("context=cb", "seed=0", "lr=1"), "--grid: the sweep in .* is over context, seed, not over")):
         with pytest.raises(ConfigError, match=error):
             other.record(tmp_path, other.sweep(None, None))
+    assert more.record(tmp_path, more.sweep("val/prec@1", None)).metric == "val/prec@1"  # no run has begun
+    more.record(tmp_path, more.sweep("val/loss", None))
+    write_run(tmp_path / "context=cb,seed=0", {"evals": {}}, run_records(0.5))
     with pytest.raises(ConfigError, match="--metric: val/prec@1 is named too late: the sweep .* began with val/loss; "):
         more.record(tmp_path, more.sweep("val/prec@1", None))
-    write_run(tmp_path / "context=cb,seed=0", {"evals": {}}, run_records(0.5))
     with pytest.raises(ConfigError, match="--baseline: context=cb is named too late: the sweep in .* began with none"):
         more.record(tmp_path, more.sweep(None, "context=cb"))
     assert (tmp_path / "sweep.json").read_bytes() == before

@@ -106,7 +106,8 @@ def notes(comparison: Comparison) -> Iterator[str]:
             yield (f"{one.arm} and {one.baseline} differ in more than one thing ({', '.join(one.factors)}): their "
                    "difference cannot be put down to one of them")
         if len(one.values) < 2:
-            yield f"{one.arm} has {len(one.values)} pairs with {one.baseline}: no spread, so neither interval nor test"
+            yield (f"{one.arm} has pairs with {one.baseline}: {len(one.values)}, so no spread, and neither interval "
+                   "nor test")
     tested = [one for one in differences if one.p is not None]
     if tested:
         yield (f"interval: Student's t at {100 * comparison.level:.4g} % on the differences paired by seed, each by "

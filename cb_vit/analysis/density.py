@@ -127,7 +127,8 @@ def draw_density(runs: Mapping[str, Sequence[Row]], title: str = "") -> bytes:
         for index, rows in enumerate(runs.values()):
             draw_blocks(ax, rows, name, index)
         style(ax, HEADINGS[name], Kind("{:.3g}".format))
-        if name in ("effective_tokens", "rank"):
+        means = [row.mean for rows in runs.values() for heads in (False, True) for row in pick(rows, name, heads)]
+        if name in ("effective_tokens", "rank") and max(means) > 10 * max(min(means), 1e-6):
             ax.set_yscale("log")
             ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
@@ -142,8 +143,8 @@ def draw_density(runs: Mapping[str, Sequence[Row]], title: str = "") -> bytes:
              for index, look in enumerate(looks)]
     figure.legend(lines, [plain(names[run]) for run in runs], loc="outside lower left", ncols=columns, frameon=False,
                   fontsize=9, labelcolor=INK, handlelength=4)
-    if title:
-        figure.suptitle(plain(title), x=0.01, ha="left", fontsize=11)
+    title = f"{title}; " * bool(title) + "line: mean over heads; dots: heads; band: their range"
+    figure.suptitle(plain(title), x=0.01, ha="left", fontsize=11)
     return to_png(figure)
 
 

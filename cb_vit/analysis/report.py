@@ -23,7 +23,7 @@ from cb_vit.analysis.runs import Run, find_runs
 from cb_vit.analysis.sweeps import LOG
 from cb_vit.config import ConfigError
 from cb_vit.monitor.curves import draw_curves
-from cb_vit.monitor.overlay import DRAWN, draw_overlay
+from cb_vit.monitor.overlay import LEARNT, draw_overlay
 from cb_vit.records import EMA, Series
 from cb_vit.texts import first_few
 from cb_vit.workdir import flatten
@@ -118,7 +118,7 @@ def _curves(subject: Subject) -> str:
     arms = {subject.name(arm): mean_history([run for run in arm.runs.values() if run.history]) for arm in subject.arms}
     arms = {name: history for name, history in arms.items() if history}
     known = dict.fromkeys(name for history in arms.values() for name, (steps, _) in history.items() if len(steps) > 1)
-    metrics = sorted((name for name in known if re.fullmatch(DRAWN, name)), key=_parts)[:PANELS]
+    metrics = sorted((name for name in known if re.fullmatch(LEARNT, name)), key=_parts)[:PANELS]
     if not metrics:
         subject.missing.append("curves: the runs of no arm have two steps in common")
         return ""

@@ -14,6 +14,7 @@ from cb_vit.analysis.page import paragraph, picture, side_by_side, table
 from cb_vit.analysis.report_files import Subject, below, mean_scores, pick, read_table, read_text, scores_of
 from cb_vit.analysis.report_pictures import draw_bars, draw_reliability
 from cb_vit.analysis.runs import Run
+from cb_vit.texts import first_few
 
 RELIABILITY = ("bins", "low", "high", "examples", "confidence", "accuracy")
 BINS = {"width": "bins of equal width", "mass": "bins of equally many examples"}
@@ -43,6 +44,8 @@ def _read(subject: Subject, name: str, read: Callable[[str], Any]) -> dict[str, 
             found[label] = run, read(read_text(path))
         except ValueError as error:
             subject.missing.append(f"{path} is left out: it {error}")
+    if found and (without := [subject.name(arm) for arm in subject.arms if subject.name(arm) not in found]):
+        subject.missing.append(f"{name} of {first_few(without)}")
     return found
 
 

@@ -52,7 +52,7 @@ class Config(EvaluatorConfig):
         for name in ("attacks", "eps"):
             values = getattr(self, name)
             if not values or have_one_name(values):
-                raise ConfigError(name, f"must be different in six digits, and at least one; got {values}")
+                raise ConfigError(name, f"must be different, and at least one; got {values}")
         for eps in self.eps:
             if not 0 <= eps <= 255:
                 raise ConfigError("eps", f"is in units of a pixel from 0 to 255, got {eps}")

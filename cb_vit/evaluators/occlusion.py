@@ -67,7 +67,7 @@ class Config(EvaluatorConfig):
         for name in ("ways", "ratios", "shuffle"):
             values = getattr(self, name)
             if have_one_name(values):
-                raise ConfigError(name, f"must be different in six digits, got {values}")
+                raise ConfigError(name, f"must be different, got {values}")
         if not (self.ways and self.ratios) and not self.shuffle:
             raise ConfigError("ways", "and ratios, or shuffle, say what is measured, and all are empty")
         for ratio in self.ratios:

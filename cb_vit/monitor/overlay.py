@@ -7,7 +7,8 @@ from cb_vit.monitor.panels import draw_curve, figure, kind_of, step_axis, style
 from cb_vit.monitor.style import FAINT, Look, plain, short, to_png
 from cb_vit.records import Series
 
-DRAWN = r"training_loss|(.*/)?(loss|prec@1)|img/sec"  # what is drawn unless one chooses
+LEARNT = r"training_loss|(.*/)?(loss|prec@1)"  # what a run has come to
+DRAWN = rf"{LEARNT}|img/sec"  # what is drawn unless one chooses
 COLUMNS = 3  # of panels; of names below them, two each
 
 

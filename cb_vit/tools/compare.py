@@ -23,7 +23,7 @@ def arguments(parser: cli.Parser) -> None:
     """What the command takes."""
     parser.add_argument("DIR", nargs="+", help="Folders of runs and of sweeps.")
     add_arguments(parser)
-    parser.add_argument("--csv", metavar="FILE", help="Write all numbers there as well, as CSV.")
+    parser.add_argument("--csv", metavar="FILE", help="Write the tables there as well, as CSV.")
     parser.add_argument("--latex", metavar="FILE", help="Write the table there as well, for LaTeX with booktabs.")
     parser.add_argument("--overwrite", action="store_true", help="Replace these files if they are there.")
 
