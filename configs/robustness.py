@@ -1,4 +1,4 @@
-"""Suite: ImageNet's test sets, val, ReaL, V2, -A, -R, Sketch and -C, for models of its 1,000 classes.
+"""Suite: ImageNet's test sets, val, ReaL, V2, -A, -R, Sketch, ObjectNet and -C, for models of its 1,000 classes.
 
     cb-vit eval --suite=robustness --data_dir=/data --weights=hf://timm/deit_tiny_patch16_224.fb_in1k --output=results
     cb-vit eval --suite=robustness:batch_size=256 --data_dir=/data --workdir=runs/deit
@@ -51,5 +51,7 @@ def get_config(arg=None):
         config.evals["imagenet-c"] = dict(
             type="stored_corruptions", data=dict(name="first_of", blocks=val), root=f"{arg.data_dir}/imagenet-c",
             batch_size=arg.batch_size, optional=True)
+    config.evals.objectnet = measured(folder("objectnet-1.0", "images"))
+    config.evals.objectnet.data = dict(name="objectnet", images=config.evals.objectnet.data)
     config.evals["sketch"] = measured(tfds("imagenet_sketch", "test"), folder("sketch"))
     return config

@@ -15,7 +15,7 @@ from scipy.special import log_softmax
 
 from cb_vit import dist
 from cb_vit.config import ConfigError, parse
-from cb_vit.datasets import Absent, DataError, align, classes_of, open_source
+from cb_vit.datasets import Absent, DataError, align, classes_of, objectnet, open_source
 from cb_vit.datasets.labels import wnids
 from cb_vit.datasets.relabel import Relabelled
 from cb_vit.evaluators import common, stored_corruptions
@@ -167,6 +167,29 @@ def test_what_is_there_and_wrong_is_no_absence(tmp_path):
 def real(home, **more):
     images = dict(name="folder", root=str(home / "data" / "imagenet"), split="val")
     return dict(name="real", images=images, labels_file=str(home / "data" / "real.json")) | more
+
+
+def test_objectnet_has_the_classes_of_its_folders_and_no_border(tmp_path):
+    pixels = np.zeros((9, 8, 3), np.uint8) + np.uint8([255, 0, 0])
+    pixels[2:-2, 2:-2] = np.arange(4, dtype=np.uint8)[:, None]
+    for folder in ("alarm_clock", "backpack", "air_freshener"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(pixels).save(tmp_path / folder / "x.png")
+    block = dict(name="objectnet", images=dict(name="folder", root=str(tmp_path), split="all", whole=True))
+    source = open_source(block, "data")
+    assert source.num_classes == 1000 and len(source) == 2  # no class of ImageNet is an air freshener
+    assert [example["label"][:2].tolist() for example in map(source.__getitem__, range(2))] == [[409, 530], [414, -1]]
+    np.testing.assert_array_equal(source[0]["image"], pixels[2:-2, 2:-2])
+    assert len(objectnet.table()) == 113 and set().union(*objectnet.table().values()) <= {*WNIDS}
+
+    (tmp_path / "backpack" / "x.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="x.png: cannot be decoded"):
+        source[1]
+    for folder in ("alarm_clock", "backpack"):
+        (tmp_path / folder / "x.png").unlink()
+        (tmp_path / folder).rmdir()
+    with pytest.raises(ConfigError, match="data.images: not one of its folders is called as ObjectNet's"):
+        open_source(block, "data")
 
 
 def test_real_has_all_labels_of_an_image(home, tmp_path):

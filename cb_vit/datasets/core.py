@@ -30,7 +30,7 @@ __all__ = ["DataError", "Source", "SourceConfig", "Span", "Spans", "allow_open_f
 
 # name in the config -> module of this room; any other name is a dataset of TFDS.
 KINDS = {"digits": "digits", "fake": "fake", "folder": "folder", "idx": "idx", "first_of": "first_of",
-         "real": "real"}
+         "real": "real", "objectnet": "objectnet"}
 Block = Mapping[str, Any] | ml_collections.ConfigDict
 
 
@@ -39,8 +39,8 @@ class SourceConfig:
     """What every block of data may say; each kind of source adds to it.
 
     Attributes:
-        name: the kind of data ("digits", "fake", "folder", "idx", "first_of", "real"), or the name of a dataset of
-            TFDS.
+        name: the kind of data ("digits", "fake", "folder", "idx", "first_of", "real", "objectnet"), or the name of a
+            dataset of TFDS.
         split: the examples to take, e.g. "train[:90%]".
         labels: what tells classes: "name", so that two sources, or a source and a model, mean the same class by a name;
             or "index", the class's number alone, which of a folder called "17" is 17.
