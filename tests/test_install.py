@@ -36,7 +36,7 @@ def test_the_wheel_has_every_module_and_every_config(installed):
     names = {name for name in zipfile.ZipFile(installed[1]).namelist() if ".dist-info/" not in name}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "cb_vit").rglob("*.py")}
     configs = {f"cb_vit/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
-    assert names == modules | configs | {"cb_vit/datasets/imagenet.txt"}
+    assert names == modules | configs | {f"cb_vit/datasets/{name}.txt" for name in ("imagenet", "objectnet")}
 
 
 def test_it_trains_and_evaluates_by_name_from_any_folder(installed, tmp_path):
