@@ -745,7 +745,8 @@ def test_fake_broken_images_do_not_decode(encoded):
 # Settings.
 
 @pytest.mark.parametrize("block, message", [
-    (dict(split="train"), r"data\.name: required: digits, fake, folder, idx, first_of, real, objectnet, or a dataset of TFDS"),
+    (dict(split="train"),
+     r"data\.name: required: digits, fake, folder, idx, first_of, real, objectnet, or a dataset of TFDS"),
     (dict(name="fake", split="train", num_exmaples=3), r"num_exmaples: unknown; did you mean num_examples\?"),
     (dict(name="fake", split="train", num_classes=0), r"data\.num_classes: must be 1 or more, got 0"),
     (dict(name="fake", split="train", broken=(2000,)), r"data\.broken: 2000 is outside"),
