@@ -12,4 +12,4 @@ def test_every_block_of_the_page_is_read():
     for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(snippet, names)
     kinds = {block.type for block in check(config).evals.values()}
-    assert kinds == {kind for line in text.splitlines() for kind in re.findall(r"^\| \[`(\w+)`\]", line)}
+    assert kinds == {kind for line in text.splitlines() for kind in re.findall(r"^\| \[`(\w+)`\]\(#", line)}

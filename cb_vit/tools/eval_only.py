@@ -76,11 +76,11 @@ def main(args: argparse.Namespace) -> None:
         count = (read_run(run) or {}).get("num_classes") if weights is None else weights.model.num_classes
         suites.check_classes(suite, count or 0, path)
         settings = check(suites.settle(suite, args, run and read_config(run), weights))
-    session = Session(path, args.output, suite is not None)
+    evaluation = Evaluation(path, args.output, suite is not None)
     if weights is None:
-        _evaluate_run(settings, path, session)
+        _evaluate_run(settings, path, evaluation)
     else:
-        _evaluate_weights(settings, weights, session)
+        _evaluate_weights(settings, weights, evaluation)
 
 
 def _prepare(output: str, suite: Mapping[str, Any] | None) -> None:
@@ -95,7 +95,7 @@ def _prepare(output: str, suite: Mapping[str, Any] | None) -> None:
 
 
 @dataclasses.dataclass
-class Session:
+class Evaluation:
     """One call of this command.
 
     Attributes:
@@ -145,7 +145,7 @@ def _check_run(workdir: str) -> None:
         raise ConfigError("--workdir", f"{directory} does not exist; give the workdir of a run")
 
 
-def _evaluate_run(settings: Settings, workdir: str, session: Session) -> None:
+def _evaluate_run(settings: Settings, workdir: str, evaluation: Evaluation) -> None:
     directory = io.as_path(workdir) / "checkpoints"
     known = startup.recorded_classes(workdir)
     run = experiment.build(startup.with_model_of_run(settings, workdir), known_classes=known)
@@ -156,10 +156,10 @@ def _evaluate_run(settings: Settings, workdir: str, session: Session) -> None:
             raise ConfigError("--workdir", f"{directory} holds no checkpoint; give the workdir of a run that has one")
         state, _ = restored
         _tell(f"step {int(state.step)} of {directory}")
-        session.measure(run.open_evaluators(known, session.on_absent), state)
+        evaluation.measure(run.open_evaluators(known, evaluation.on_absent), state)
 
 
-def _evaluate_weights(settings: Settings, weights: Weights, session: Session) -> None:
+def _evaluate_weights(settings: Settings, weights: Weights, evaluation: Evaluation) -> None:
     num_classes = weights.model.num_classes or 0
     if num_classes:
         settings = settings.for_classes(num_classes)
@@ -170,9 +170,9 @@ def _evaluate_weights(settings: Settings, weights: Weights, session: Session) ->
         evaluators = open_all(
             settings.evals, functools.partial(_predictor, weights), state_shapes=state, sharding=batch_sharding,
             training=settings.input, num_classes=num_classes, class_names=weights.class_names,
-            on_absent=session.on_absent)
+            on_absent=evaluation.on_absent)
         _tell(f"{weights}: {weights.format}", *weights.notes)
-        session.measure(evaluators, state.replace(params=weights.read(shapes)))
+        evaluation.measure(evaluators, state.replace(params=weights.read(shapes)))
 
 
 def _predictor(weights: Weights, config: EvaluatorConfig) -> PredictFn:
