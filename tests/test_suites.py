@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from scipy.special import log_softmax
 
 from cb_vit import dist
+from cb_vit.analysis.survey import Surveyor
 from cb_vit.config import ConfigError, parse
 from cb_vit.datasets import Absent, DataError, align, classes_of, objectnet, open_source
 from cb_vit.datasets.labels import wnids
@@ -180,6 +181,8 @@ def test_objectnet_has_the_classes_of_its_folders_and_no_border(tmp_path):
     assert source.num_classes == 1000 and len(source) == 2  # no class of ImageNet is an air freshener
     assert [example["label"][:2].tolist() for example in map(source.__getitem__, range(2))] == [[409, 530], [414, -1]]
     np.testing.assert_array_equal(source[0]["image"], pixels[2:-2, 2:-2])
+    look = Surveyor("data", source, exif=False, smallest=1)(0)  # which check-data asks
+    assert look.label == f"{WNIDS[409]} or {WNIDS[530]}" and look.size == (5, 4)
     assert len(objectnet.table()) == 113 and set().union(*objectnet.table().values()) <= {*WNIDS}
 
     (tmp_path / "backpack" / "x.png").write_bytes(b"no picture")

@@ -35,7 +35,7 @@ class Look:
     Attributes:
         data: what the set of data is called.
         where: the example's own name.
-        label: name of its class.
+        label: name of its class, or of those that it may be of.
         size: (height, width) in pixels; None: it is broken.
         pixels: hash of the pixels; None: it is broken.
         findings: (kind, words) of what there is to say of it by itself.
@@ -82,7 +82,8 @@ class Surveyor:
         try:
             example = self.source[index]
             where = example["id"]
-            label = NO_LABEL if example["label"] < 0 else class_name(self.source.class_names, example["label"])
+            numbers = [number for number in np.atleast_1d(example["label"]).tolist() if number >= 0]
+            label = " or ".join(class_name(self.source.class_names, number) for number in numbers) or NO_LABEL
             image = example["image"]
             image = decode_image(image) if is_encoded(image) else as_pil(image)
             findings = tuple(self._findings(image, where))
