@@ -91,7 +91,8 @@ def test_images_of_any_size_smaller_than_a_kernel_too(shape):
 def test_black_and_white_stay_in_range(level):
     image = np.full((32, 32, 3), level, np.uint8)
     for name in CORRUPTIONS:
-        corrupt(image, name, 5, generator())  # a warning, as of a division by 0, is an error here
+        made = corrupt(image, name, 5, generator())  # a warning, as of a division by 0, is an error here
+        assert made.dtype == np.uint8 and made.shape == image.shape, name
 
 
 def test_draws_are_addressed_by_the_generator_alone(photograph):

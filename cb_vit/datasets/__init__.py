@@ -1,4 +1,4 @@
-"""Where examples come from: TFDS copies, image folders, MNIST's files, scikit-learn's digits made-up images, and
+"""Where examples come from: TFDS copies, image folders, MNIST's files, scikit-learn's digits, made-up images, and
 what is put together of these."""
 from cb_vit.datasets.contents import Absent, DataError
 from cb_vit.datasets.core import Source, check_source, open_source

@@ -30,6 +30,17 @@ class Chosen:
         return self.source[int(self.indices[number])]
 
 
+def some(source: Any, examples: int | None, seed: int) -> Chosen:
+    """So many examples of a source, drawn by lot.
+
+    Args:
+        source: the source.
+        examples: number of examples; None, or more than there are: all.
+        seed: seed of the lots, from 0.
+    """
+    return Chosen(source, draw(len(source), min(examples or len(source), len(source)), seed))
+
+
 def draw(total: int, count: int, seed: int) -> np.ndarray:
     """Numbers of `count` of `total` examples, int64, ascending: a pure function of its arguments.
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key, Num
 
 from cb_vit import dist
 from cb_vit.config import ConfigError
-from cb_vit.datasets.chosen import Chosen, draw
+from cb_vit.datasets.chosen import some
 from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, have_one_name, over_batches
 from cb_vit.input_pipeline import Pipeline
 from cb_vit.train_state import TrainState
@@ -92,9 +92,7 @@ class Evaluator:
 
     def __init__(self, predict_fn: PredictFn, *, config: Config, pipeline: Pipeline, sharding: NamedSharding):
         self.config, self.source = config, pipeline.source
-        total = len(pipeline.source)
-        chosen = draw(total, min(config.examples or total, total), config.seed)
-        self._pipeline = dataclasses.replace(pipeline, source=Chosen(pipeline.source, chosen))
+        self._pipeline = dataclasses.replace(pipeline, source=some(pipeline.source, config.examples, config.seed))
         self._sharding, self._attacks = sharding, _attacks(config)
         attacks = Attack(*(np.stack(parts) for parts in zip(*self._attacks.values(), strict=True)))
 

@@ -21,7 +21,7 @@ from scipy.special import softmax
 from cb_vit import dist
 from cb_vit.config import ConfigError, Read
 from cb_vit.datasets import DataError, check_source
-from cb_vit.datasets.chosen import Chosen, draw
+from cb_vit.datasets.chosen import Chosen, draw, some
 from cb_vit.datasets.core import SourceConfig
 from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, check_finite, check_folder, over_batches
 from cb_vit.evaluators.mistakes import table
@@ -166,8 +166,7 @@ class Evaluator:
 def _divide(config: Config, pipeline: Pipeline, fit: Pipeline | None) -> tuple[Pipeline, Pipeline | None]:
     """What is measured, and what a temperature is fitted on."""
     if fit is not None:
-        count = min(len(fit.source), config.fit_examples)
-        return pipeline, dataclasses.replace(fit, source=Chosen(fit.source, draw(len(fit.source), count, config.seed)))
+        return pipeline, dataclasses.replace(fit, source=some(fit.source, config.fit_examples, config.seed))
     if config.holdout is None:
         return pipeline, None
     total = len(pipeline.source)

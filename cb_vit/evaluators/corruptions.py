@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 
 from cb_vit import dist
 from cb_vit.config import ConfigError
-from cb_vit.datasets.chosen import Chosen, draw
+from cb_vit.datasets.chosen import some
 from cb_vit.datasets.labels import assumes_imagenet
 from cb_vit.evaluators.classification import batch_sums
 from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, check_folder, over_batches
@@ -121,9 +121,7 @@ class Evaluator:
 
     def some(self, pipeline: Pipeline) -> Pipeline:
         """A pipeline of the examples that are measured."""
-        total = len(pipeline.source)
-        chosen = draw(total, min(self.config.examples or total, total), self.config.seed)
-        return dataclasses.replace(pipeline, source=Chosen(pipeline.source, chosen))
+        return dataclasses.replace(pipeline, source=some(pipeline.source, self.config.examples, self.config.seed))
 
     def corrupted(self, clean: Pipeline, name: str, severity: int) -> Pipeline:
         """The pipeline of a corruption, from that of the images without one."""

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from cb_vit import dist
 from cb_vit.config import ConfigError
 from cb_vit.datasets import DataError
-from cb_vit.datasets.chosen import Chosen, draw
+from cb_vit.datasets.chosen import some
 from cb_vit.evaluators.attack import example_keys
 from cb_vit.evaluators.common import EvaluatorConfig, PredictFn, check_folder, have_one_name, over_batches
 from cb_vit.evaluators.mistakes import table
@@ -116,9 +116,7 @@ class Evaluator:
             if height % tiles or width % tiles:
                 raise ConfigError("shuffle", f"{tiles} rows and columns of tiles do not divide images of "
                                              f"{height}×{width} pixels")
-        total = len(pipeline.source)
-        chosen = draw(total, min(config.examples or total, total), config.seed)
-        self._pipeline = dataclasses.replace(pipeline, source=Chosen(pipeline.source, chosen))
+        self._pipeline = dataclasses.replace(pipeline, source=some(pipeline.source, config.examples, config.seed))
         self._sharding, self._step, self._seen = sharding, 0, 0
         self._conditions, self._accuracies = _conditions(config), []
         self._shown: Looks | None = None
